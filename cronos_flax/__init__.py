@@ -1,0 +1,10 @@
+"""CRONOS for Flax: convex training of the last two layers of any Flax module."""
+
+from cronos_flax._cronos import Cronos as Cronos
+from cronos_flax._linsolve import Structured as Structured
+from cronos_flax._losses import signed_targets as signed_targets
+from cronos_flax._solution import Solution as Solution
+from cronos_flax._solution import Stats as Stats
+from cronos_flax._solution import Status as Status
+from cronos_flax._solution import TwoLayer as TwoLayer
+from cronos_flax._weights import predict as predict

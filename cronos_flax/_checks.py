@@ -1,0 +1,139 @@
+"""Checks of what comes in at the door of the solver: each error names the argument, what was expected and what came.
+
+Values (finiteness, signs) are checked only where there are values: inside ``jit`` and ``vmap`` shapes and dtypes are.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from cronos_flax import _admm, _refresh
+from cronos_flax._solution import TwoLayer
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """A setting of :class:`cronos_flax.Cronos` that is one of a few words."""
+    if not (isinstance(value, str) and value in choices):
+        expected = " or ".join(repr(c) for c in choices)
+        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+
+
+def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
+    bad_type = isinstance(value, (str, bytes, bool, list, tuple))
+    if isinstance(value, (np.ndarray, Array)) and concrete(value):
+        bad_type = value.ndim > 1  # a vector is a batch of solvers, for vmap
+        ok = bool(np.all(np.isfinite(value)) and np.all(fits(np.asarray(value))))
+    else:
+        ok = not isinstance(value, (numbers.Real, np.number)) or (math.isfinite(value) and fits(value))
+    if bad_type or not ok:
+        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+
+
+def positive_integer(where: str, name: str, value: Any) -> None:
+    """A count."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{where}: `{name}` must be a positive integer, got {value!r}.")
+
+
+def concrete(value: Any) -> bool:
+    """Whether a value can be looked at, or is being traced."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _floats(name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str) -> Array:
+    """``value`` as a finite floating array with one of these numbers of dimensions."""
+    if not isinstance(value, (Array, np.ndarray)):
+        value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
+    if value.ndim not in ndims:
+        raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
+    array = jnp.asarray(value)
+    if array.dtype.itemsize < 4:
+        array = array.astype(jnp.float32)
+    if concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+        raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
+    return array
+
+
+def data(X: ArrayLike, y: ArrayLike, num_classes: int | None) -> tuple[Array, Array]:
+    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype."""
+    X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
+    y = _floats("y", y, "(n,) or (n, C)", (1, 2), "For class labels use cf.signed_targets(labels, num_classes).")
+    if X.shape[0] < 2 or X.shape[1] < 1:
+        raise ValueError(f"solve: `X` must have at least 2 rows and 1 column, got shape {X.shape}.")
+    if y.shape[0] != X.shape[0]:
+        raise ValueError(f"solve: `y` must have one row for each of the {X.shape[0]} rows of X, got shape {y.shape}.")
+    y = y[:, None] if y.ndim == 1 else y
+    if y.shape[1] < 1:
+        raise ValueError(f"solve: `y` must have at least one column, got shape {y.shape}.")
+    if num_classes is not None and y.shape[1] != num_classes:
+        raise ValueError(f"solve: `num_classes` is {num_classes!r}, but `y` has {y.shape[1]} column(s).")
+    return X, y.astype(X.dtype)
+
+
+def sample_weight(value: ArrayLike | None, X: Array) -> Array:
+    """Weights ``(n,)`` in the dtype of X."""
+    if value is None:
+        return jnp.ones(X.shape[0], X.dtype)
+    weight = _floats("sample_weight", value, "(n,)", (1,), "Convert it, e.g. w.astype('float32').")
+    if weight.shape[0] != X.shape[0]:
+        raise ValueError(
+            f"solve: `sample_weight` must have one entry for each of the {X.shape[0]} rows of X, got {weight.shape}."
+        )
+    if concrete(weight) and (bool(jnp.any(weight < 0)) or not bool(jnp.any(weight > 0))):
+        raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
+    return weight.astype(X.dtype)
+
+
+def start(
+    gates: str, X: Array, y: Array, hidden: Any, init: Any, state: Any
+) -> tuple[TwoLayer | _refresh.State | _admm.State | None, int]:
+    """The one place to start from, None for a random start; and the number of neurons."""
+    given = [name for name, value in (("hidden", hidden), ("init", init), ("state", state)) if value is not None]
+    if len(given) != 1:
+        got = " and ".join(f"`{name}`" for name in given) or "none of them"
+        raise ValueError(f"solve: give exactly one of `hidden`, `init` and `state`, got {got}.")
+    if hidden is not None:
+        positive_integer("solve", "hidden", hidden)
+        return None, int(hidden)
+    if init is not None:
+        if not isinstance(init, TwoLayer):
+            raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
+        return _network("init", init, X, y), init.kernel2.shape[0]
+    if not isinstance(state, _refresh.State if gates == "refreshed" else _admm.State):
+        raise ValueError(
+            f"solve: `state` must be the state of a solve with gates={gates!r}, got {type(state).__module__}."
+            f"{type(state).__name__}. To start from a network alone pass init=solution.params."
+        )
+    if isinstance(state, _admm.State) and state.D.shape[0] != X.shape[0]:
+        raise ValueError(
+            f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {X.shape[0]}. "
+            "To go on with other rows pass init=solution.params."
+        )
+    return dataclasses.replace(state, params=_network("state", state.params, X, y)), state.params.kernel2.shape[0]
+
+
+def _network(name: str, network: TwoLayer, X: Array, y: Array) -> TwoLayer:
+    """The network in the dtype of X, its shapes checked against the data."""
+    m = jnp.shape(network.kernel1)[-1] if jnp.ndim(network.kernel1) == 2 else 0
+    expected = {"kernel1": (X.shape[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
+    for field, shape in expected.items():
+        value = getattr(network, field)
+        if value is None and field.startswith("bias"):
+            continue
+        if value is None or jnp.shape(value) != shape:
+            got = "None" if value is None else jnp.shape(value)
+            raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
+        if concrete(value) and not bool(jnp.all(jnp.isfinite(value))):
+            raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
+    return jax.tree.map(lambda v: jnp.asarray(v, X.dtype), network)

@@ -1,0 +1,276 @@
+"""``Cronos.solve``: the one entry point of the solver, and its one ``jit``."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from cronos_flax import _admm, _checks, _refresh
+from cronos_flax._basis import Basis, Rows, eigenbasis
+from cronos_flax._linsolve import Structured
+from cronos_flax._program import Program, beta_max, network_objective
+from cronos_flax._solution import Solution, Stats, Status, TwoLayer
+from cronos_flax._types import Directions, Neurons, RowVector, Scalar
+from cronos_flax._weights import dead, default_directions, from_network, random_neurons, regularised_loss, to_network
+
+_LOSSES = ("squared",)
+_GATES = ("refreshed", "fixed")
+_BETA_RATIO = 0.003
+_RHO = {"refreshed": 1.0, "fixed": 0.01}
+_STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["beta", "rho", "tol"],
+    meta_fields=["loss", "gates", "linear_solver", "max_iters"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cronos:
+    r"""Solver for two-layer ReLU networks, ``relu(X kernel1 + bias1) kernel2 + bias2``.
+
+    With ``f_j`` the output for row j, ``w_j`` its weight, and s the root mean squared row norm of X, it minimises
+
+        Σ w_j ½‖f_j − y_j‖² / Σ w_j + (beta/2) (‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)
+
+    so ``beta`` is the weight decay of Flax and Optax, on a scale that does not depend on the units of X.
+
+    A ``Cronos`` is a pytree: ``beta``, ``rho`` and ``tol`` are leaves, so sweeping them compiles nothing anew; the rest
+    is static.
+
+    Args:
+        loss: ``"squared"``.
+        beta: weight decay, ``≥ 0``; None takes a fixed fraction of the smallest value that makes the solution zero.
+        rho: ADMM's penalty, or the first damping of the refreshed path, ``> 0``; None takes the default. On the
+            refreshed path it adapts by itself.
+        gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself.
+            ``"fixed"`` holds the gates of the starting network and solves that convex program by ADMM, with a lower
+            bound on its optimum.
+        linear_solver: how ``gates="fixed"`` solves its linear systems.
+        max_iters: most iterations of one solve.
+        tol: ``"fixed"`` stops when gap and constraint violation are relatively below it, ``"refreshed"`` when the loss
+            fell by less than this fraction over ten iterations.
+
+    Raises:
+        ValueError: for a setting outside its range.
+
+    Example:
+        >>> import numpy as np, cronos_flax as cf
+        >>> X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")
+        >>> y = np.abs(X[:, 0]) - X[:, 1]
+        >>> solution = cf.Cronos(beta=1e-4).solve(X, y, hidden=16)
+        >>> bool(solution.stats.objective < 0.05)
+        True
+
+    References:
+        Feng, Frangella, Pilanci, *CRONOS: Enhancing Deep Learning with Scalable GPU Accelerated Convex Neural
+        Networks*, NeurIPS 2024, arXiv:2411.01088. The refreshed path is this package's own.
+    """
+
+    loss: str = "squared"
+    beta: float | Array | None = None
+    rho: float | Array | None = None
+    gates: str = "refreshed"
+    linear_solver: Structured = Structured()  # noqa: RUF009  (frozen)
+    max_iters: int = 300
+    tol: float | Array = 1e-3
+
+    def __post_init__(self) -> None:
+        _checks.choice("loss", self.loss, _LOSSES)
+        _checks.choice("gates", self.gates, _GATES)
+        if not isinstance(self.linear_solver, Structured):
+            raise ValueError(f"Cronos: `linear_solver` must be a cf.Structured, got {self.linear_solver!r}.")
+        _checks.positive_integer("Cronos", "max_iters", self.max_iters)
+        _checks.number("beta", self.beta, "a number ≥ 0, or None to have it chosen", lambda v: v >= 0)
+        _checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
+        _checks.number("tol", self.tol, "a number ≥ 0", lambda v: v >= 0)
+
+    def solve(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        hidden: int | None = None,
+        num_classes: int | None = None,
+        sample_weight: ArrayLike | None = None,
+        init: TwoLayer | None = None,
+        state: _refresh.State | _admm.State | None = None,
+        key: Array | None = None,
+    ) -> Solution:
+        """Train a two-layer network on arrays.
+
+        Exactly one of ``hidden``, ``init`` and ``state`` says where to start. Can be called inside ``jit`` and
+        ``vmap``; values (finiteness, signs) are then not checked.
+
+        Args:
+            X: features, floating, shape ``(n, p)`` with ``n ≥ 2``, finite, any units.
+            y: targets, floating, shape ``(n,)`` or ``(n, C)``, finite. Labels: :func:`cronos_flax.signed_targets`.
+            hidden: number of hidden neurons m, for a random start.
+            num_classes: the number of outputs C, if it should be checked against ``y``.
+            sample_weight: ``w_j ≥ 0``, shape ``(n,)``, not all zero; None means all equal.
+            init: a network to start from; its widths and its missing biases are kept.
+            state: ``solution.state`` of an earlier solve with the same ``gates``, to go on from there.
+            key: key of the random start and of revived neurons; None means a fixed one.
+
+        Returns:
+            The :class:`Solution`. The regularised loss of ``solution.params`` is never above that of the start.
+
+        Raises:
+            ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
+        """
+        X, y = _checks.data(X, y, num_classes)
+        weight = _checks.sample_weight(sample_weight, X)
+        start, m = _checks.start(self.gates, X, y, hidden, init, state)
+        solver = jax.tree.map(lambda v: jnp.asarray(v, X.dtype), self)
+        key = jax.random.key(0) if key is None else key
+        return _solve(solver, X, y, weight, start, key, hidden=m)
+
+
+class _Problem(NamedTuple):
+    """One solve on the solver's coordinates; what both paths need."""
+
+    rows: Rows
+    basis: Basis
+    beta: Scalar
+    rho: Scalar
+    tol: Scalar
+    max_iters: int
+    linear_solver: Structured
+
+
+class _Ended(NamedTuple):
+    """How a path ended: its network, and how to make the state to go on from once the network is final."""
+
+    U: Neurons
+    A: Directions
+    status: Array
+    figures: dict[str, Array]
+    state_of: Callable[[TwoLayer], Any]
+
+
+@partial(jax.jit, static_argnames=("hidden",))
+def _solve(
+    solver: Cronos,
+    features: Float[Array, "n p"],
+    targets: Float[Array, "n C"],
+    weight: RowVector,
+    start: TwoLayer | _refresh.State | _admm.State | None,
+    key: Array,
+    *,
+    hidden: int,
+) -> Solution:
+    with jax.default_matmul_precision("highest"):
+        return _solve_at_full_precision(solver, features, targets, weight, start, key, hidden)
+
+
+def _solve_at_full_precision(
+    solver: Cronos,
+    features: Float[Array, "n p"],
+    targets: Float[Array, "n C"],
+    weight: RowVector,
+    start: TwoLayer | _refresh.State | _admm.State | None,
+    key: Array,
+    hidden: int,
+) -> Solution:
+    beta_key, start_key, run_key = jax.random.split(key, 3)
+    network = start if isinstance(start, TwoLayer) or start is None else start.params
+    weight = weight / jnp.mean(weight)
+    rows, basis = eigenbasis(
+        features,
+        targets,
+        weight,
+        hidden_bias=network is None or network.bias1 is not None,
+        output_bias=network is None or network.bias2 is not None,
+    )
+    n, d = rows.X.shape
+    # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
+    beta = _BETA_RATIO * beta_max(rows, beta_key) if solver.beta is None else solver.beta * n / basis.scale
+    door_beta = beta * basis.scale / n
+    rho = jnp.asarray(_RHO[solver.gates] if solver.rho is None else solver.rho, rows.X.dtype)
+    problem = _Problem(rows, basis, beta, rho, jnp.asarray(solver.tol), solver.max_iters, solver.linear_solver)
+
+    if network is None:
+        U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
+        A = default_directions(hidden, targets.shape[1], rows.X.dtype)
+        network = to_network(rows, basis, U, A)
+    else:
+        U, A = from_network(network, basis)
+    ended = (_refreshed if solver.gates == "refreshed" else _fixed)(problem, U, A, start, run_key)
+
+    # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
+    found = to_network(rows, basis, ended.U, ended.A)
+    before = regularised_loss(network, features, targets, weight, door_beta)
+    after = regularised_loss(found, features, targets, weight, door_beta)
+    params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, network)
+    lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
+    stats = Stats(
+        objective=jnp.where(after <= before, after, before),
+        initial_objective=before,
+        beta=door_beta,
+        active_neurons=jnp.sum(lives, dtype=jnp.int32),
+        **ended.figures,
+    )
+    status = jnp.where(jnp.isfinite(before), ended.status, Status.nonfinite).astype(jnp.int32)
+    return Solution(params, status, stats, ended.state_of(params))
+
+
+def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
+    """Descend on the network's own loss, gates renewed at every step."""
+    rows, basis = problem.rows, problem.basis
+    damping, key = (start.damping, start.key) if isinstance(start, _refresh.State) else (problem.rho, key)
+    first = _refresh.init(rows, U, A, problem.beta, damping, key)
+    last, stagnated, done, trace = _refresh.run(
+        rows, basis.eigenvalues, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters
+    )
+    return _Ended(
+        last.U,
+        last.A,
+        status=jnp.where(stagnated, Status.stationary, Status.max_iters),
+        figures={"iterations": done, "objective_trace": trace / rows.X.shape[0]},
+        state_of=lambda params: _refresh.State(params, last.damping, last.key),
+    )
+
+
+def _fixed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
+    """Solve the convex program of the start's gates by ADMM, and go there as far as the network's loss falls."""
+    rows, basis, beta, rho = problem.rows, problem.basis, problem.beta, problem.rho
+    n = rows.X.shape[0]
+    if isinstance(start, _admm.State):
+        program = Program(rows, start.D, start.A, beta)
+        first = _admm.Iterate(basis.lift(*start.hidden_plus_dual), start.S_plus_dual, start.z, start.iteration)
+    else:
+        probe = jnp.where(dead(U), random_neurons(key, U), U)
+        program = Program(rows, rows.X @ probe >= 0, A, beta)
+        first = _admm.init(program, U, rho)
+    last, check, done, trace = _admm.run(
+        program, problem.linear_solver, basis.eigenvalues, rho, first, tol=problem.tol, max_iters=problem.max_iters
+    )
+    # The program's iterate may break its gates, and its network then be worse than the start's.
+    toward = check.V - U
+    Z, Z_toward = rows.X @ U, rows.X @ toward
+    lengths = jnp.asarray(_STEP_LENGTHS, U.dtype)
+    values = jax.lax.map(lambda t: network_objective(rows, A, beta, U + t * toward, Z + t * Z_toward), lengths)
+    length = lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
+    return _Ended(
+        U + length * toward,
+        program.A,
+        status=jnp.where(check.converged(problem.tol), Status.converged, Status.max_iters),
+        figures={
+            "program_objective": check.program_objective / n,
+            "lower_bound": check.lower_bound / n,
+            "cone_violation": check.cone_violation,
+            "primal_residual": check.primal_residual,
+            "dual_residual": check.dual_residual,
+            "iterations": done,
+            "objective_trace": trace / n,
+        },
+        state_of=lambda params: _admm.State(
+            params, basis.lower(last.V_plus_dual), program.D, program.A, last.S_plus_dual, last.z, last.iteration
+        ),
+    )

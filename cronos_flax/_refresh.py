@@ -1,0 +1,174 @@
+"""The refreshed path (method.md section 5): gates renewed at every step, so the loss of the network can only fall.
+
+With the gates of the current neurons, the U-step of ADMM is a Levenberg–Marquardt step on the network,
+
+    (F*F + μ K + β/‖uᵢ‖) δ = −(F*(F U − Y) + β uᵢ/‖uᵢ‖),          K = I + XᵀX, diagonal on the eigenbasis
+
+solved roughly by conjugate gradients with the diagonal part as preconditioner, and followed by a line search on the
+regularised loss of the network. The damping μ follows the line search, so nothing needs to be tuned.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._basis import Rows
+from cronos_flax._linsolve import conjugate_gradient
+from cronos_flax._program import Program, network_objective, norms, unit_rows
+from cronos_flax._solution import TwoLayer
+from cronos_flax._types import Activations, Directions, Gates, Neurons, Scalar
+from cronos_flax._weights import dead, random_neurons
+
+_STEP_LENGTHS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03)
+_CG_STEPS = 10
+_CG_TOL = 0.3
+_NORM_FLOOR = 0.05  # ‖uᵢ‖ in the preconditioner is at least this fraction of the mean
+_DAMPING_RANGE = (1e-8, 1e8)
+_WINDOW = 10  # iterations over which stagnation is judged
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["U", "A", "objective", "damping", "key"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Iterate:
+    """What one step hands to the next: the network, its objective, the damping μ, and a key for revived neurons."""
+
+    U: Neurons
+    A: Directions
+    objective: Scalar
+    damping: Scalar
+    key: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a solve stands between calls, in the user's units; good for any rows of as many features and outputs."""
+
+    params: TwoLayer
+    damping: Scalar
+    key: Array
+
+
+def init(rows: Rows, U: Neurons, A: Directions, beta: Scalar, damping: Scalar, key: Array) -> Iterate:
+    """The iterate for a start from the network (U, A)."""
+    return Iterate(U, A, network_objective(rows, A, beta, U, rows.X @ U), damping, key)
+
+
+def refit_directions(
+    rows: Rows, U: Neurons, A: Directions, H: Activations, beta: Scalar
+) -> tuple[Neurons, Directions, Float[Array, " m"]]:
+    """The best output kernel for hidden activations ``H = relu(X U)``: a ridge problem.
+
+    Returns the rebalanced neurons, the new directions, and the factor by which each neuron grew.
+    """
+    m = H.shape[1]
+    root = jnp.sqrt(norms(U))
+    live = root > 0
+    H = rows.center(H / jnp.where(live, root, 1))
+    gram = H.T @ H
+    shift = beta + jnp.finfo(H.dtype).eps * jnp.trace(gram)
+    factor = jax.scipy.linalg.cho_factor(gram + shift * jnp.eye(m, dtype=H.dtype))
+    W2 = jax.scipy.linalg.cho_solve(factor, H.T @ rows.Y)
+    growth = jnp.where(live, jnp.linalg.norm(W2, axis=1) / jnp.where(live, root, 1), 1)
+    return U * growth, unit_rows(W2, A), growth
+
+
+def gradient(program: Program, U: Neurons, Z: Activations) -> Neurons:
+    """``F*(F U − Y) + β uᵢ/‖uᵢ‖``; at ``uᵢ = 0`` the subgradient of least norm."""
+    g = program.rows.X.T @ program.Ft(program.residual(Z))
+    size, slope = norms(U), norms(g)
+    shrunk = g * (jnp.maximum(slope - program.beta, 0) / jnp.where(slope > 0, slope, 1))
+    return jnp.where(size > 0, g + program.beta * U / jnp.where(size > 0, size, 1), shrunk)
+
+
+def direction(
+    program: Program, eigenvalues: Float[Array, " d"], damping: Scalar, U: Neurons, Z: Activations
+) -> Neurons:
+    """The Levenberg–Marquardt step δ, roughly."""
+    X = program.rows.X
+    size = norms(U)
+    size = jnp.maximum(size, _NORM_FLOOR * jnp.mean(size))
+    size = jnp.where(size > 0, size, 1)
+    diagonal = damping * (1 + eigenvalues)[:, None] + program.beta / size
+
+    return conjugate_gradient(
+        lambda V: X.T @ program.Ft(program.F(X @ V)) + diagonal * V,
+        -gradient(program, U, Z),
+        preconditioner=lambda R: R / diagonal,
+        tol=_CG_TOL,
+        max_steps=_CG_STEPS,
+    )
+
+
+def revive(rows: Rows, U: Neurons, A: Directions, key: Array) -> tuple[Neurons, Activations, Gates]:
+    """Give dead neurons a random gate: ``(U with them at zero, X U with the probe's values, gates)``."""
+    is_dead = dead(U)
+    Z = rows.X @ jnp.where(is_dead, random_neurons(key, U), U)
+    return jnp.where(is_dead, 0, U), Z, Z > 0
+
+
+def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Iterate) -> Iterate:
+    """One step; the objective of the result is never above that of ``iterate``."""
+    key, probe_key = jax.random.split(iterate.key)
+    U, Z, D = revive(rows, iterate.U, iterate.A, probe_key)
+    A = iterate.A
+    lives = norms(U) > 0
+    probe = jnp.where(D, Z, 0)
+    Z = jnp.where(lives, Z, 0)
+    if A.shape[1] > 1:
+        U, A, growth = refit_directions(rows, U, A, jnp.where(D, Z, 0), beta)
+        Z = Z * growth
+    # A revived neuron points where its probe lowers the loss.
+    residual = rows.center(jnp.where(D, Z, 0) @ A - rows.Y)
+    A = jnp.where(lives[:, None], A, unit_rows(-(probe.T @ residual), A))
+
+    program = Program(rows, D, A, beta)
+    delta = direction(program, eigenvalues, iterate.damping, U, Z)
+    Z_delta = rows.X @ delta
+
+    def objective(length: Scalar) -> Scalar:
+        return network_objective(rows, A, beta, U + length * delta, Z + length * Z_delta)
+
+    lengths = jnp.asarray((*_STEP_LENGTHS, 0.0), U.dtype)
+    values = jax.lax.map(objective, lengths)
+    values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+    best = jnp.argmin(values)
+    length = lengths[best]
+    factor = jnp.where(length >= 1, 0.5, jnp.where(length >= 0.5, 1.0, jnp.where(length > 0, 2.0, 4.0)))
+    damping = jnp.clip(iterate.damping * factor, *_DAMPING_RANGE).astype(U.dtype)
+    # Reviving and refitting come before the line search; only their sum has to go down.
+    better = values[best] < iterate.objective
+    return Iterate(
+        U=jnp.where(better, U + length * delta, iterate.U),
+        A=jnp.where(better, A, iterate.A),
+        objective=jnp.where(better, values[best], iterate.objective),
+        damping=damping,
+        key=key,
+    )
+
+
+def run(
+    rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, start: Iterate, *, tol: Scalar, max_iters: int
+) -> tuple[Iterate, Array, Int[Array, ""], Float[Array, " k"]]:
+    """Step until the loss stagnates or ``max_iters``: the iterate, whether it stagnated, steps done, the trace."""
+    index = jnp.arange(max_iters + 1)
+
+    def stagnated(done: Int[Array, ""], trace: Float[Array, " k"]) -> Array:
+        now, earlier = trace[done], trace[jnp.maximum(done - _WINDOW, 0)]
+        return (done >= _WINDOW) & (earlier - now <= tol * now)
+
+    def unfinished(carry: tuple) -> Array:
+        done, iterate, trace = carry
+        return (done < max_iters) & ~stagnated(done, trace) & jnp.isfinite(iterate.objective)
+
+    def body(carry: tuple) -> tuple:
+        done, iterate, trace = carry
+        iterate = step(rows, eigenvalues, beta, iterate)
+        return done + 1, iterate, jnp.where(index > done, iterate.objective, trace)
+
+    trace = jnp.full(max_iters + 1, start.objective)
+    done, iterate, trace = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), start, trace))
+    return iterate, stagnated(done, trace), done, trace
