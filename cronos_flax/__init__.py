@@ -1,10 +1,15 @@
 """CRONOS for Flax: convex training of the last two layers of any Flax module."""
 
 from cronos_flax._cronos import Cronos as Cronos
+from cronos_flax._head import Head as Head
+from cronos_flax._head import find_head as find_head
+from cronos_flax._head import fit_head as fit_head
 from cronos_flax._linsolve import Structured as Structured
 from cronos_flax._losses import signed_targets as signed_targets
 from cronos_flax._solution import Solution as Solution
 from cronos_flax._solution import Stats as Stats
 from cronos_flax._solution import Status as Status
 from cronos_flax._solution import TwoLayer as TwoLayer
+from cronos_flax._train_state import CronosTrainState as CronosTrainState
+from cronos_flax._train_state import backbone_only as backbone_only
 from cronos_flax._weights import predict as predict

@@ -21,7 +21,7 @@ from cronos_flax._weights import dead, default_directions, from_network, random_
 
 _LOSSES = ("squared",)
 _GATES = ("refreshed", "fixed")
-_BETA_RATIO = 0.003
+_BETA_RATIO = 0.001
 _RHO = {"refreshed": 1.0, "fixed": 0.01}
 _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
