@@ -1,0 +1,60 @@
+"""What the tests share: data, twins, and the skip for data that is not part of the project."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Digits 0-9: X (1797, 64) float32 in 0..16, labels, in a fixed random order."""
+    X, labels = load_digits(return_X_y=True)
+    order = np.random.RandomState(0).permutation(len(X))
+    return X[order].astype("float32"), labels[order]
+
+
+@pytest.fixture(scope="session")
+def tfds_dir():
+    """The directory of prepared TFDS sets; skips where there is none."""
+    if not (SHARED / "tfds").is_dir():
+        pytest.skip(f"no prepared TFDS sets at {SHARED / 'tfds'}")
+    return SHARED / "tfds"
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Both precisions; x64 mode is on for the second."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def strict_promotion():
+    """No implicit mixing of dtypes."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def random_problem(seed, n=40, p=5, C=1, dtype="float32"):
+    """Features and targets of a small regression problem."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, p)).astype(dtype), rng.normal(size=(n, C)).astype(dtype)
+
+
+def random_network(seed, p=5, m=6, C=1, hidden_bias=True, output_bias=True, dtype="float32"):
+    """A network of ordinary size."""
+    import cronos_flax as cf
+
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    return cf.TwoLayer(
+        draw(p, m), draw(m) if hidden_bias else None, draw(m, C), draw(C) if output_bias else None
+    )

@@ -1,0 +1,241 @@
+"""The solver on arrays: optimality against CVXPY, descent, warm starts, tracing."""
+
+import dataclasses
+
+import dense_twin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_network, random_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cronos_flax as cf
+from cronos_flax import _cronos
+
+
+def held_gates(solution):
+    """Gates and directions of a solve with gates="fixed", as numpy."""
+    return np.asarray(solution.state.D), np.asarray(solution.state.A, float)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("C", "biases", "weighted"), [(1, True, False), (3, True, True), (1, False, True), (3, False, False)])
+def test_held_gates_reach_the_optimum_of_the_program(dtype, seed, C, biases, weighted):
+    X, y = random_problem(seed, n=50, p=6, C=C, dtype=dtype)
+    init = random_network(seed, p=6, m=9, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)
+    weight = np.random.default_rng(seed).uniform(0.2, 2, size=50).astype(dtype) if weighted else None
+    solver = cf.Cronos(beta=0.02, gates="fixed", max_iters=20_000, tol=3e-4 if dtype == "float32" else 1e-5)
+    solution = solver.solve(X, y, init=init, sample_weight=weight)
+    stats = solution.stats
+    optimum = dense_twin.program_optimum(
+        X.astype(float), y.astype(float), *held_gates(solution), 0.02, weight, hidden_bias=biases, output_bias=biases
+    )
+    rounding = 1e-6 if dtype == "float32" else 1e-9
+    assert stats.lower_bound <= optimum * (1 + rounding) + rounding
+    assert solution.status == cf.Status.converged
+    assert stats.program_objective == pytest.approx(optimum, rel=1e-3 if dtype == "float32" else 1e-4)
+    assert stats.cone_violation <= solver.tol
+
+
+@pytest.mark.parametrize("max_iters", [1, 3, 10, 30, 100])
+def test_the_bound_holds_at_every_check_and_converged_means_it(max_iters):
+    for seed in range(4):
+        X, y = random_problem(seed, C=2)
+        solver = cf.Cronos(beta=0.01, gates="fixed", max_iters=max_iters)
+        solution = solver.solve(X, y, init=random_network(seed, C=2))
+        stats = solution.stats
+        optimum = dense_twin.program_optimum(X.astype(float), y.astype(float), *held_gates(solution), 0.01)
+        assert stats.lower_bound <= optimum * (1 + 1e-6)
+        gap = abs(float(stats.program_objective - stats.lower_bound))
+        conditions = gap <= 1e-3 * abs(float(stats.program_objective)) and float(stats.cone_violation) <= 1e-3
+        assert (solution.status == cf.Status.converged) == conditions
+        assert stats.objective <= stats.initial_objective
+
+
+def test_digits_even_odd_refreshed_descends_far_below_held_gates(digits):
+    X, labels = digits
+    y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
+    s = np.sqrt(np.mean(np.sum(X[:1400] ** 2, axis=1)))
+    solver = cf.Cronos(beta=0.01 * s / 1400)
+    solution = solver.solve(X[:1400], y[:1400], hidden=128)
+    refreshed = float(solution.stats.objective) * 1400
+    assert refreshed < 2.5
+    outputs = np.asarray(cf.predict(solution.params, X[1400:]))[:, 0]
+    assert np.mean((outputs > 0) == (y[1400:] > 0)) > 0.985
+    assert np.all(np.diff(solution.stats.objective_trace) <= 0)
+    held = dataclasses.replace(solver, gates="fixed").solve(X[:1400], y[:1400], hidden=128)
+    assert float(held.stats.objective) * 1400 >= 3 * refreshed
+    assert float(held.stats.program_objective) * 1400 >= 3 * refreshed
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from([(2, 1, 1, 1), (7, 3, 4, 1), (30, 4, 9, 3), (12, 40, 5, 2)]),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    beta=st.sampled_from([0.0, 1e-3, 1.0]),
+    sparse=st.booleans(),
+)
+def test_the_refreshed_loss_never_rises(seed, shape, scale, beta, sparse):
+    n, p, m, C = shape
+    X, y = random_problem(seed, n=n, p=p, C=C)
+    if sparse:
+        X = X * (np.random.default_rng(seed).uniform(size=(n, 1)) > 0.3)
+    X = (X * scale).astype("float32")
+    init = random_network(seed, p=p, m=m, C=C)
+    solution = cf.Cronos(beta=beta, max_iters=15).solve(X, y, init=init)
+    trace = np.asarray(solution.stats.objective_trace)
+    assert np.all(np.isfinite(trace))
+    assert np.all(np.diff(trace) <= 0)
+    before = dense_twin.regularised_loss(init, X, y, beta)
+    after = dense_twin.regularised_loss(solution.params, X, y, beta)
+    assert after <= before * (1 + 1e-5)
+    assert float(solution.stats.initial_objective) == pytest.approx(before, rel=1e-4)
+    assert float(solution.stats.objective) == pytest.approx(after, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda X: np.hstack([X, np.ones_like(X)]),
+        lambda X: np.vstack([X, X]),
+        lambda X: np.outer(X[:, 0], X[0]),
+        lambda X: np.zeros_like(X),
+        lambda X: X * 1e30,
+        lambda X: X * 1e-30,
+    ],
+    ids=["constant columns", "duplicate rows", "rank one", "all zero", "huge", "tiny"],
+)
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_degenerate_features_give_a_finite_result(make, gates):
+    X, _ = random_problem(0)
+    X = make(X).astype("float32")
+    y = np.sin(np.arange(len(X), dtype="float32"))
+    solution = cf.Cronos(gates=gates, max_iters=30).solve(X, y, hidden=6)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solution.params))
+    assert np.isfinite(solution.stats.objective)
+    assert solution.stats.objective <= solution.stats.initial_objective
+
+
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_equal_targets_are_fitted_by_the_output_bias(gates):
+    X, _ = random_problem(0)
+    solution = cf.Cronos(gates=gates).solve(X, np.full(40, 3.0, "float32"), hidden=4)
+    np.testing.assert_allclose(cf.predict(solution.params, X), 3.0, rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_is_said_and_changes_nothing():
+    X, y = random_problem(0)
+    init = random_network(0)
+    init = dataclasses.replace(init, kernel2=init.kernel2 * np.float32(1e30))
+    solution = cf.Cronos().solve(X, y, init=init)
+    assert solution.status == cf.Status.nonfinite
+    assert "not finite" in solution.status.message
+    np.testing.assert_array_equal(solution.params.kernel1, init.kernel1)
+
+
+def test_the_result_does_not_depend_on_the_units_of_the_features():
+    X, y = random_problem(1, n=60)
+    init = random_network(1)
+    a = cf.Cronos(beta=1e-3).solve(X, y, init=init)
+    scaled = dataclasses.replace(init, kernel1=init.kernel1 / 8)
+    b = cf.Cronos(beta=8e-3).solve(8 * X, y, init=scaled)
+    np.testing.assert_allclose(cf.predict(a.params, X), cf.predict(b.params, 8 * X), atol=2e-3)
+
+
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_a_weight_of_k_is_k_copies_and_a_weight_of_zero_is_absence(gates):
+    X, y = random_problem(2, n=30)
+    counts = np.random.default_rng(2).integers(0, 4, size=30)
+    init = random_network(2)
+    with jax.enable_x64(True):
+        X, y = X.astype(float), y.astype(float)
+        solver = cf.Cronos(beta=0.01, gates=gates, max_iters=3000, tol=1e-7)
+        weighted = solver.solve(X, y, init=init, sample_weight=counts.astype(float)).stats
+        repeated = solver.solve(np.repeat(X, counts, axis=0), np.repeat(y, counts, axis=0), init=init).stats
+        assert float(weighted.initial_objective) == pytest.approx(float(repeated.initial_objective), rel=1e-12)
+        if gates == "fixed":
+            assert float(weighted.program_objective) == pytest.approx(float(repeated.program_objective), rel=1e-5)
+        else:
+            # Not convex: rounding may lead elsewhere late, but not early.
+            np.testing.assert_allclose(weighted.objective_trace[:5], repeated.objective_trace[:5], rtol=1e-6)
+
+
+def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
+    X, labels = digits
+    X, y = X[:300], np.where(labels[:300] < 5, 1.0, -1.0).astype("float32")
+    default = float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
+    beta_max = default / _cronos._BETA_RATIO
+    constant = 0.5 * np.var(y)
+    above = cf.Cronos(beta=1.02 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
+    below = cf.Cronos(beta=0.9 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
+    assert float(above.stats.objective) == pytest.approx(constant, rel=1e-3)
+    assert float(below.stats.objective) < 0.999 * constant
+
+
+def test_state_continues_a_refreshed_solve(digits):
+    X, labels = digits
+    y = cf.signed_targets(labels, 10)
+    short = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
+    first = short.solve(X, y, hidden=32)
+    second = short.solve(X, y, state=first.state)
+    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
+    assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
+    assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
+
+
+def test_state_continues_admm_where_it_stopped():
+    with jax.enable_x64(True):
+        X, y = random_problem(3, dtype="float64")
+        short = cf.Cronos(beta=0.01, gates="fixed", max_iters=40, tol=0.0)
+        first = short.solve(X, y, init=random_network(3, dtype="float64"))
+        second = short.solve(X, y, state=first.state)
+        whole = dataclasses.replace(short, max_iters=80).solve(X, y, init=random_network(3, dtype="float64"))
+        assert float(second.stats.program_objective) == pytest.approx(float(whole.stats.program_objective), rel=1e-9)
+
+
+def test_sweeping_beta_rho_and_tol_compiles_once():
+    X, y = random_problem(4)
+    cf.Cronos(beta=0.1, rho=1.0).solve(X, y, hidden=5)
+    compiled = _cronos._solve._cache_size()
+    for beta, rho, tol in [(0.2, 2.0, 1e-3), (jnp.float32(0.3), 0.1, 1e-4), (1, 3, 0)]:
+        cf.Cronos(beta=beta, rho=rho, tol=tol).solve(X + 1, y, hidden=5)
+    assert _cronos._solve._cache_size() == compiled
+
+
+def test_solve_goes_through_vmap_and_jit():
+    X, y = random_problem(5)
+    betas = jnp.asarray([1e-3, 1e-1])
+
+    @jax.jit
+    @jax.vmap
+    def objective(beta):
+        return cf.Cronos(beta=beta, max_iters=20).solve(X, y, hidden=5).stats.objective
+
+    one_by_one = [cf.Cronos(beta=float(beta), max_iters=20).solve(X, y, hidden=5).stats.objective for beta in betas]
+    np.testing.assert_allclose(objective(betas), one_by_one, rtol=1e-3)
+
+
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_nothing_is_promoted_silently(dtype, gates, strict_promotion):
+    X, y = random_problem(6, C=2, dtype=dtype)
+    solution = cf.Cronos(gates=gates, max_iters=5).solve(X, y, hidden=4)
+    floats = [leaf for leaf in jax.tree.leaves(solution) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {str(leaf.dtype) for leaf in floats} == {dtype}
+
+
+def test_a_one_dimensional_target_is_one_column():
+    X, y = random_problem(7)
+    a, b = (cf.Cronos(max_iters=5).solve(X, t, hidden=4) for t in (y, y[:, 0]))
+    np.testing.assert_array_equal(a.params.kernel2, b.params.kernel2)
+    assert cf.predict(a.params, X).shape == (40, 1)
+
+
+def test_missing_biases_stay_missing():
+    X, y = random_problem(8)
+    init = random_network(8, hidden_bias=False, output_bias=False)
+    params = cf.Cronos().solve(X, y, init=init).params
+    assert params.bias1 is None
+    assert params.bias2 is None
