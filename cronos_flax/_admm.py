@@ -173,7 +173,7 @@ def run(
         done, it, _, trace = carry
         count = jnp.minimum(_CHECK_EVERY, max_iters - done)
         it, now = steps(it, count)
-        trace = jnp.where(jnp.arange(max_iters + 1) > done, now.program_objective, trace)
+        trace = jnp.where(jnp.arange(max_iters + 1, dtype=jnp.int32) > done, now.program_objective, trace)
         return done + count, it, now, trace
 
     V, _, S, _ = _split(program, iterate, rho)

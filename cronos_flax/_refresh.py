@@ -154,7 +154,7 @@ def run(
     rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, start: Iterate, *, tol: Scalar, max_iters: int
 ) -> tuple[Iterate, Array, Int[Array, ""], Float[Array, " k"]]:
     """Step until the loss stagnates or ``max_iters``: the iterate, whether it stagnated, steps done, the trace."""
-    index = jnp.arange(max_iters + 1)
+    index = jnp.arange(max_iters + 1, dtype=jnp.int32)
 
     def stagnated(done: Int[Array, ""], trace: Float[Array, " k"]) -> Array:
         now, earlier = trace[done], trace[jnp.maximum(done - _WINDOW, 0)]

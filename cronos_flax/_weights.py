@@ -15,7 +15,7 @@ _DEAD = 1e-3  # a neuron below this fraction of the largest is treated as dead
 
 def default_directions(m: int, C: int, dtype: jnp.dtype) -> Directions:
     """Directions for neurons that have none: ±e₁, ±e₂, … in turn, so that both signs of every output are there."""
-    i = jnp.arange(m)
+    i = jnp.arange(m, dtype=jnp.int32)
     sign = jnp.where(i % 2 == 0, 1, -1).astype(dtype)
     return sign[:, None] * jax.nn.one_hot((i // 2) % C, C, dtype=dtype)
 

@@ -32,7 +32,7 @@ def regularised_loss(params, X, Y, beta, weight=None):
     weight = np.ones(len(X)) if weight is None else np.asarray(weight, float)
     X, Y = np.asarray(X, float), np.asarray(Y, float)
     kernel1, kernel2 = np.asarray(params.kernel1, float), np.asarray(params.kernel2, float)
-    s = np.sqrt(np.average(np.sum(X**2, axis=1), weights=weight))
+    s = np.sqrt(np.average(np.sum(X**2, axis=1), weights=weight)) or 1.0
     hidden = X @ kernel1
     penalty = np.sum(kernel1**2) + np.sum(kernel2**2)
     if params.bias1 is not None:
