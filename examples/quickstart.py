@@ -28,7 +28,7 @@ import cronos_flax as cf
 from cronos_flax.data import load_tfds
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 BATCH = 64
 FULL_SOLVES, THEN_EVERY = 5, 3  # a head solve before each of the first epochs, then before every third

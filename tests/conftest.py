@@ -55,6 +55,4 @@ def random_network(seed, p=5, m=6, C=1, hidden_bias=True, output_bias=True, dtyp
     def draw(*shape):
         return rng.normal(size=shape).astype(dtype)
 
-    return cf.TwoLayer(
-        draw(p, m), draw(m) if hidden_bias else None, draw(m, C), draw(C) if output_bias else None
-    )
+    return cf.TwoLayer(draw(p, m), draw(m) if hidden_bias else None, draw(m, C), draw(C) if output_bias else None)

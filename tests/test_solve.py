@@ -21,7 +21,9 @@ def held_gates(solution):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("C", "biases", "weighted"), [(1, True, False), (3, True, True), (1, False, True), (3, False, False)])
+@pytest.mark.parametrize(
+    ("C", "biases", "weighted"), [(1, True, False), (3, True, True), (1, False, True), (3, False, False)]
+)
 def test_held_gates_reach_the_optimum_of_the_program(dtype, seed, C, biases, weighted):
     X, y = random_problem(seed, n=50, p=6, C=C, dtype=dtype)
     init = random_network(seed, p=6, m=9, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)

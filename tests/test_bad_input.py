@@ -1,0 +1,115 @@
+"""Every public function refuses bad input with a ValueError that names it, and leaves the caller's arrays alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import random_network, random_problem
+
+import cronos_flax as cf
+from cronos_flax.data import load_tfds
+
+X, Y = random_problem(0)
+NET = random_network(0)
+MODEL = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+VARIABLES = MODEL.init(jax.random.key(0), X)
+HEAD = cf.find_head(MODEL, VARIABLES, X)
+T = np.ones((40, 2), "float32")
+
+
+def poisoned(value):
+    bad = X.copy()
+    bad[3, 2] = value
+    return bad
+
+
+def solve(X=X, y=Y, hidden=4, **kwargs):
+    return cf.Cronos(max_iters=2).solve(X, y, hidden=hidden, **kwargs)
+
+
+CASES = {
+    "empty X": (lambda: solve(X[:0], Y[:0]), "`X`"),
+    "one row": (lambda: solve(X[:1], Y[:1]), "`X`"),
+    "a flat X": (lambda: solve(X[0], Y), "`X`"),
+    "no columns": (lambda: solve(X[:, :0]), "`X`"),
+    "NaN in X": (lambda: solve(poisoned(np.nan)), "`X`.*finite"),
+    "inf in X": (lambda: solve(poisoned(np.inf)), "`X`.*finite"),
+    "integer X": (lambda: solve(X.astype(int)), "`X`.*floating"),
+    "text X": (lambda: solve([["a"]]), "`X`.*floating"),
+    "mismatched rows": (lambda: solve(X, Y[:7]), "`y`.*40"),
+    "integer y": (lambda: solve(y=np.arange(40)), "`y`.*signed_targets"),
+    "NaN in y": (lambda: solve(y=Y * np.nan), "`y`.*finite"),
+    "y of three dimensions": (lambda: solve(y=Y[:, :, None]), "`y`"),
+    "hidden zero": (lambda: solve(hidden=0), "`hidden`"),
+    "hidden a float": (lambda: solve(hidden=2.5), "`hidden`"),
+    "no start": (lambda: solve(hidden=None), "exactly one"),
+    "hidden and init": (lambda: solve(init=NET), "`hidden` and `init`"),
+    "init and state": (lambda: solve(hidden=None, init=NET, state=solve().state), "`init` and `state`"),
+    "init of another width": (lambda: solve(hidden=None, init=random_network(0, p=4)), "kernel1"),
+    "init of other outputs": (lambda: solve(hidden=None, init=random_network(0, C=2)), "kernel2"),
+    "init not a network": (lambda: solve(hidden=None, init={"kernel": 1}), "`init`"),
+    "state of other gates": (
+        lambda: cf.Cronos(gates="fixed").solve(X, Y, state=solve().state),
+        "`state`.*fixed",
+    ),
+    "state of other rows": (
+        lambda: cf.Cronos(gates="fixed", max_iters=2).solve(
+            X[:9], Y[:9], state=cf.Cronos(gates="fixed", max_iters=2).solve(X, Y, hidden=3).state
+        ),
+        "`state`.*rows",
+    ),
+    "other num_classes": (lambda: solve(num_classes=3), "`num_classes`"),
+    "negative weight": (lambda: solve(sample_weight=-np.ones(40)), "`sample_weight`"),
+    "zero weights": (lambda: solve(sample_weight=np.zeros(40)), "`sample_weight`"),
+    "short weights": (lambda: solve(sample_weight=np.ones(3)), "`sample_weight`"),
+    "negative beta": (lambda: cf.Cronos(beta=-1.0), "`beta`"),
+    "negative beta array": (lambda: cf.Cronos(beta=jnp.float32(-1)), "`beta`"),
+    "NaN beta": (lambda: cf.Cronos(beta=float("nan")), "`beta`"),
+    "beta a word": (lambda: cf.Cronos(beta="auto"), "`beta`"),
+    "rho zero": (lambda: cf.Cronos(rho=0.0), "`rho`"),
+    "negative tol": (lambda: cf.Cronos(tol=-1e-3), "`tol`"),
+    "unknown loss": (lambda: cf.Cronos(loss="l1"), "`loss`"),
+    "unknown gates": (lambda: cf.Cronos(gates="random"), "`gates`"),
+    "no iterations": (lambda: cf.Cronos(max_iters=0), "`max_iters`"),
+    "another linear solver": (lambda: cf.Cronos(linear_solver="cg"), "`linear_solver`"),
+    "no CG steps": (lambda: cf.Structured(max_steps=0), "`max_steps`"),
+    "float labels": (lambda: cf.signed_targets([0.5], 2), "`labels`"),
+    "labels out of range": (lambda: cf.signed_targets([0, 3], 3), "`labels`"),
+    "one class": (lambda: cf.signed_targets([0], 1), "`num_classes`"),
+    "not a module": (lambda: cf.find_head(lambda x: x, VARIABLES, X), "`model`"),
+    "no params": (lambda: cf.find_head(MODEL, {}, X), "`variables`"),
+    "no head": (lambda: cf.find_head(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), X), X), "Dense → relu → Dense"),
+    "an empty batch": (lambda: cf.find_head(MODEL, VARIABLES, X[:0]), "empty"),
+    "a batch of another shape": (lambda: cf.find_head(MODEL, VARIABLES, X[:, :3]), "batch"),
+    "fit: not a head": (lambda: cf.fit_head(MODEL, VARIABLES, (X, T)), "`head`"),
+    "fit: not a solver": (lambda: cf.fit_head(HEAD, VARIABLES, (X, T), solver="cronos"), "`solver`"),
+    "fit: another shape": (lambda: cf.fit_head(HEAD, VARIABLES, (X[:, :3], T)), "batch"),
+    "fit: mismatched rows": (lambda: cf.fit_head(HEAD, VARIABLES, (X, T[:3])), "`data`"),
+    "fit: no rows": (lambda: cf.fit_head(HEAD, VARIABLES, (X[:0], T[:0])), "`data`"),
+    "fit: no batches": (lambda: cf.fit_head(HEAD, VARIABLES, []), "at least one batch"),
+    "fit: not data": (lambda: cf.fit_head(HEAD, VARIABLES, 3), "`data`"),
+    "fit: labels": (lambda: cf.fit_head(HEAD, VARIABLES, (X, np.arange(40))), "signed_targets"),
+    "fit: other outputs": (lambda: cf.fit_head(HEAD, VARIABLES, (X, np.ones((40, 3), "float32"))), "targets"),
+    "fit: NaN": (lambda: cf.fit_head(HEAD, VARIABLES, (poisoned(np.nan), T)), "finite"),
+    "fit: dict batches": (lambda: cf.fit_head(HEAD, VARIABLES, [{"x": X}]), "unpack"),
+    "fit: bad unpack": (lambda: cf.fit_head(HEAD, VARIABLES, [X], unpack=lambda b: b), "`unpack`"),
+    "backbone_only: not a tx": (lambda: cf.backbone_only(1e-3, HEAD), "`tx`"),
+    "backbone_only: not a head": (lambda: cf.backbone_only(optax.sgd(0.1), None), "`head`"),
+    "state: not a solver": (
+        lambda: cf.CronosTrainState.create(
+            apply_fn=MODEL.apply, params=VARIABLES["params"], tx=optax.sgd(0.1), head=HEAD, solver=3
+        ),
+        "`solver`",
+    ),
+    "no such data set": (lambda: load_tfds("mnist", "train", "/nonexistent"), "Prepare it"),
+}
+
+
+@pytest.mark.parametrize(("call", "match"), CASES.values(), ids=CASES)
+def test_bad_input_is_refused(call, match):
+    kept = X.copy(), Y.copy(), jax.tree.map(np.array, VARIABLES)
+    with pytest.raises(ValueError, match=match):
+        call()
+    jax.tree.map(np.testing.assert_array_equal, kept, (X, Y, VARIABLES))

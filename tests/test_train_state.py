@@ -1,0 +1,147 @@
+"""CRONOS-AM: the ordinary loop and its few changed lines; the head belongs to the solver alone."""
+
+import difflib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cronos_flax as cf
+
+ORDINARY = """
+variables = model.init(jax.random.key(0), x)
+state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3))
+
+@jax.jit
+def train_step(state, x, y):
+    def loss(params):
+        return jnp.mean(0.5 * jnp.sum(jnp.square(state.apply_fn({"params": params}, x) - y), axis=-1))
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+for epoch in range(5):
+    for i in range(0, len(x), 100):
+        state = train_step(state, x[i : i + 100], y[i : i + 100])
+"""
+
+CRONOS_AM = """
+variables = model.init(jax.random.key(0), x)
+head = cf.find_head(model, variables, x[:100])
+state = cf.CronosTrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3), head=head)
+
+@jax.jit
+def train_step(state, x, y):
+    def loss(params):
+        return jnp.mean(0.5 * jnp.sum(jnp.square(state.apply_fn({"params": params}, x) - y), axis=-1))
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+for epoch in range(5):
+    state, solution = state.solve_head((x, y))
+    for i in range(0, len(x), 100):
+        state = train_step(state, x[i : i + 100], y[i : i + 100])
+"""
+
+
+def test_an_ordinary_loop_becomes_cronos_am_by_at_most_five_lines(digits):
+    from flax.training.train_state import TrainState
+
+    changed = [line for line in difflib.ndiff(ORDINARY.split("\n"), CRONOS_AM.split("\n")) if line[0] == "+"]
+    assert len(changed) <= 5
+    X, labels = digits
+    model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
+    x, y = X[:1000] / 16, np.asarray(cf.signed_targets(labels[:1000], 10))
+    accuracy = {}
+    for name, loop in {"adam": ORDINARY, "cronos": CRONOS_AM}.items():
+        scope = {"model": model, "x": x, "y": y, "cf": cf, "jax": jax, "jnp": jnp, "optax": optax}
+        exec(loop, scope | {"TrainState": TrainState}, scope := scope | {"TrainState": TrainState})
+        state = scope["state"]
+        assert int(state.step) == 50
+        guess = model.apply({"params": state.params}, X[1000:] / 16).argmax(axis=1)
+        accuracy[name] = float(np.mean(np.asarray(guess) == labels[1000:]))
+    assert accuracy["cronos"] > 0.93
+    assert accuracy["cronos"] > accuracy["adam"]
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(nn.relu(x))))
+
+
+def normed_state(tx):
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    model = Normed()
+    variables = model.init(jax.random.key(1), x, train=False)
+    head = cf.find_head(model, variables, x, train=False)
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=tx,
+        head=head,
+        model_state={"batch_stats": variables["batch_stats"]},
+    )
+    return state, (x, jnp.sign(x[:, :2]))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(1e-2),
+        optax.adamw(1e-2, weight_decay=0.1),
+        optax.sgd(1e-2, momentum=0.9),
+        optax.lion(1e-3),
+        optax.contrib.schedule_free_adamw(1e-2),
+        optax.contrib.prodigy(),
+        optax.MultiSteps(optax.adamw(1e-2), 2),
+    ],
+    ids=["adam", "adamw", "sgd", "lion", "schedule_free", "prodigy", "MultiSteps"],
+)
+def test_gradients_move_the_backbone_and_solves_the_head(tx):
+    state, (x, y) = normed_state(tx)
+
+    @jax.jit
+    def train_step(state):
+        def loss(params):
+            variables = {"params": params, **state.model_state}
+            out, updates = state.apply_fn(variables, x, train=True, mutable=["batch_stats"])
+            return jnp.mean(jnp.square(out - y)), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, model_state=updates)
+
+    def head_of(state):
+        return jax.tree.leaves(state.head.read({"params": state.params}))
+
+    stepped = train_step(train_step(state))
+    jax.tree.map(np.testing.assert_array_equal, head_of(stepped), head_of(state))
+    assert not np.array_equal(stepped.params["Dense_0"]["kernel"], state.params["Dense_0"]["kernel"])
+    solved, solution = stepped.solve_head((x, y))
+    assert solution.stats.objective < solution.stats.initial_objective
+    np.testing.assert_array_equal(solved.params["Dense_0"]["kernel"], stepped.params["Dense_0"]["kernel"])
+    assert int(solved.step) == int(stepped.step) == 2
+    train_step(solved)
+    assert train_step._cache_size() <= 2
+
+
+def test_the_penalised_loss_of_the_real_network_does_not_rise():
+    state, (x, y) = normed_state(optax.adam(1e-2))
+    for _ in range(3):
+        beta = None
+        before = state
+        state, solution = state.solve_head((x, y))
+        beta = float(solution.stats.beta)
+
+        def loss(state, beta=beta):
+            variables = {"params": state.params, **state.model_state}
+            network = state.head.read(variables)
+            features = np.asarray(state.head.inputs(variables, x))
+            s = np.sqrt(np.mean(np.sum(features**2, axis=1)))
+            out = state.apply_fn(variables, x, train=False)
+            penalty = sum(float(jnp.sum(jnp.square(w))) for w in (network.kernel1, network.kernel2, network.bias1 / s))
+            return float(jnp.mean(0.5 * jnp.sum(jnp.square(out - y), axis=1))) + beta / 2 * penalty
+
+        assert loss(state) <= loss(before) * (1 + 1e-5)
+        assert loss(state) == pytest.approx(float(solution.stats.objective), rel=1e-3)
