@@ -76,8 +76,7 @@ def train(
     name: str, state: TrainState, data: tuple, budget: float, seed: int, report: Any
 ) -> list[tuple[float, int, float, float]]:
     """Train for ``budget`` seconds: ``(seconds, steps, loss, validation accuracy)`` after every epoch."""
-    x, y, labels, x_held, labels_held = data
-    solves = isinstance(state, cf.CronosTrainState)
+    x, y, x_held, labels_held = data
 
     @jax.jit
     def outputs(params: Any, images: jax.Array) -> jax.Array:
@@ -91,21 +90,21 @@ def train(
 
     # Compile outside the clock: the states made here are thrown away.
     jax.block_until_ready(train_step(state, x[:BATCH], y[:BATCH]))
-    if solves:
+    if isinstance(state, cf.CronosTrainState):
         jax.block_until_ready(state.solve_head((x, y))[0].params)
 
     rng = np.random.default_rng(seed)
     history, clock, epoch = [], 0.0, 0
     while clock < budget:
         start = time.perf_counter()
-        if solves and (epoch < FULL_SOLVES or epoch % THEN_EVERY == 2):
+        if isinstance(state, cf.CronosTrainState) and (epoch < FULL_SOLVES or epoch % THEN_EVERY == 2):
             state, _ = state.solve_head((x, y))
         for rows in rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH):
             state = train_step(state, x[rows], y[rows])
         jax.block_until_ready(state.params)
         epoch += 1
         clock += time.perf_counter() - start
-        if solves and clock >= budget:
+        if isinstance(state, cf.CronosTrainState) and clock >= budget:
             start = time.perf_counter()
             state, _ = state.solve_head((x, y))
             jax.block_until_ready(state.params)
@@ -135,7 +134,7 @@ def main() -> None:
         parser.error(str(error))
     budget = args.seconds or (3.0 if args.dataset == "digits" else 12.0)
     targets = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
-    data = images, targets, labels, held_images, held_labels
+    data = images, targets, held_images, held_labels
 
     model = CNN(targets.shape[1])
     variables = model.init(jax.random.key(args.seed), images[:1])

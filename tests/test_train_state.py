@@ -55,7 +55,8 @@ def test_an_ordinary_loop_becomes_cronos_am_by_at_most_five_lines(digits):
     accuracy = {}
     for name, loop in {"adam": ORDINARY, "cronos": CRONOS_AM}.items():
         scope = {"model": model, "x": x, "y": y, "cf": cf, "jax": jax, "jnp": jnp, "optax": optax}
-        exec(loop, scope | {"TrainState": TrainState}, scope := scope | {"TrainState": TrainState})
+        scope["TrainState"] = TrainState
+        exec(loop, scope)
         state = scope["state"]
         assert int(state.step) == 50
         guess = model.apply({"params": state.params}, X[1000:] / 16).argmax(axis=1)
