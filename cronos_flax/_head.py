@@ -147,9 +147,10 @@ def _at(tree: Mapping, path: Path) -> Mapping:
 
 def _replace(tree: Mapping, path: Path, value: Any) -> Mapping:
     """A copy of nested mappings, frozen or boxed where they were, with ``value`` at ``path``."""
-    if not path:
-        return nn.meta.replace_boxed(tree, value) if isinstance(tree, Mapping) else value
-    new = {**tree, path[0]: _replace(tree[path[0]], path[1:], value)}
+    if path:
+        new = {**tree, path[0]: _replace(tree[path[0]], path[1:], value)}
+    else:
+        new = nn.meta.replace_boxed(dict(tree), dict(value))
     return FrozenDict(new) if isinstance(tree, FrozenDict) else new
 
 
