@@ -28,7 +28,7 @@ def test_held_gates_reach_the_optimum_of_the_program(dtype, seed, C, biases, wei
     X, y = random_problem(seed, n=50, p=6, C=C, dtype=dtype)
     init = random_network(seed, p=6, m=9, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)
     weight = np.random.default_rng(seed).uniform(0.2, 2, size=50).astype(dtype) if weighted else None
-    solver = cf.Cronos(beta=0.02, rho=0.1, gates="fixed", max_iters=4000, tol=2e-4)
+    solver = cf.Cronos(beta=0.02, rho=0.1, gates="fixed", max_iters=20_000, tol=2e-4)
     solution = solver.solve(X, y, init=init, sample_weight=weight)
     stats = solution.stats
     optimum = dense_twin.program_optimum(
