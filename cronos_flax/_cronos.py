@@ -255,7 +255,7 @@ def _fixed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array)
     toward = check.V - U
     Z, Z_toward = rows.X @ U, rows.X @ toward
     lengths = jnp.asarray(_STEP_LENGTHS, U.dtype)
-    values = jax.lax.map(lambda t: network_objective(rows, A, beta, U + t * toward, Z + t * Z_toward), lengths)
+    values = jax.lax.map(lambda t: network_objective(rows, program.A, beta, U + t * toward, Z + t * Z_toward), lengths)
     length = lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
     return _Ended(
         U + length * toward,

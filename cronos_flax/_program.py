@@ -105,7 +105,7 @@ def beta_max(rows: Rows, key: Array) -> Scalar:
     """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
 
     The problem is not concave. It is climbed along its gradient from a few random starts, each step as long as pays
-    most; that agrees to about a hundredth over keys, where the best of many random u is two or three times too small.
+    most; the best of them is a lower estimate, and agrees over keys to a few hundredths.
     """
     X, alpha = rows.X, rows.center(rows.Y)
     lengths = jnp.asarray((0.0, *_ASCENT_LENGTHS), X.dtype)

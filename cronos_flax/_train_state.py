@@ -82,7 +82,7 @@ class CronosTrainState(TrainState):
             params: ``variables["params"]``.
             tx: any Optax optimizer.
             head: from :func:`cronos_flax.find_head`.
-            solver: None means a short solve each time, ``Cronos(max_iters=…)`` of a few steps.
+            solver: None means three steps of the refreshed path each time, ``Cronos(max_iters=3)``.
             **kwargs: ``model_state`` and the fields of subclasses.
 
         Raises:

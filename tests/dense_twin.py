@@ -44,15 +44,3 @@ def regularised_loss(params, X, Y, beta, weight=None):
         outputs = outputs + np.asarray(params.bias2, float)
     loss = 0.5 * np.sum((outputs - Y) ** 2, axis=1)
     return np.average(loss, weights=weight) + beta / 2 * penalty
-
-
-def gate_matrix(X, U, directions, gates, *, output_bias):
-    """F as a dense matrix from vec(U) to vec(outputs), and its centring, by applying it to unit vectors."""
-    n, C = len(X), directions.shape[1]
-    columns = []
-    for k in range(U.size):
-        unit = np.zeros(U.size)
-        unit[k] = 1
-        outputs = (gates * (X @ unit.reshape(U.shape))) @ directions
-        columns.append((outputs - outputs.mean(axis=0) if output_bias else outputs).ravel())
-    return np.stack(columns, axis=1).reshape(n * C, U.size)

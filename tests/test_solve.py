@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _cronos
+from cronos_flax import _basis, _cronos, _program
 
 
 def held_gates(solution):
@@ -168,6 +168,17 @@ def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
     below = cf.Cronos(beta=0.5 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
     assert float(above.stats.objective) == pytest.approx(constant, rel=1e-2)
     assert float(below.stats.objective) < 0.98 * constant
+
+
+def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits):
+    X, labels = digits
+    y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
+    rows, _ = _basis.eigenbasis(X, y, jnp.ones(len(X)), hidden_bias=True, output_bias=True)
+    found = np.asarray([_program.beta_max(rows, jax.random.key(seed)) for seed in range(5)])
+    assert found.max() / found.min() < 1.05
+    u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 1000))
+    random = jnp.linalg.norm(jax.nn.relu(rows.X @ (u / jnp.linalg.norm(u, axis=0))).T @ rows.center(rows.Y), axis=1)
+    assert found.min() > float(jnp.max(random))
 
 
 def test_state_continues_a_refreshed_solve(digits):

@@ -130,7 +130,6 @@ def test_gradients_move_the_backbone_and_solves_the_head(tx):
 def test_the_penalised_loss_of_the_real_network_does_not_rise():
     state, (x, y) = normed_state(optax.adam(1e-2))
     for _ in range(3):
-        beta = None
         before = state
         state, solution = state.solve_head((x, y))
         beta = float(solution.stats.beta)
