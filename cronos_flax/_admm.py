@@ -6,28 +6,35 @@ With the splits ``U = V`` and ``G X U = S ≥ 0`` and scaled duals Λ, N, one it
     V ← group prox of U + Λ with threshold β/ρ           S ← max(G U + N, 0)
     Λ ← Λ + U − V                                        N ← N + G U − S
 
-with U over-relaxed. The prox fixes the duals, so only ``V + Λ`` and ``S + N`` are kept.
+with U over-relaxed. The prox fixes the duals, so only ``V + Λ`` and ``S + N`` are kept. The iteration is a fixed-point
+map of these two, and its slow tail is shortened by Anderson acceleration, safeguarded.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cronos_flax._linsolve import Structured
+from cronos_flax._anderson import Memory
+from cronos_flax._linsolve import NystromPCG, Structured
 from cronos_flax._program import Program, group_prox, lower_bound, norms
 from cronos_flax._solution import TwoLayer
 from cronos_flax._types import Activations, Directions, Gates, Neurons, Outputs, Scalar
 
 _OVER_RELAXATION = 1.6
 _CHECK_EVERY = 10
+_EXTRAPOLATE_EVERY = 5
+_RESIDUAL_RATIO = 0.1  # of the primal to the dual residual, that ρ is steered to
+_LEAST_ADAPTATION, _MOST_ADAPTATION = 1.5, 4.0
+_LAST_ADAPTATION = 10_000  # ρ changes finitely often, which convergence needs
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["V_plus_dual", "S_plus_dual", "z", "iteration"],
+    data_fields=["V_plus_dual", "S_plus_dual", "z", "rho", "iteration"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +45,38 @@ class Iterate:
         V_plus_dual: ``V + Λ``.
         S_plus_dual: ``S + N``.
         z: the last inner solution, the start of the next.
+        rho: ρ, the penalty.
         iteration: iterations done, which the inner tolerance shrinks with.
     """
 
     V_plus_dual: Neurons
     S_plus_dual: Activations
     z: Outputs
+    rho: Scalar
     iteration: Int[Array, ""]
+
+    def split(self, beta: Scalar) -> tuple[Neurons, Neurons, Activations, Activations]:
+        """``V, Λ, S, N``."""
+        V = group_prox(self.V_plus_dual, beta / self.rho)
+        S = jnp.maximum(self.S_plus_dual, 0)
+        return V, self.V_plus_dual - V, S, self.S_plus_dual - S
+
+    def flat(self) -> Float[Array, " N"]:
+        """The two arrays that the fixed-point map is about, as one vector."""
+        return jnp.concatenate([self.V_plus_dual.ravel(), self.S_plus_dual.ravel()])
+
+    def at(self, flat: Float[Array, " N"]) -> "Iterate":
+        """This iterate moved to the point ``flat``."""
+        V, S = jnp.split(flat, [self.V_plus_dual.size])
+        return dataclasses.replace(
+            self, V_plus_dual=V.reshape(self.V_plus_dual.shape), S_plus_dual=S.reshape(self.S_plus_dual.shape)
+        )
+
+    def with_rho(self, rho: Scalar, beta: Scalar) -> "Iterate":
+        """The same V, S and unscaled duals under another penalty."""
+        V, Lambda, S, N = self.split(beta)
+        ratio = self.rho / rho
+        return dataclasses.replace(self, V_plus_dual=V + ratio * Lambda, S_plus_dual=S + ratio * N, rho=rho)
 
 
 @partial(
@@ -71,7 +103,7 @@ class Check:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "z", "iteration"],
+    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "z", "rho", "iteration"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +116,7 @@ class State:
     A: Directions
     S_plus_dual: Float[Array, "n m"]
     z: Float[Array, "n C"]
+    rho: Array
     iteration: Array
 
 
@@ -91,42 +124,48 @@ def init(program: Program, U: Neurons, rho: Scalar) -> Iterate:
     """The iterate for a start from neurons U: ``V = U``, ``S = G X U``, and the Λ that the prox would leave there."""
     size = norms(U)
     dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)
-    Z = program.rows.X @ U
-    return Iterate(U + dual, jnp.maximum(program.G(Z), 0), jnp.zeros_like(program.rows.Y), jnp.zeros((), jnp.int32))
+    S = jnp.maximum(program.G(program.rows.X @ U), 0)
+    return Iterate(U + dual, S, jnp.zeros_like(program.rows.Y), rho, jnp.zeros((), jnp.int32))
 
 
-def _split(program: Program, iterate: Iterate, rho: Scalar) -> tuple[Neurons, Neurons, Activations, Activations]:
-    """V, Λ, S, N of the compact state."""
-    V = group_prox(iterate.V_plus_dual, program.beta / rho)
-    S = jnp.maximum(iterate.S_plus_dual, 0)
-    return V, iterate.V_plus_dual - V, S, iterate.S_plus_dual - S
+@partial(jax.tree_util.register_dataclass, data_fields=["image", "U", "GXU"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One iteration: where it led, and the U it took, with ``G X U``."""
+
+    image: Iterate
+    U: Neurons
+    GXU: Activations
 
 
 def step(
-    program: Program, linear_solver: Structured, eigenvalues: Float[Array, " d"], rho: Scalar, iterate: Iterate
-) -> tuple[Iterate, Neurons, Activations]:
-    """One iteration; also the U of this iteration and ``G X U``."""
-    V, Lambda, S, N = _split(program, iterate, rho)
-    # Errors of the U-step must be summable for ADMM to converge, and reach the iterate divided by ρ.
-    tol = 0.1 * jnp.minimum(rho, 1) / (iterate.iteration + 1).astype(rho.dtype) ** 1.2
-    rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(program.rows.Y) / rho)
-    U, XU, z = linear_solver.solve(program, eigenvalues, rho, rhs, iterate.z, tol)
+    program: Program,
+    linear_solver: Structured | NystromPCG,
+    eigenvalues: Float[Array, " d"],
+    prepared: Any,
+    iterate: Iterate,
+) -> Step:
+    """One iteration."""
+    V, Lambda, S, N = iterate.split(program.beta)
+    rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(program.rows.Y) / iterate.rho)
+    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.rho, prepared, rhs, iterate.z, iterate.iteration)
     GXU = program.G(XU)
-    relax = _OVER_RELAXATION
-    new = Iterate(
+    relax = _OVER_RELAXATION if linear_solver.accelerated else 1
+    image = dataclasses.replace(
+        iterate,
         V_plus_dual=relax * U + (1 - relax) * V + Lambda,
         S_plus_dual=relax * GXU + (1 - relax) * S + N,
         z=z,
         iteration=iterate.iteration + 1,
     )
-    return new, U, GXU
+    return Step(image, U, GXU)
 
 
-def check(program: Program, rho: Scalar, before: Iterate, after: Iterate, U: Neurons, GXU: Activations) -> Check:
-    """The certificate and the residuals of the step from ``before`` to ``after``."""
-    X = program.rows.X
-    V_old, _, S_old, _ = _split(program, before, rho)
-    V, Lambda, S, N = _split(program, after, rho)
+def check(program: Program, before: Iterate, step: Step) -> Check:
+    """The certificate and the residuals of a step from ``before``."""
+    X, U, GXU = program.rows.X, step.U, step.GXU
+    V_old, _, S_old, _ = before.split(program.beta)
+    V, Lambda, S, N = step.image.split(program.beta)
     XV = X @ V
     GV = program.G(XV)
     tiny = jnp.finfo(U.dtype).tiny
@@ -137,7 +176,7 @@ def check(program: Program, rho: Scalar, before: Iterate, after: Iterate, U: Neu
     return Check(
         V=V,
         program_objective=program.objective(V, XV),
-        lower_bound=lower_bound(program, XV, -rho * N),
+        lower_bound=lower_bound(program, XV, -step.image.rho * N),
         cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
         primal_residual=size(U - V, GXU - S) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S)), tiny),
         dual_residual=jnp.linalg.norm(V - V_old + X.T @ program.G(S - S_old))
@@ -145,39 +184,106 @@ def check(program: Program, rho: Scalar, before: Iterate, after: Iterate, U: Neu
     )
 
 
+def better_rho(check: Check, image: Iterate) -> tuple[Scalar, Array]:
+    """The penalty that the residuals ask for, and whether it is time for a change and the change worth it."""
+    tens = image.iteration // _CHECK_EVERY
+    due = (image.iteration % _CHECK_EVERY == 0) & (tens & (tens - 1) == 0) & (image.iteration <= _LAST_ADAPTATION)
+    ratio = check.primal_residual / (_RESIDUAL_RATIO * jnp.maximum(check.dual_residual, jnp.finfo(image.rho.dtype).eps))
+    factor = jnp.clip(jnp.sqrt(ratio), 1 / _MOST_ADAPTATION, _MOST_ADAPTATION)
+    return image.rho * factor, due & ((factor > _LEAST_ADAPTATION) | (factor < 1 / _LEAST_ADAPTATION))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["done", "iterate", "memory", "prepared", "check", "objectives", "bounds"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run between two checks: iterations done in it, where it is, the last figures, and their traces."""
+
+    done: Int[Array, ""]
+    iterate: Iterate
+    memory: Memory | None
+    prepared: Any
+    check: Check
+    objectives: Float[Array, " k"]
+    bounds: Float[Array, " k"]
+
+
+def begin(
+    program: Program,
+    linear_solver: Structured | NystromPCG,
+    eigenvalues: Float[Array, " d"],
+    iterate: Iterate,
+    key: Array,
+    *,
+    max_iters: int,
+) -> Run:
+    """A run that has done nothing yet."""
+    V, _, S, _ = iterate.split(program.beta)
+    first = check(program, iterate, Step(iterate, V, S))
+    return Run(
+        done=jnp.zeros((), jnp.int32),
+        iterate=iterate,
+        memory=Memory.empty(iterate.flat()) if linear_solver.accelerated else None,
+        prepared=linear_solver.prepare(program, eigenvalues, iterate.rho, key),
+        check=first,
+        objectives=jnp.full(max_iters + 1, first.program_objective),
+        bounds=jnp.full(max_iters + 1, first.lower_bound),
+    )
+
+
 def run(
     program: Program,
-    linear_solver: Structured,
+    linear_solver: Structured | NystromPCG,
     eigenvalues: Float[Array, " d"],
-    rho: Scalar,
-    iterate: Iterate,
+    start: Run,
+    key: Array,
     *,
     tol: Scalar,
-    max_iters: int,
-) -> tuple[Iterate, Check, Int[Array, ""], Float[Array, " k"]]:
-    """Iterate until a check passes, or ``max_iters``; the final iterate, its check, the iterations done, the trace."""
+    until: Int[Array, ""] | int,
+) -> Run:
+    """Iterate until a check passes, or ``until`` iterations are done."""
 
-    def steps(iterate: Iterate, count: Int[Array, ""]) -> tuple[Iterate, Check]:
-        def one(_: int, it: Iterate) -> Iterate:
-            return step(program, linear_solver, eigenvalues, rho, it)[0]
+    def advance(prepared: Any, iterate: Iterate, memory: Memory | None) -> tuple[Iterate, Memory | None]:
+        image = step(program, linear_solver, eigenvalues, prepared, iterate).image
+        if memory is None:
+            return image, None
+        # Never at a check, whose figures are of a plain step.
+        extrapolate = image.iteration % _EXTRAPOLATE_EVERY == _EXTRAPOLATE_EVERY // 2
+        point, memory = memory.advance(iterate.flat(), image.flat(), extrapolate)
+        return image.at(point), memory
 
-        before = jax.lax.fori_loop(0, count - 1, one, iterate)
-        after, U, GXU = step(program, linear_solver, eigenvalues, rho, before)
-        return after, check(program, rho, before, after, U, GXU)
+    def unfinished(now: Run) -> Array:
+        return (now.done < until) & ~now.check.converged(tol) & jnp.isfinite(now.check.program_objective)
 
-    def unfinished(carry: tuple) -> Array:
-        done, _, last, _ = carry
-        return (done < max_iters) & ~last.converged(tol) & jnp.isfinite(last.program_objective)
+    def body(now: Run) -> Run:
+        count = jnp.minimum(_CHECK_EVERY, until - now.done)
+        before, memory = jax.lax.fori_loop(
+            0, count - 1, lambda _, c: advance(now.prepared, *c), (now.iterate, now.memory)
+        )
+        last = step(program, linear_solver, eigenvalues, now.prepared, before)
+        figures = check(program, before, last)
+        image, prepared = last.image, now.prepared
+        if memory is not None:
+            _, memory = memory.advance(before.flat(), image.flat(), False)
+            rho, change = better_rho(figures, image)
+            rho = jnp.where(change, rho, image.rho)
+            image = image.with_rho(rho, program.beta)
+            memory = dataclasses.replace(memory, count=jnp.where(change, 0, memory.count))
+            prepared = jax.lax.cond(
+                change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
+            )
+        later = jnp.arange(len(now.objectives), dtype=jnp.int32) > now.done
+        return Run(
+            now.done + count,
+            image,
+            memory,
+            prepared,
+            figures,
+            objectives=jnp.where(later, figures.program_objective, now.objectives),
+            bounds=jnp.where(later, figures.lower_bound, now.bounds),
+        )
 
-    def body(carry: tuple) -> tuple:
-        done, it, _, trace = carry
-        count = jnp.minimum(_CHECK_EVERY, max_iters - done)
-        it, now = steps(it, count)
-        trace = jnp.where(jnp.arange(max_iters + 1, dtype=jnp.int32) > done, now.program_objective, trace)
-        return done + count, it, now, trace
-
-    V, _, S, _ = _split(program, iterate, rho)
-    start = check(program, rho, iterate, iterate, V, S)
-    trace = jnp.full(max_iters + 1, start.program_objective)
-    done, iterate, last, trace = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), iterate, start, trace))
-    return iterate, last, done, trace
+    return jax.lax.while_loop(unfinished, body, start)

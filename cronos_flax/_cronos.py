@@ -13,16 +13,16 @@ from jaxtyping import Float
 
 from cronos_flax import _admm, _checks, _refresh
 from cronos_flax._basis import Basis, Rows, eigenbasis
-from cronos_flax._linsolve import Structured
+from cronos_flax._linsolve import NystromPCG, Structured
 from cronos_flax._program import Program, beta_max, network_objective
 from cronos_flax._solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._types import Directions, Neurons, RowVector, Scalar
 from cronos_flax._weights import dead, default_directions, from_network, random_neurons, regularised_loss, to_network
 
 _LOSSES = ("squared",)
-_GATES = ("refreshed", "fixed")
+_GATES = ("refreshed", "fixed", "paired")
 _BETA_RATIO = 0.001
-_RHO = {"refreshed": 1.0, "fixed": 0.01}
+_RHO = 1.0
 _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
 
@@ -47,14 +47,16 @@ class Cronos:
     Args:
         loss: ``"squared"``.
         beta: weight decay, ``≥ 0``; None takes a fixed fraction of the smallest value that makes the solution zero.
-        rho: ADMM's penalty, or the first damping of the refreshed path, ``> 0``; None takes the default. On the
-            refreshed path it adapts by itself.
-        gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself.
-            ``"fixed"`` holds the gates of the starting network and solves that convex program by ADMM, with a lower
-            bound on its optimum.
-        linear_solver: how ``gates="fixed"`` solves its linear systems.
+        rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. It adapts by
+            itself, except with ``cf.NystromPCG``.
+        gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself. The
+            others hold them, and solve that convex program by ADMM, with a lower bound on its optimum: ``"fixed"``
+            those of the starting network, ``"paired"`` random ones, each used by two neurons of opposite direction.
+            ``"paired"`` with ``cf.NystromPCG()`` is the published algorithm, which has no output bias unless the
+            network given has one.
+        linear_solver: how held gates solve their linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
         max_iters: most iterations of one solve.
-        tol: ``"fixed"`` stops when gap and constraint violation are relatively below it, ``"refreshed"`` when the loss
+        tol: held gates stop when gap and constraint violation are relatively below it, ``"refreshed"`` when the loss
             fell by less than this fraction over ten iterations.
 
     Raises:
@@ -77,15 +79,17 @@ class Cronos:
     beta: float | Array | None = None
     rho: float | Array | None = None
     gates: str = "refreshed"
-    linear_solver: Structured = Structured()  # noqa: RUF009  (frozen)
+    linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
     max_iters: int = 300
     tol: float | Array = 1e-3
 
     def __post_init__(self) -> None:
         _checks.choice("loss", self.loss, _LOSSES)
         _checks.choice("gates", self.gates, _GATES)
-        if not isinstance(self.linear_solver, Structured):
-            raise ValueError(f"Cronos: `linear_solver` must be a cf.Structured, got {self.linear_solver!r}.")
+        if not isinstance(self.linear_solver, (Structured, NystromPCG)):
+            raise ValueError(
+                f"Cronos: `linear_solver` must be a cf.Structured or a cf.NystromPCG, got {self.linear_solver!r}."
+            )
         _checks.positive_integer("Cronos", "max_iters", self.max_iters)
         _checks.number("beta", self.beta, "a number ≥ 0, or None to have it chosen", lambda v: v >= 0)
         _checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
@@ -137,11 +141,13 @@ class _Problem(NamedTuple):
 
     rows: Rows
     basis: Basis
+    total_weight: Scalar
     beta: Scalar
     rho: Scalar
     tol: Scalar
+    gates: str
     max_iters: int
-    linear_solver: Structured
+    linear_solver: Structured | NystromPCG
 
 
 class _Ended(NamedTuple):
@@ -180,20 +186,23 @@ def _solve_at_full_precision(
 ) -> Solution:
     beta_key, start_key, run_key = jax.random.split(key, 3)
     network = start if isinstance(start, TwoLayer) or start is None else start.params
-    weight = weight / jnp.mean(weight)
+    # Normalised to sum to the number of rows that have any, so that the others are as if absent.
+    weight = weight * (jnp.count_nonzero(weight).astype(weight.dtype) / jnp.sum(weight))
     rows, basis = eigenbasis(
         features,
         targets,
         weight,
         hidden_bias=network is None or network.bias1 is not None,
-        output_bias=network is None or network.bias2 is not None,
+        output_bias=solver.gates != "paired" if network is None else network.bias2 is not None,
     )
-    n, d = rows.X.shape
+    d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
-    beta = _BETA_RATIO * beta_max(rows, beta_key) if solver.beta is None else solver.beta * n / basis.scale
-    door_beta = beta * basis.scale / n
-    rho = jnp.asarray(_RHO[solver.gates] if solver.rho is None else solver.rho, rows.X.dtype)
-    problem = _Problem(rows, basis, beta, rho, jnp.asarray(solver.tol), solver.max_iters, solver.linear_solver)
+    beta = _BETA_RATIO * beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
+    door_beta = beta * basis.scale / total
+    rho = jnp.asarray(_RHO if solver.rho is None else solver.rho, rows.X.dtype)
+    problem = _Problem(
+        rows, basis, total, beta, rho, jnp.asarray(solver.tol), solver.gates, solver.max_iters, solver.linear_solver
+    )
 
     if network is None:
         U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
@@ -201,7 +210,7 @@ def _solve_at_full_precision(
         network = to_network(rows, basis, U, A)
     else:
         U, A = from_network(network, basis)
-    ended = (_refreshed if solver.gates == "refreshed" else _fixed)(problem, U, A, start, run_key)
+    ended = (_refreshed if solver.gates == "refreshed" else _held)(problem, U, A, start, run_key)
 
     # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
     found = to_network(rows, basis, ended.U, ended.A)
@@ -232,25 +241,34 @@ def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Ar
         last.U,
         last.A,
         status=jnp.where(stagnated, Status.stationary, Status.max_iters),
-        figures={"iterations": done, "objective_trace": trace / rows.X.shape[0]},
+        figures={"iterations": done, "objective_trace": trace / problem.total_weight},
         state_of=lambda params: _refresh.State(params, last.damping, last.key),
     )
 
 
-def _fixed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
-    """Solve the convex program of the start's gates by ADMM, and go there as far as the network's loss falls."""
-    rows, basis, beta, rho = problem.rows, problem.basis, problem.beta, problem.rho
-    n = rows.X.shape[0]
+def _held(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
+    """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
+    rows, basis, beta = problem.rows, problem.basis, problem.beta
+    total = problem.total_weight
+    gate_key, run_key = jax.random.split(key)
     if isinstance(start, _admm.State):
         program = Program(rows, start.D, start.A, beta)
-        first = _admm.Iterate(basis.lift(*start.hidden_plus_dual), start.S_plus_dual, start.z, start.iteration)
-    else:
-        probe = jnp.where(dead(U), random_neurons(key, U), U)
+        V_plus_dual = basis.lift(*start.hidden_plus_dual)
+        first = _admm.Iterate(V_plus_dual, start.S_plus_dual, start.z, start.rho, start.iteration)
+    elif problem.gates == "fixed":
+        probe = jnp.where(dead(U), random_neurons(gate_key, U), U)
         program = Program(rows, rows.X @ probe >= 0, A, beta)
-        first = _admm.init(program, U, rho)
-    last, check, done, trace = _admm.run(
-        program, problem.linear_solver, basis.eigenvalues, rho, first, tol=problem.tol, max_iters=problem.max_iters
-    )
+        first = _admm.init(program, U, problem.rho)
+    else:
+        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
+        probe = jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]]
+        U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
+        program = Program(rows, rows.X @ probe >= 0, A, beta)
+        first = _admm.init(program, U, problem.rho)
+    method = program, problem.linear_solver, basis.eigenvalues
+    run = _admm.begin(*method, first, run_key, max_iters=problem.max_iters)
+    run = _admm.run(*method, run, run_key, tol=problem.tol, until=problem.max_iters)
+    last, check = run.iterate, run.check
     # The program's iterate may break its gates, and its network then be worse than the start's.
     toward = check.V - U
     Z, Z_toward = rows.X @ U, rows.X @ toward
@@ -262,15 +280,23 @@ def _fixed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array)
         program.A,
         status=jnp.where(check.converged(problem.tol), Status.converged, Status.max_iters),
         figures={
-            "program_objective": check.program_objective / n,
-            "lower_bound": check.lower_bound / n,
+            "program_objective": check.program_objective / total,
+            "lower_bound": check.lower_bound / total,
             "cone_violation": check.cone_violation,
             "primal_residual": check.primal_residual,
             "dual_residual": check.dual_residual,
-            "iterations": done,
-            "objective_trace": trace / n,
+            "iterations": run.done,
+            "objective_trace": run.objectives / total,
+            "lower_bound_trace": run.bounds / total,
         },
         state_of=lambda params: _admm.State(
-            params, basis.lower(last.V_plus_dual), program.D, program.A, last.S_plus_dual, last.z, last.iteration
+            params,
+            basis.lower(last.V_plus_dual),
+            program.D,
+            program.A,
+            last.S_plus_dual,
+            last.z,
+            last.rho,
+            last.iteration,
         ),
     )

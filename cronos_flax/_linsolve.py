@@ -1,14 +1,22 @@
-"""Linear systems: preconditioned conjugate gradients, and the structured solve of ADMM's U-step."""
+"""Linear systems: preconditioned conjugate gradients, and the two ways to take ADMM's U-step.
+
+Both have one interface: ``prepare`` makes what holds for all iterations of one κ, ``solve`` takes the step.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from cronos_flax._nystrom import Sketch, sketch
 from cronos_flax._program import Program
 from cronos_flax._types import Activations, Neurons, Outputs, Scalar
+
+_LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
+_ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 
 def conjugate_gradient(
@@ -59,26 +67,68 @@ class Structured:
 
         p = K⁻¹ r,      (κ I + F K⁻¹ F*) z = F p,      U = p − K⁻¹ F* z
 
-    which conjugate gradients solve from the last z.
+    which is solved by one Cholesky factor for all iterations where that is cheaper, and else by conjugate gradients
+    from the last z; for several outputs these are preconditioned by a factor that ignores how the outputs couple.
 
     Args:
         max_steps: most conjugate-gradient steps in one iteration of ADMM.
     """
 
     max_steps: int = 50
+    accelerated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(f"Structured: `max_steps` must be a positive integer, got {self.max_steps!r}.")
+        _positive("Structured", "max_steps", self.max_steps)
+
+    def plan(self, n: int, d: int, m: int, C: int) -> str:
+        """``"dense"``, ``"preconditioned"`` or ``"plain"``: the cheapest by floating-point operations."""
+
+        def factor(size: int) -> float:
+            return size**3 / 3 + 2 * n * n * (d + m) if size <= _LARGEST_FACTOR else float("inf")
+
+        def conjugate_gradients(steps: int) -> float:
+            return _ITERATIONS * steps * 4 * n * d * m
+
+        costs = {
+            "dense": factor(n * C) + _ITERATIONS * 4 * (n * C) ** 2,
+            "plain": conjugate_gradients(_CG_STEPS),
+        }
+        if C > 1:
+            steps = _CG_STEPS * 2 // 5
+            costs["preconditioned"] = factor(n) + conjugate_gradients(steps) + _ITERATIONS * steps * 4 * n * n * C
+        return min(costs, key=costs.__getitem__)
+
+    def prepare(
+        self, program: Program, eigenvalues: Float[Array, " d"], kappa: Scalar, key: Array
+    ) -> Float[Array, "N N"] | None:
+        """The Cholesky factor that :meth:`solve` wants, if any; to be renewed when κ changes."""
+        del key
+        plan = self.plan(*program.rows.X.shape, *program.A.shape)
+        if plan == "plain":
+            return None
+        X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
+        n, C = program.rows.Y.shape
+        H = (X / (1 + eigenvalues)) @ X.T
+        if plan == "dense":
+            # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
+            E = (D[:, None, :] * program.A.T).reshape(n * C, -1)
+            matrix = ((E @ E.T).reshape(n, C, n, C) * H[:, None, :, None]).reshape(n, -1)
+            matrix = program.rows.center(matrix).reshape(n * C, n * C)
+            matrix = program.rows.center(matrix.T.reshape(n, -1)).reshape(n * C, n * C)
+        else:
+            matrix = H * (D @ D.T) / C
+            matrix = program.rows.center(program.rows.center(matrix).T)
+        return jnp.linalg.cholesky(matrix + kappa * jnp.eye(len(matrix), dtype=X.dtype))
 
     def solve(
         self,
         program: Program,
         eigenvalues: Float[Array, " d"],
         kappa: Scalar,
+        prepared: Float[Array, "N N"] | None,
         rhs: Neurons,
         z: Outputs,
-        tol: Scalar,
+        iteration: Int[Array, ""],
     ) -> tuple[Neurons, Activations, Outputs]:
         """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call."""
         X = program.rows.X
@@ -87,7 +137,88 @@ class Structured:
         def inner(z: Outputs) -> Outputs:
             return kappa * z + program.F(X @ (inverse_K * (X.T @ program.Ft(z))))
 
+        def divide(r: Outputs) -> Outputs:
+            if prepared is None:
+                return r
+            return jax.scipy.linalg.cho_solve((prepared, True), r.reshape(len(prepared), -1)).reshape(r.shape)
+
         p = inverse_K * rhs
-        z = conjugate_gradient(inner, program.F(X @ p), guess=z, tol=tol, max_steps=self.max_steps)
+        Fp = program.F(X @ p)
+        if prepared is not None and len(prepared) == Fp.size:
+            z = divide(Fp)
+        else:
+            # Errors of the U-step must be summable for ADMM to converge, and reach the iterate divided by κ.
+            tol = 0.1 * jnp.minimum(kappa, 1) / (iteration + 1).astype(kappa.dtype) ** 1.2
+            z = conjugate_gradient(inner, Fp, preconditioner=divide, guess=z, tol=tol, max_steps=self.max_steps)
         U = p - inverse_K * (X.T @ program.Ft(z))
         return U, X @ U, z
+
+
+@dataclasses.dataclass(frozen=True)
+class NystromPCG:
+    """The U-step, and with it the ADMM, as published: the primal system by Nyström-preconditioned conjugate gradients.
+
+        (I + G*G + κ⁻¹ F*F) U = r
+
+    from a zero start, to the relative tolerance ``1/(k+1)^1.2`` in iteration k = 1, 2, …, with one sketch a solve. ADMM
+    is then neither over-relaxed nor accelerated, and ρ is held.
+
+    Args:
+        rank: rank of the sketch.
+        max_steps: most conjugate-gradient steps in one iteration of ADMM.
+
+    References:
+        Feng, Frangella, Pilanci, arXiv:2411.01088, section 4 and Algorithm 2.
+    """
+
+    rank: int = 20
+    max_steps: int = 20
+    accelerated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _positive("NystromPCG", "rank", self.rank)
+        _positive("NystromPCG", "max_steps", self.max_steps)
+
+    def prepare(self, program: Program, eigenvalues: Float[Array, " d"], kappa: Scalar, key: Array) -> Sketch:
+        """The sketch of ``G*G + κ⁻¹ F*F``."""
+        del eigenvalues
+        X, m = program.rows.X, program.A.shape[0]
+        shape = X.shape[1], m
+
+        def operator(v: Array) -> Array:
+            return self._product(program, kappa, v.reshape(shape)).ravel()
+
+        size = shape[0] * m
+        return sketch(operator, size, min(self.rank, size), key, X.dtype)
+
+    @staticmethod
+    def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:
+        """``(G*G + κ⁻¹ F*F) V``; the signs of G square to one."""
+        Z = program.rows.X @ V
+        return program.rows.X.T @ (Z + program.Ft(program.F(Z)) / kappa)
+
+    def solve(
+        self,
+        program: Program,
+        eigenvalues: Float[Array, " d"],
+        kappa: Scalar,
+        prepared: Sketch,
+        rhs: Neurons,
+        z: Outputs,
+        iteration: Int[Array, ""],
+    ) -> tuple[Neurons, Activations, Outputs]:
+        """As :meth:`Structured.solve`; the inner solution is handed through unused."""
+        del eigenvalues
+        U = conjugate_gradient(
+            lambda V: V + self._product(program, kappa, V),
+            rhs,
+            preconditioner=lambda R: prepared.precondition(1.0, R.ravel()).reshape(R.shape),
+            tol=1 / (iteration + 2).astype(kappa.dtype) ** 1.2,
+            max_steps=self.max_steps,
+        )
+        return U, program.rows.X @ U, z
+
+
+def _positive(where: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: `{name}` must be a positive integer, got {value!r}.")

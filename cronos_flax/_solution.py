@@ -75,6 +75,7 @@ class TwoLayer:
         "objective_trace",
         "program_objective",
         "lower_bound",
+        "lower_bound_trace",
         "cone_violation",
         "primal_residual",
         "dual_residual",
@@ -97,6 +98,7 @@ class Stats:
         program_objective: objective of the convex program at its own iterate, which need not quite respect the gates
             and can then lie below the optimum. None for ``gates="refreshed"``, as all that follow.
         lower_bound: no point of the convex program is below this.
+        lower_bound_trace: shape ``(max_iters + 1,)``: the lower bound, as ``objective_trace`` has the objective.
         cone_violation: how far the iterate is from respecting its gates, ``‖min(GV, 0)‖ / ‖GV‖``.
         primal_residual: ADMM's primal residual relative to the iterate.
         dual_residual: ADMM's dual residual relative to the duals.
@@ -110,6 +112,7 @@ class Stats:
     objective_trace: Float[Array, " k"]
     program_objective: Scalar | None = None
     lower_bound: Scalar | None = None
+    lower_bound_trace: Float[Array, " k"] | None = None
     cone_violation: Scalar | None = None
     primal_residual: Scalar | None = None
     dual_residual: Scalar | None = None

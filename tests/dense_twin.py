@@ -44,3 +44,26 @@ def regularised_loss(params, X, Y, beta, weight=None):
         outputs = outputs + np.asarray(params.bias2, float)
     loss = 0.5 * np.sum((outputs - Y) ** 2, axis=1)
     return np.average(loss, weights=weight) + beta / 2 * penalty
+
+
+def admm(X, Y, gates, directions, beta, rho, relax=1.0, *, V, Lambda, center=lambda T: T):
+    """The iterates ``(V, Λ, S, N)`` of ADMM on (P), by dense matrices and with every variable written out."""
+    (n, d), m = X.shape, gates.shape[1]
+    signs = 2.0 * gates - 1
+
+    def matrix(apply):
+        return np.stack([np.asarray(apply(X @ e.reshape(d, m))).ravel() for e in np.eye(d * m)], axis=1)
+
+    F, G = matrix(lambda Z: center((gates * Z) @ directions)), matrix(lambda Z: signs * Z)
+    system = np.eye(d * m) + G.T @ G + F.T @ F / rho
+    S = np.maximum(signs * (X @ V), 0)
+    N = np.zeros_like(S)
+    while True:
+        rhs = (V - Lambda).ravel() + G.T @ (S - N).ravel() + F.T @ np.asarray(Y).ravel() / rho
+        U = np.linalg.solve(system, rhs)
+        U, GU = relax * U.reshape(d, m) + (1 - relax) * V, relax * (G @ U).reshape(n, m) + (1 - relax) * S
+        size = np.linalg.norm(U + Lambda, axis=0)
+        V = (U + Lambda) * np.maximum(1 - beta / rho / size, 0)
+        S = np.maximum(GU + N, 0)
+        Lambda, N = Lambda + U - V, N + GU - S
+        yield V, Lambda, S, N

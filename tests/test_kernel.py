@@ -1,5 +1,7 @@
 """The pieces of the solver against dense twins: adjoints, prox, the Levenberg–Marquardt step, weights, basis."""
 
+import dataclasses
+
 import dense_twin
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from conftest import random_network, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cronos_flax import _admm, _basis, _linsolve, _program, _refresh, _weights
+from cronos_flax import _admm, _anderson, _basis, _linsolve, _nystrom, _program, _refresh, _weights
 
 seeds = st.integers(0, 10_000)
 
@@ -62,61 +64,137 @@ def test_group_prox_is_optimal(seed, threshold):
             assert np.linalg.norm(u) <= threshold * (1 + 1e-12)
 
 
-@settings(max_examples=10, deadline=None)
-@given(seed=seeds)
-def test_the_structured_solve_solves_the_u_step(seed):
-    program, U, basis = random_program(seed)
-    kappa = jnp.asarray(0.1)
-    rhs = jnp.asarray(np.random.default_rng(seed).normal(size=U.shape))
-    got, XU, _ = _linsolve.Structured(200).solve(
-        program, basis.eigenvalues, kappa, rhs, jnp.zeros_like(program.rows.Y), jnp.asarray(1e-12)
-    )
+def u_step_residual(program, kappa, U, rhs):
     X = program.rows.X
-    left = got + X.T @ (X @ got) + X.T @ program.Ft(program.F(X @ got)) / kappa
-    np.testing.assert_allclose(left, rhs, atol=1e-8)
-    np.testing.assert_allclose(XU, X @ got, atol=1e-12)
+    return U + X.T @ (X @ U) + X.T @ program.Ft(program.F(X @ U)) / kappa - rhs
 
 
-@settings(max_examples=10, deadline=None)
-@given(seed=seeds)
-def test_an_admm_step_is_the_published_one(seed):
-    """One iteration against dense linear algebra on the uncompact variables, without over-relaxation's shortcut."""
-    program, U0, basis = random_program(seed, m=3, C=1)
-    rho, relax = 0.2, _admm._OVER_RELAXATION
-    X, Y = np.asarray(program.rows.X), np.asarray(program.rows.center(program.rows.Y))
-    signs = 2.0 * np.asarray(program.D) - 1
-    d, m = U0.shape
+@pytest.mark.parametrize("plan", ["dense", "preconditioned", "plain"])
+@pytest.mark.parametrize("output_bias", [True, False])
+@pytest.mark.parametrize("C", [1, 3])
+def test_the_structured_solve_solves_the_u_step(monkeypatch, plan, output_bias, C):
+    monkeypatch.setattr(_linsolve.Structured, "plan", lambda self, n, d, m, C: plan)
+    for seed in range(4):
+        program, U, basis = random_program(seed, C=C, output_bias=output_bias)
+        kappa = jnp.asarray(0.1)
+        rhs = jnp.asarray(np.random.default_rng(seed).normal(size=U.shape))
+        solver = _linsolve.Structured(200)
+        prepared = solver.prepare(program, basis.eigenvalues, kappa, jax.random.key(0))
+        assert (prepared is None) == (plan == "plain")
+        late = jnp.asarray(10**7)  # the inner tolerance shrinks with the iterations
+        got, XU, _ = solver.solve(
+            program, basis.eigenvalues, kappa, prepared, rhs, jnp.zeros_like(program.rows.Y), late
+        )
+        np.testing.assert_allclose(u_step_residual(program, kappa, got, rhs), 0, atol=1e-6)
+        np.testing.assert_allclose(XU, program.rows.X @ got, atol=1e-12)
 
-    def dense(apply):
-        return np.stack([np.asarray(apply(X @ e.reshape(d, m))).ravel() for e in np.eye(d * m)], axis=1)
 
-    F, G = dense(program.F), dense(lambda Z: signs * Z)
-    V, S = np.asarray(U0), np.maximum(signs * (X @ np.asarray(U0)), 0)
-    Lambda = 0.3 / rho * V / np.linalg.norm(V, axis=0)
-    N = np.zeros_like(S)
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        ((1400, 65, 128, 1), "dense"),
+        ((6000, 785, 64, 1), "dense"),
+        ((6000, 20, 8, 1), "plain"),
+        ((60_000, 785, 64, 1), "plain"),
+        ((5000, 785, 64, 10), "preconditioned"),
+    ],
+)
+def test_the_cost_model_takes_a_factor_where_it_pays(shape, plan):
+    assert _linsolve.Structured().plan(*shape) == plan
+
+
+def test_nystrom_pcg_solves_the_u_step_and_its_sketch_is_below_the_operator():
+    program, U, _ = random_program(0)
+    kappa = jnp.asarray(0.1)
+    rhs = jnp.asarray(np.random.default_rng(0).normal(size=U.shape))
+    for rank in (1, 5, 1000):
+        solver = _linsolve.NystromPCG(rank, 500)
+        prepared = solver.prepare(program, None, kappa, jax.random.key(0))
+        got, _, _ = solver.solve(program, None, kappa, prepared, rhs, None, jnp.asarray(10**7))
+        np.testing.assert_allclose(u_step_residual(program, kappa, got, rhs), 0, atol=1e-6)
+        units = jnp.eye(U.size).reshape(U.size, *U.shape)
+        product = jnp.stack([solver._product(program, kappa, unit).ravel() for unit in units])
+        low_rank = (prepared.vectors * prepared.eigenvalues) @ prepared.vectors.T
+        assert np.linalg.eigvalsh(product - low_rank).min() > -1e-6 * np.linalg.norm(product)
+
+
+@pytest.mark.parametrize("rank_of_operator", [0, 1, 7])
+def test_a_sketch_in_float32_is_finite_on_operators_of_low_rank(rank_of_operator):
+    with jax.enable_x64(False):
+        root = np.random.default_rng(0).normal(size=(60, rank_of_operator)).astype("float32")
+        for seed in range(20):
+            made = _nystrom.sketch(lambda v: root @ (root.T @ v), 60, 20, jax.random.key(seed), jnp.float32)
+            assert np.all(np.isfinite(made.vectors))
+            assert np.all(np.asarray(made.eigenvalues) >= 0)
+            close = (made.vectors * made.eigenvalues) @ made.vectors.T
+            np.testing.assert_allclose(close, root @ root.T, atol=1e-2 * max(rank_of_operator, 1))
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_an_admm_step_is_the_textbook_one(accelerated):
+    """A few iterations against dense linear algebra on the uncompact variables."""
+    program, U0, basis = random_program(0, m=4, C=2)
+    beta, rho = 0.3, 0.2
+    solver = _linsolve.Structured() if accelerated else _linsolve.NystromPCG(1000, 50)
+    relax = _admm._OVER_RELAXATION if accelerated else 1
+    V = np.asarray(U0)
+    start = dict(V=V, Lambda=beta / rho * V / np.linalg.norm(V, axis=0))
+    rows = program.rows
+    twin = dense_twin.admm(
+        *map(np.asarray, (rows.X, rows.center(rows.Y), program.D, program.A)),
+        beta,
+        rho,
+        relax,
+        center=rows.center,
+        **start,
+    )
     iterate = _admm.init(program, U0, jnp.asarray(rho))
-    for _ in range(3):
-        rhs = (V - Lambda).ravel() + G.T @ (S - N).ravel() + F.T @ Y.ravel() / rho
-        U = np.linalg.solve(np.eye(d * m) + G.T @ G + F.T @ F / rho, rhs)
-        GU = (G @ U).reshape(S.shape)
-        U = relax * U.reshape(d, m) + (1 - relax) * V
-        GU = relax * GU + (1 - relax) * S
-        size = np.linalg.norm(U + Lambda, axis=0)
-        V_new = (U + Lambda) * np.maximum(1 - 0.3 / rho / size, 0)
-        S_new = np.maximum(GU + N, 0)
-        Lambda, N = Lambda + U - V_new, N + GU - S_new
-        V, S = V_new, S_new
-        exact = _Exact(200)
-        iterate, _, _ = _admm.step(program, exact, basis.eigenvalues, jnp.asarray(rho), iterate)
-        np.testing.assert_allclose(iterate.V_plus_dual, V + Lambda, atol=1e-8)
-        np.testing.assert_allclose(iterate.S_plus_dual, S + N, atol=1e-8)
+    prepared = solver.prepare(program, basis.eigenvalues, jnp.asarray(rho), jax.random.key(0))
+    for _ in range(4):
+        V, Lambda, S, N = next(twin)
+        iterate = _admm.step(program, solver, basis.eigenvalues, prepared, iterate).image
+        for got, expected in zip(iterate.split(jnp.asarray(beta)), (V, Lambda, S, N), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-8)
 
 
-class _Exact(_linsolve.Structured):
-    """The structured solve to rounding, so that a step can be compared with dense algebra."""
+def test_a_change_of_rho_keeps_the_iterate_and_the_unscaled_duals():
+    program, U, _ = random_program(3)
+    before = _admm.init(program, U, jnp.asarray(0.2))
+    before = dataclasses.replace(before, S_plus_dual=before.S_plus_dual - 0.1)
+    after = before.with_rho(jnp.asarray(0.7), program.beta)
+    V, Lambda, S, N = before.split(program.beta)
+    V2, Lambda2, S2, N2 = after.split(program.beta)
+    np.testing.assert_allclose((V2, 0.7 * Lambda2), (V, 0.2 * Lambda), atol=1e-12)
+    np.testing.assert_allclose((S2, 0.7 * N2), (S, 0.2 * N), atol=1e-12)
 
-    def solve(self, program, eigenvalues, kappa, rhs, z, tol):
-        return super().solve(program, eigenvalues, kappa, rhs, z, 0 * tol)
+
+def test_anderson_solves_a_linear_fixed_point_that_the_plain_iteration_does_not():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(6, 6))
+    matrix = jnp.asarray(np.eye(6) - root @ root.T / np.linalg.norm(root, 2) ** 2)
+    solution = jnp.asarray(rng.normal(size=6))
+
+    def image(x):
+        return solution + matrix @ (x - solution)
+
+    x = plain = jnp.zeros(6)
+    memory = _anderson.Memory.empty(x)
+    for k in range(30):
+        plain = image(plain)
+        x, memory = memory.advance(x, image(x), k % 5 == 4)
+    assert np.linalg.norm(x - solution) < 1e-3 * np.linalg.norm(plain - solution)
+
+
+def test_anderson_takes_back_a_point_that_is_worse():
+    memory = _anderson.Memory.empty(jnp.zeros(2))
+    x = jnp.asarray([1.0, 0.0])
+    for _ in range(6):
+        good, memory = memory.advance(x, x * 0.9, True)
+        x, previous = good, x
+    bad = jnp.asarray([50.0, 50.0])  # as if the extrapolation had led here
+    x, memory = memory.advance(bad, bad * 0.9, False)
+    np.testing.assert_allclose(x, previous * 0.9)
+    assert int(memory.count) == 0
 
 
 @settings(max_examples=15, deadline=None)

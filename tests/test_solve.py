@@ -1,6 +1,7 @@
 """The solver on arrays: optimality against CVXPY, descent, warm starts, tracing."""
 
 import dataclasses
+import itertools
 
 import dense_twin
 import jax
@@ -15,29 +16,75 @@ import cronos_flax as cf
 from cronos_flax import _basis, _cronos, _program
 
 
-def held_gates(solution):
-    """Gates and directions of a solve with gates="fixed", as numpy."""
-    return np.asarray(solution.state.D), np.asarray(solution.state.A, float)
+def optimum_of(solution, X, y, beta, weight=None, **biases):
+    """The optimal value of the program that a solve with held gates has solved, by CVXPY in float64."""
+    D, A = np.asarray(solution.state.D), np.asarray(solution.state.A, float)
+    return dense_twin.program_optimum(X.astype(float), y.astype(float), D, A, beta, weight, **biases)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    ("C", "biases", "weighted"), [(1, True, False), (3, True, True), (1, False, True), (3, False, False)]
-)
-def test_held_gates_reach_the_optimum_of_the_program(dtype, seed, C, biases, weighted):
-    X, y = random_problem(seed, n=50, p=6, C=C, dtype=dtype)
-    init = random_network(seed, p=6, m=9, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)
-    weight = np.random.default_rng(seed).uniform(0.2, 2, size=50).astype(dtype) if weighted else None
-    solver = cf.Cronos(beta=0.02, rho=0.1, gates="fixed", max_iters=20_000, tol=2e-4)
+# n, p, m, C, biases, weights, β, gates, linear solver
+PROGRAMS = [
+    (50, 6, 9, C, biases, weighted, beta, gates, solver)
+    for C in (1, 3)
+    for biases in (True, False)
+    for weighted in (True, False)
+    for beta, gates, solver in (
+        (0.02, "fixed", cf.Structured()),
+        (0.1, "paired", cf.Structured()),
+        (0.1, "paired", cf.NystromPCG(rank=10, max_steps=50)),
+    )
+] + [
+    (60, 8, 12, 1, True, False, 1e-3, "fixed", cf.Structured()),
+    (60, 8, 12, 3, True, True, 1e-3, "fixed", cf.Structured()),
+    (20, 8, 12, 1, True, False, 0.02, "fixed", cf.Structured()),
+    (12, 8, 4, 3, True, False, 0.02, "fixed", cf.Structured()),
+    (60, 1, 3, 1, True, True, 0.02, "fixed", cf.Structured()),
+    (40, 3, 1, 3, False, False, 0.02, "fixed", cf.Structured()),
+]
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_held_gates_reach_the_optimum_of_the_program(dtype, number):
+    n, p, m, C, biases, weighted, beta, gates, linear_solver = PROGRAMS[number]
+    X, y = random_problem(number, n=n, p=p, C=C, dtype=dtype)
+    init = random_network(number, p=p, m=m, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)
+    weight = np.random.default_rng(number).uniform(0.2, 2, size=n).astype(dtype) if weighted else None
+    double = dtype == "float64"
+    solver = cf.Cronos(
+        beta=beta, gates=gates, linear_solver=linear_solver, max_iters=20_000, tol=5e-5 if double else 2e-4
+    )
     solution = solver.solve(X, y, init=init, sample_weight=weight)
     stats = solution.stats
-    optimum = dense_twin.program_optimum(
-        X.astype(float), y.astype(float), *held_gates(solution), 0.02, weight, hidden_bias=biases, output_bias=biases
-    )
-    rounding = 1e-6 if dtype == "float32" else 1e-9
-    assert stats.lower_bound <= optimum * (1 + rounding) + rounding
-    assert float(stats.program_objective) == pytest.approx(optimum, rel=1e-3)
-    assert stats.cone_violation <= 1e-3
+    optimum = optimum_of(solution, X, y, beta, weight, hidden_bias=biases, output_bias=biases)
+    rounding = 1e-8 if double else 1e-6
+    assert np.all(np.asarray(stats.lower_bound_trace) <= optimum * (1 + rounding) + rounding)
+    assert float(stats.program_objective) == pytest.approx(optimum, rel=1e-4 if double else 1e-3)
+    assert solution.status == cf.Status.converged
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_published_mode_is_the_published_algorithm_step_by_step(steps, biases):
+    """Against dense numpy, from zero, on the program's own features; a full sketch makes the inner solves exact."""
+    beta, rho, n, p, m = 0.05, 0.3, 30, 4, 6
+    with jax.enable_x64(True):
+        X, y = random_problem(steps, n=n, p=p, dtype="float64")
+        init = random_network(0, p=p, m=m, hidden_bias=biases, output_bias=False, dtype="float64")
+        solver = cf.Cronos(
+            beta=beta, rho=rho, gates="paired", linear_solver=cf.NystromPCG(1000), max_iters=steps, tol=0.0
+        )
+        solution = solver.solve(X, y, init=init)
+        kernel, bias = solution.state.hidden_plus_dual
+        D, A = np.asarray(solution.state.D), np.asarray(solution.state.A)
+    Z, s = dense_twin.scaled_features(X, None, biases)
+    np.testing.assert_array_equal(D[:, ::2], D[:, 1::2])
+    np.testing.assert_array_equal(A[::2], -A[1::2])
+    zero = np.zeros((Z.shape[1], m))
+    iterates = dense_twin.admm(Z, y, D, A, beta * n / s, rho, V=zero, Lambda=zero)
+    V, Lambda, S, N = next(itertools.islice(iterates, steps - 1, None))
+    got = np.vstack([s * np.asarray(kernel), np.asarray(bias)[None]]) if biases else s * np.asarray(kernel)
+    np.testing.assert_allclose(got, V + Lambda, atol=1e-7)
+    np.testing.assert_allclose(solution.state.S_plus_dual, S + N, atol=1e-7)
 
 
 @pytest.mark.parametrize("max_iters", [1, 3, 10, 30, 100])
@@ -47,7 +94,7 @@ def test_the_bound_holds_at_every_check_and_converged_means_it(max_iters):
         solver = cf.Cronos(beta=0.01, gates="fixed", max_iters=max_iters)
         solution = solver.solve(X, y, init=random_network(seed, C=2))
         stats = solution.stats
-        optimum = dense_twin.program_optimum(X.astype(float), y.astype(float), *held_gates(solution), 0.01)
+        optimum = optimum_of(solution, X, y, 0.01)
         assert stats.lower_bound <= optimum * (1 + 1e-6)
         gap = abs(float(stats.program_objective - stats.lower_bound))
         conditions = gap <= 1e-3 * abs(float(stats.program_objective)) and float(stats.cone_violation) <= 1e-3
@@ -192,14 +239,17 @@ def test_state_continues_a_refreshed_solve(digits):
     assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
 
 
-def test_state_continues_admm_where_it_stopped():
+@pytest.mark.parametrize("linear_solver", [cf.Structured(), cf.NystromPCG()])
+def test_state_continues_admm_where_it_stopped(linear_solver):
     with jax.enable_x64(True):
         X, y = random_problem(3, dtype="float64")
-        short = cf.Cronos(beta=0.01, gates="fixed", max_iters=40, tol=0.0)
+        short = cf.Cronos(beta=0.01, gates="fixed", linear_solver=linear_solver, max_iters=40, tol=0.0)
         first = short.solve(X, y, init=random_network(3, dtype="float64"))
         second = short.solve(X, y, state=first.state)
-        whole = dataclasses.replace(short, max_iters=80).solve(X, y, init=random_network(3, dtype="float64"))
-        assert float(second.stats.program_objective) == pytest.approx(float(whole.stats.program_objective), rel=1e-9)
+        at_once = second.stats.objective_trace[0]
+        assert float(at_once) == pytest.approx(float(first.stats.program_objective), rel=1e-9)
+        assert float(second.stats.lower_bound) > float(first.stats.lower_bound)
+        assert int(second.state.iteration) == 80
 
 
 def test_sweeping_beta_rho_and_tol_compiles_once():
