@@ -241,7 +241,7 @@ def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Ar
         last.U,
         last.A,
         status=jnp.where(stagnated, Status.stationary, Status.max_iters),
-        figures={"iterations": done, "objective_trace": trace / problem.total_weight},
+        figures={"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight},
         state_of=lambda params: _refresh.State(params, last.damping, last.key),
     )
 

@@ -27,8 +27,8 @@ def conjugate_gradient(
     guess: Array | None = None,
     tol: Array | float = 0.0,
     max_steps: int,
-) -> Array:
-    """Solve ``operator(x) = rhs`` for a symmetric positive definite operator.
+) -> tuple[Array, Int[Array, ""]]:
+    """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
 
     Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
     the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start.
@@ -56,7 +56,8 @@ def conjugate_gradient(
     x = jnp.zeros_like(rhs) if guess is None else guess
     r = rhs if guess is None else rhs - operator(guess)
     z = preconditioner(r)
-    return jax.lax.while_loop(unfinished, body, (0, x, r, z, jnp.vdot(r, z)))[1]
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, jnp.vdot(r, z)))
+    return x, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Structured:
         else:
             # Errors of the U-step must be summable for ADMM to converge, and reach the iterate divided by κ.
             tol = 0.1 * jnp.minimum(kappa, 1) / (iteration + 1).astype(kappa.dtype) ** 1.2
-            z = conjugate_gradient(inner, Fp, preconditioner=divide, guess=z, tol=tol, max_steps=self.max_steps)
+            z, _ = conjugate_gradient(inner, Fp, preconditioner=divide, guess=z, tol=tol, max_steps=self.max_steps)
         U = p - inverse_K * (X.T @ program.Ft(z))
         return U, X @ U, z
 
@@ -209,7 +210,7 @@ class NystromPCG:
     ) -> tuple[Neurons, Activations, Outputs]:
         """As :meth:`Structured.solve`; the inner solution is handed through unused."""
         del eigenvalues
-        U = conjugate_gradient(
+        U, _ = conjugate_gradient(
             lambda V: V + self._product(program, kappa, V),
             rhs,
             preconditioner=lambda R: prepared.precondition(1.0, R.ravel()).reshape(R.shape),

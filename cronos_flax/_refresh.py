@@ -30,16 +30,19 @@ _DAMPING_RANGE = (1e-8, 1e8)
 _WINDOW = 10  # iterations over which stagnation is judged
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["U", "A", "objective", "damping", "key"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["U", "A", "objective", "damping", "key", "cg_steps"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Iterate:
-    """What one step hands to the next: the network, its objective, the damping μ, and a key for revived neurons."""
+    """What one step hands to the next: network, objective, damping μ, key for revived neurons, CG steps so far."""
 
     U: Neurons
     A: Directions
     objective: Scalar
     damping: Scalar
     key: Array
+    cg_steps: Int[Array, ""]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key"], meta_fields=[])
@@ -54,7 +57,7 @@ class State:
 
 def init(rows: Rows, U: Neurons, A: Directions, beta: Scalar, damping: Scalar, key: Array) -> Iterate:
     """The iterate for a start from the network (U, A)."""
-    return Iterate(U, A, network_objective(rows, A, beta, U, rows.X @ U), damping, key)
+    return Iterate(U, A, network_objective(rows, A, beta, U, rows.X @ U), damping, key, jnp.zeros((), jnp.int32))
 
 
 def refit_directions(
@@ -86,8 +89,8 @@ def gradient(program: Program, U: Neurons, Z: Activations) -> Neurons:
 
 def direction(
     program: Program, eigenvalues: Float[Array, " d"], damping: Scalar, U: Neurons, Z: Activations
-) -> Neurons:
-    """The Levenberg–Marquardt step δ, roughly."""
+) -> tuple[Neurons, Int[Array, ""]]:
+    """The Levenberg–Marquardt step δ, roughly; and the conjugate-gradient steps it took."""
     X = program.rows.X
     size = norms(U)
     size = jnp.maximum(size, _NORM_FLOOR * jnp.mean(size))
@@ -126,7 +129,7 @@ def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Ite
     A = jnp.where(lives[:, None], A, unit_rows(-(probe.T @ residual), A))
 
     program = Program(rows, D, A, beta)
-    delta = direction(program, eigenvalues, iterate.damping, U, Z)
+    delta, cg_steps = direction(program, eigenvalues, iterate.damping, U, Z)
     Z_delta = rows.X @ delta
 
     def objective(length: Scalar) -> Scalar:
@@ -147,6 +150,7 @@ def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Ite
         objective=jnp.where(better, values[best], iterate.objective),
         damping=damping,
         key=key,
+        cg_steps=iterate.cg_steps + cg_steps,
     )
 
 

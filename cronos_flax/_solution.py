@@ -72,6 +72,7 @@ class TwoLayer:
         "beta",
         "iterations",
         "active_neurons",
+        "cg_steps",
         "objective_trace",
         "program_objective",
         "lower_bound",
@@ -95,6 +96,7 @@ class Stats:
         objective_trace: shape ``(max_iters + 1,)``: the regularised loss at the start and after every iteration (of
             the network for ``gates="refreshed"``; of the program, at checks, else); entries after the last iteration
             repeat it.
+        cg_steps: conjugate-gradient steps of all iterations, two products with X each. None for held gates.
         program_objective: objective of the convex program at its own iterate, which need not quite respect the gates
             and can then lie below the optimum. None for ``gates="refreshed"``, as all that follow.
         lower_bound: no point of the convex program is below this.
@@ -110,6 +112,7 @@ class Stats:
     iterations: Int[Array, ""]
     active_neurons: Int[Array, ""]
     objective_trace: Float[Array, " k"]
+    cg_steps: Int[Array, ""] | None = None
     program_objective: Scalar | None = None
     lower_bound: Scalar | None = None
     lower_bound_trace: Float[Array, " k"] | None = None

@@ -224,7 +224,7 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     )
     np.testing.assert_allclose(np.linalg.solve(operator, -gradient).reshape(U.shape), expected, atol=1e-9)
     # What the solver takes of it is a direction of descent.
-    delta = _refresh.direction(program, basis.eigenvalues, jnp.asarray(damping), U, X @ U)
+    delta, _ = _refresh.direction(program, basis.eigenvalues, jnp.asarray(damping), U, X @ U)
     assert float(np.sum(np.asarray(delta) * gradient.reshape(U.shape))) < 0
 
 
@@ -291,7 +291,7 @@ def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
     root = rng.normal(size=(12, 12))
     matrix = jnp.asarray(root @ root.T + np.eye(12))
     rhs = jnp.asarray(rng.normal(size=12))
-    x = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, tol=1e-3, max_steps=100)
+    x, _ = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, tol=1e-3, max_steps=100)
     assert np.linalg.norm(matrix @ x - rhs) / np.linalg.norm(rhs) < 1e-2
-    again = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
+    again, _ = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
     np.testing.assert_allclose(matrix @ again, rhs, atol=1e-8)

@@ -1,0 +1,209 @@
+"""How fast the solver is, as ratios measured side by side in one run.
+
+    python docs/benchmarks/solver.py --data-dir DIR --out solver.jsonl
+
+``DIR`` holds prepared TFDS sets (fashion_mnist, cifar10_airplane_automobile). Every case is one row of the file,
+written as soon as it is measured; cases that are there already are not run again. Nothing else should run meanwhile.
+Times exclude compilation, for everyone. Ends with all rows, a line each.
+
+Cases: the published algorithm against the default; an iteration against its own matrix products; memory against the
+data; minibatch Adam against the default; how far held gates get in 500 iterations.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import cronos_flax as cf
+from cronos_flax import _cronos
+from cronos_flax.data import load_tfds
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+EPOCHS, BATCH = 10, 128
+
+
+def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
+    """Median time of a call that has been compiled."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def fashion(data_dir: Path, n: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pixels, ±1 for label < 5, and the door's β for .1 in sums over rows (method.md, "Units")."""
+    images, labels = load_tfds("fashion_mnist", "train", data_dir)
+    X = images[:n].reshape(n, -1).astype("float32")
+    y = np.where(labels[:n] < 5, 1.0, -1.0).astype("float32")
+    return X, y, 0.1 * (n / 6000) * float(np.sqrt(np.mean(np.sum(X**2, axis=1)))) / n
+
+
+def time_to(X: np.ndarray, y: np.ndarray, beta: float, target: float, hidden: int = 64) -> dict[str, float]:
+    """Seconds the default takes to a regularised loss, everything but compilation included."""
+    long = cf.Cronos(beta=beta, tol=0.0, max_iters=300).solve(X, y, hidden=hidden)
+    trace = np.asarray(long.stats.objective_trace)
+    if trace[-1] > target:
+        return {"default seconds": float("inf"), "default iterations": 300}
+    steps = int(np.argmax(trace <= target))
+    short = cf.Cronos(beta=beta, tol=0.0, max_iters=max(steps, 1))
+    short.solve(X, y, hidden=hidden)
+    return {
+        "default seconds": seconds(lambda: short.solve(X, y, hidden=hidden).params.kernel1),
+        "default iterations": steps,
+    }
+
+
+def published(data_dir: Path) -> dict[str, Any]:
+    """Time of 20 published iterations over the default's time to the best network of these."""
+    X, y, beta = fashion(data_dir, 6000)
+    row: dict[str, Any] = {}
+    for inner in (20, 50):
+        solver = cf.NystromPCG(rank=20, max_steps=inner)
+
+        def solve(iterations: int, solver: cf.NystromPCG = solver) -> cf.Solution:
+            return cf.Cronos(
+                beta=beta, gates="paired", linear_solver=solver, rho=0.1, max_iters=iterations, tol=0.0
+            ).solve(X, y, hidden=64)
+
+        best = min(float(solve(k).stats.objective) for k in (5, 10, 15, 20))
+        taken = seconds(lambda solve=solve: solve(20).params.kernel1, 1)
+        ours = time_to(X, y, beta, best)
+        row[f"{inner} CG steps"] = {"sum loss": best * 6000, "seconds": taken, **ours}
+        row[f"{inner} CG steps"]["ratio"] = taken / ours["default seconds"]
+    return row
+
+
+def iteration(n: int, d: int, m: int, data_dir: Path) -> dict[str, Any]:
+    """Time of one default iteration over the time of its products with X, each at its own size and transposition."""
+    if d == 784:
+        X, y, beta = fashion(data_dir, n)
+    else:
+        rng = np.random.default_rng(0)
+        X = (rng.normal(size=(n, d)) / np.sqrt(1 + np.arange(d))).astype("float32")
+        y = np.sign(np.sin(3 * X[:, 0]) + X[:, 1] * X[:, 2]).astype("float32")
+        beta = 1e-5
+    few, many = (cf.Cronos(beta=beta, tol=0.0, max_iters=k) for k in (5, 25))
+    counts = [int(solver.solve(X, y, hidden=m).stats.cg_steps) for solver in (few, many)]
+    times = [seconds(lambda s=solver: s.solve(X, y, hidden=m).params.kernel1, 5) for solver in (few, many)]
+    one, steps = (times[1] - times[0]) / 20, (counts[1] - counts[0]) / 20
+    rows = jnp.asarray(np.hstack([X, np.ones((n, 1), "float32")]))
+    U, R = jnp.ones((d + 1, m)), jnp.ones((n, m))
+    forward, back = jax.jit(lambda X, U: X @ U), jax.jit(lambda X, R: X.T @ R)
+    forward(rows, U), back(rows, R)
+    products = (2 + steps) * seconds(lambda: forward(rows, U), 21) + (1 + steps) * seconds(lambda: back(rows, R), 21)
+    return {"ms": 1e3 * one, "products ms": 1e3 * products, "CG steps": steps, "ratio": one / products}
+
+
+def memory(n: int, d: int, m: int) -> dict[str, Any]:
+    """Peak of the compiled solve over the bytes of 2 X + 4 n m floats."""
+    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (n, 1), (n,))]
+    solver = jax.tree.map(jnp.asarray, cf.Cronos(beta=1e-5))
+    plan = _cronos._solve.lower(solver, *shaped, None, jax.random.key(0), hidden=m).compile().memory_analysis()
+    peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return {"peak MB": peak / 1e6, "ratio": peak / (4 * (2 * n * (d + 1) + 4 * n * m))}
+
+
+def adam(data_dir: Path, n: int) -> dict[str, Any]:
+    """Time of Adam at its best rate of six to the regularised loss it has after ten epochs, over the default's."""
+    X, y, beta = fashion(data_dir, n)
+    scale = float(np.sqrt(np.mean(np.sum(X**2, axis=1))))
+    X, beta = X / scale, beta / scale
+    model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(1)])
+    inputs, targets = jnp.asarray(X), jnp.asarray(y)[:, None]
+
+    def loss(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+        hidden, output = params["layers_0"], params["layers_2"]
+        decay = sum(jnp.sum(v**2) for v in (hidden["kernel"], hidden["bias"], output["kernel"]))
+        fit = 0.5 * jnp.mean(jnp.sum((model.apply({"params": params}, x) - t) ** 2, axis=1))
+        return fit + beta / 2 * decay
+
+    results = {}
+    for rate in RATES:
+        tx = optax.adam(rate)
+
+        @jax.jit
+        def epoch(params: Any, state: Any, order: jax.Array, tx: optax.GradientTransformation = tx) -> Any:
+            def step(carry: Any, rows: jax.Array) -> Any:
+                params, state = carry
+                grads = jax.grad(loss)(params, inputs[rows], targets[rows])
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, state), order)[0]
+
+        params = model.init(jax.random.key(0), inputs[:1])["params"]
+        state = tx.init(params)
+        orders = [jax.random.permutation(jax.random.key(k), n)[: n // BATCH * BATCH] for k in range(EPOCHS)]
+        orders = [order.reshape(-1, BATCH) for order in orders]
+        jax.block_until_ready(epoch(params, state, orders[0]))
+        start = time.perf_counter()
+        for order in orders:
+            params, state = epoch(params, state, order)
+        jax.block_until_ready(params)
+        results[rate] = (float(loss(params, inputs, targets)), time.perf_counter() - start)
+    rate = min(results, key=lambda r: results[r][0] if np.isfinite(results[r][0]) else np.inf)
+    target, taken = results[rate]
+    row = {"rate": rate, "sum loss": target * n, "seconds": taken, **time_to(X, y, beta, target)}
+    return {**row, "ratio": taken / row["default seconds"]}
+
+
+def held(name: str, data_dir: Path) -> dict[str, Any]:
+    """Relative gap and cone violation of held random gates after 500 iterations, at the default β and ρ."""
+    if name == "digits":
+        images, labels = load_digits(return_X_y=True)
+        X, y, hidden = images[:1400], labels[:1400] % 2 == 0, 128
+    elif name == "fashion_mnist":
+        X, y, _ = fashion(data_dir, 6000)
+        hidden, y = 64, y > 0
+    else:
+        images, labels = load_tfds(name, "train", data_dir)
+        X, y, hidden = images[:6000].reshape(6000, -1), labels[:6000] == 0, 64
+    y = np.where(y, 1.0, -1.0).astype("float32")
+    stats = cf.Cronos(gates="fixed", max_iters=500).solve(X.astype("float32"), y, hidden=hidden).stats
+    gap = abs(float(stats.program_objective - stats.lower_bound)) / float(stats.program_objective)
+    return {"iterations": int(stats.iterations), "gap": gap, "cone violation": float(stats.cone_violation)}
+
+
+def main() -> None:
+    """Run what is missing, print everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="where the prepared TFDS sets lie")
+    parser.add_argument("--out", type=Path, default=Path("solver.jsonl"), help="rows; those there are kept")
+    args = parser.parse_args()
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "published, n 6000 d 785 m 64": lambda: published(args.data_dir),
+        "iteration, n 6000 d 785 m 64": lambda: iteration(6000, 784, 64, args.data_dir),
+        "iteration, n 20000 d 512 m 256": lambda: iteration(20_000, 511, 256, args.data_dir),
+        "memory, n 6000 d 785 m 64": lambda: memory(6000, 784, 64),
+        "memory, n 20000 d 512 m 256": lambda: memory(20_000, 511, 256),
+        "Adam, n 6000": lambda: adam(args.data_dir, 6000),
+        "Adam, n 60000": lambda: adam(args.data_dir, 60_000),
+        "held gates, digits": lambda: held("digits", args.data_dir),
+        "held gates, Fashion-MNIST": lambda: held("fashion_mnist", args.data_dir),
+        "held gates, CIFAR": lambda: held("cifar10_airplane_automobile", args.data_dir),
+    }
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    known = {row["case"] for row in rows}
+    for name in (name for name in cases if name not in known):
+        row = {"case": name, "jax": jax.__version__, "device": jax.devices()[0].device_kind, **cases[name]()}
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
