@@ -38,10 +38,10 @@ def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) ->
         raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
 
 
-def positive_integer(where: str, name: str, value: Any) -> None:
+def positive_integer(where: str, name: str, value: Any, least: int = 1) -> None:
     """A count."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{where}: `{name}` must be a positive integer, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{where}: `{name}` must be an integer ≥ {least}, got {value!r}.")
 
 
 def concrete(value: Any) -> bool:

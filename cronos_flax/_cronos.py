@@ -29,7 +29,7 @@ _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["beta", "rho", "tol"],
-    meta_fields=["loss", "gates", "linear_solver", "max_iters"],
+    meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cronos:
@@ -58,6 +58,8 @@ class Cronos:
         max_iters: most iterations of one solve.
         tol: held gates stop when gap and constraint violation are relatively below it, ``"refreshed"`` when the loss
             fell by less than this fraction over ten iterations.
+        certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the program of its final gates, to
+            say by ``stats.lower_bound`` how good it is among the networks with these gates; 0 for none.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -82,6 +84,7 @@ class Cronos:
     linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
     max_iters: int = 300
     tol: float | Array = 1e-3
+    certify_iters: int = 0
 
     def __post_init__(self) -> None:
         _checks.choice("loss", self.loss, _LOSSES)
@@ -91,6 +94,7 @@ class Cronos:
                 f"Cronos: `linear_solver` must be a cf.Structured or a cf.NystromPCG, got {self.linear_solver!r}."
             )
         _checks.positive_integer("Cronos", "max_iters", self.max_iters)
+        _checks.positive_integer("Cronos", "certify_iters", self.certify_iters, least=0)
         _checks.number("beta", self.beta, "a number ≥ 0, or None to have it chosen", lambda v: v >= 0)
         _checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
         _checks.number("tol", self.tol, "a number ≥ 0", lambda v: v >= 0)
@@ -147,6 +151,7 @@ class _Problem(NamedTuple):
     tol: Scalar
     gates: str
     max_iters: int
+    certify_iters: int
     linear_solver: Structured | NystromPCG
 
 
@@ -201,7 +206,16 @@ def _solve_at_full_precision(
     door_beta = beta * basis.scale / total
     rho = jnp.asarray(_RHO if solver.rho is None else solver.rho, rows.X.dtype)
     problem = _Problem(
-        rows, basis, total, beta, rho, jnp.asarray(solver.tol), solver.gates, solver.max_iters, solver.linear_solver
+        rows,
+        basis,
+        total,
+        beta,
+        rho,
+        jnp.asarray(solver.tol),
+        solver.gates,
+        solver.max_iters,
+        solver.certify_iters,
+        solver.linear_solver,
     )
 
     if network is None:
@@ -237,40 +251,66 @@ def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Ar
     last, stagnated, done, trace = _refresh.run(
         rows, basis.eigenvalues, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters
     )
+    figures = {"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight}
+    if problem.certify_iters:
+        certificate = _solve_program(problem, *_program_of(problem, last.U, last.A, key), key, problem.certify_iters)
+        figures |= _figures(problem, certificate)
     return _Ended(
         last.U,
         last.A,
         status=jnp.where(stagnated, Status.stationary, Status.max_iters),
-        figures={"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight},
+        figures=figures,
         state_of=lambda params: _refresh.State(params, last.damping, last.key),
     )
+
+
+def _program_of(problem: _Problem, U: Neurons, A: Directions, key: Array) -> tuple[Program, _admm.Iterate]:
+    """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
+    probe = jnp.where(dead(U), random_neurons(key, U), U)
+    program = Program(problem.rows, problem.rows.X @ probe >= 0, A, problem.beta)
+    return program, _admm.init(program, U, problem.rho)
+
+
+def _solve_program(problem: _Problem, program: Program, first: _admm.Iterate, key: Array, max_iters: int) -> _admm.Run:
+    """ADMM to a certificate, or ``max_iters``."""
+    method = program, problem.linear_solver, problem.basis.eigenvalues
+    begun = _admm.begin(*method, first, key, max_iters=max_iters)
+    return _admm.run(*method, begun, key, tol=problem.tol, until=max_iters)
+
+
+def _figures(problem: _Problem, run: _admm.Run) -> dict[str, Array]:
+    """What a run of ADMM has to say of its program, for :class:`cronos_flax.Stats`."""
+    total = problem.total_weight
+    return {
+        "program_objective": run.check.program_objective / total,
+        "lower_bound": run.check.lower_bound / total,
+        "lower_bound_trace": run.bounds / total,
+        "cone_violation": run.check.cone_violation,
+        "primal_residual": run.check.primal_residual,
+        "dual_residual": run.check.dual_residual,
+    }
 
 
 def _held(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
     """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
     rows, basis, beta = problem.rows, problem.basis, problem.beta
-    total = problem.total_weight
     gate_key, run_key = jax.random.split(key)
     if isinstance(start, _admm.State):
         program = Program(rows, start.D, start.A, beta)
         V_plus_dual = basis.lift(*start.hidden_plus_dual)
         first = _admm.Iterate(V_plus_dual, start.S_plus_dual, start.z, start.rho, start.iteration)
     elif problem.gates == "fixed":
-        probe = jnp.where(dead(U), random_neurons(gate_key, U), U)
-        program = Program(rows, rows.X @ probe >= 0, A, beta)
-        first = _admm.init(program, U, problem.rho)
+        program, first = _program_of(problem, U, A, gate_key)
     else:
         # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
         probe = jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]]
         U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
         program = Program(rows, rows.X @ probe >= 0, A, beta)
         first = _admm.init(program, U, problem.rho)
-    method = program, problem.linear_solver, basis.eigenvalues
-    run = _admm.begin(*method, first, run_key, max_iters=problem.max_iters)
-    run = _admm.run(*method, run, run_key, tol=problem.tol, until=problem.max_iters)
-    last, check = run.iterate, run.check
+    run = _solve_program(problem, program, first, run_key, problem.max_iters)
+    last = run.iterate
     # The program's iterate may break its gates, and its network then be worse than the start's.
-    toward = check.V - U
+    toward = run.check.V - U
     Z, Z_toward = rows.X @ U, rows.X @ toward
     lengths = jnp.asarray(_STEP_LENGTHS, U.dtype)
     values = jax.lax.map(lambda t: network_objective(rows, program.A, beta, U + t * toward, Z + t * Z_toward), lengths)
@@ -278,16 +318,11 @@ def _held(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) 
     return _Ended(
         U + length * toward,
         program.A,
-        status=jnp.where(check.converged(problem.tol), Status.converged, Status.max_iters),
+        status=jnp.where(run.check.converged(problem.tol), Status.converged, Status.max_iters),
         figures={
-            "program_objective": check.program_objective / total,
-            "lower_bound": check.lower_bound / total,
-            "cone_violation": check.cone_violation,
-            "primal_residual": check.primal_residual,
-            "dual_residual": check.dual_residual,
+            **_figures(problem, run),
             "iterations": run.done,
-            "objective_trace": run.objectives / total,
-            "lower_bound_trace": run.bounds / total,
+            "objective_trace": run.objectives / problem.total_weight,
         },
         state_of=lambda params: _admm.State(
             params,

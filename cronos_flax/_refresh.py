@@ -22,7 +22,8 @@ from cronos_flax._solution import TwoLayer
 from cronos_flax._types import Activations, Directions, Gates, Neurons, Scalar
 from cronos_flax._weights import dead, random_neurons
 
-_STEP_LENGTHS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03)
+_STEP_LENGTHS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+_DAMPING_FACTORS = (0.25, 0.5, 1.0, 2.0, 2.0, 2.0, 4.0)  # what each of these lengths does to μ
 _CG_STEPS = 10
 _CG_TOL = 0.3
 _NORM_FLOOR = 0.05  # ‖uᵢ‖ in the preconditioner is at least this fraction of the mean
@@ -135,13 +136,12 @@ def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Ite
     def objective(length: Scalar) -> Scalar:
         return network_objective(rows, A, beta, U + length * delta, Z + length * Z_delta)
 
-    lengths = jnp.asarray((*_STEP_LENGTHS, 0.0), U.dtype)
+    lengths = jnp.asarray(_STEP_LENGTHS, U.dtype)
     values = jax.lax.map(objective, lengths)
     values = jnp.where(jnp.isfinite(values), values, jnp.inf)
     best = jnp.argmin(values)
     length = lengths[best]
-    factor = jnp.where(length >= 1, 0.5, jnp.where(length >= 0.5, 1.0, jnp.where(length > 0, 2.0, 4.0)))
-    damping = jnp.clip(iterate.damping * factor, *_DAMPING_RANGE).astype(U.dtype)
+    damping = jnp.clip(iterate.damping * jnp.asarray(_DAMPING_FACTORS, U.dtype)[best], *_DAMPING_RANGE)
     # Reviving and refitting come before the line search; only their sum has to go down.
     better = values[best] < iterate.objective
     return Iterate(

@@ -98,9 +98,10 @@ class Stats:
             repeat it.
         cg_steps: conjugate-gradient steps of all iterations, two products with X each. None for held gates.
         program_objective: objective of the convex program at its own iterate, which need not quite respect the gates
-            and can then lie below the optimum. None for ``gates="refreshed"``, as all that follow.
+            and can then lie below the optimum. None for ``gates="refreshed"`` without
+            ``certify_iters``, as all that follow.
         lower_bound: no point of the convex program is below this.
-        lower_bound_trace: shape ``(max_iters + 1,)``: the lower bound, as ``objective_trace`` has the objective.
+        lower_bound_trace: the lower bound at the start and after every iteration, as of the last check.
         cone_violation: how far the iterate is from respecting its gates, ``‖min(GV, 0)‖ / ‖GV‖``.
         primal_residual: ADMM's primal residual relative to the iterate.
         dual_residual: ADMM's dual residual relative to the duals.

@@ -154,10 +154,16 @@ def test_the_refreshed_loss_never_rises(seed, shape, scale, beta, sparse):
         lambda X: np.zeros_like(X),
         lambda X: X * 1e30,
         lambda X: X * 1e-30,
+        lambda X: X * 10.0 ** np.linspace(-6, 6, X.shape[1]),
+        lambda X: X * (np.arange(len(X)) % 10 > 0)[:, None],
+        lambda X: np.random.default_rng(0).normal(size=(12, 50)),
     ],
-    ids=["constant columns", "duplicate rows", "rank one", "all zero", "huge", "tiny"],
-)
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+    ids=[
+        "constant columns", "duplicate rows", "rank one", "all zero", "huge", "tiny", "columns of all scales",
+        "a tenth zero rows", "d > n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired"])
 def test_degenerate_features_give_a_finite_result(make, gates):
     X, _ = random_problem(0)
     X = make(X).astype("float32")
@@ -166,6 +172,15 @@ def test_degenerate_features_give_a_finite_result(make, gates):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solution.params))
     assert np.isfinite(solution.stats.objective)
     assert solution.stats.objective <= solution.stats.initial_objective
+
+
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_one_row_that_counts_is_fitted(gates):
+    X, y = random_problem(0)
+    weight = np.zeros(40, "float32")
+    weight[7] = 2.0
+    solution = cf.Cronos(gates=gates).solve(X, y, hidden=4, sample_weight=weight)
+    np.testing.assert_allclose(cf.predict(solution.params, X[7:8]), y[7:8], atol=1e-2)
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed"])
@@ -204,6 +219,37 @@ def test_a_weight_of_k_is_k_copies_and_a_weight_of_zero_is_absence():
         repeated = solver.solve(np.repeat(X, counts, axis=0), np.repeat(y, counts, axis=0), init=init).stats
     assert float(weighted.initial_objective) == pytest.approx(float(repeated.initial_objective), rel=1e-12)
     assert float(weighted.program_objective) == pytest.approx(float(repeated.program_objective), rel=1e-3)
+
+
+def test_rows_of_no_weight_are_as_if_absent():
+    X, y = random_problem(2)
+    init = random_network(2)
+    with_them = cf.Cronos(beta=0.01).solve(
+        np.vstack([X, 100 * X]),
+        np.vstack([y, -y]),
+        init=init,
+        sample_weight=np.repeat([1.0, 0.0], 40).astype("float32"),
+    )
+    without = cf.Cronos(beta=0.01).solve(X, y, init=init)
+    assert float(with_them.stats.objective) == pytest.approx(float(without.stats.objective), rel=1e-2)
+    assert float(with_them.stats.initial_objective) == pytest.approx(float(without.stats.initial_objective), rel=1e-5)
+
+
+def test_the_first_damping_hardly_matters(digits):
+    X, labels = digits
+    y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
+    ends = [float(cf.Cronos(rho=rho, tol=1e-4).solve(X, y, hidden=64).stats.objective) for rho in (0.1, 1.0, 10.0)]
+    assert max(ends) <= 1.05 * min(ends)
+
+
+def test_a_refreshed_solve_can_be_certified_at_its_final_gates():
+    X, y = random_problem(0, n=60, C=2)
+    stats = cf.Cronos(beta=0.02, certify_iters=2000).solve(X, y, hidden=8).stats
+    assert stats.lower_bound <= stats.objective * (1 + 1e-5)
+    assert float(stats.program_objective) == pytest.approx(float(stats.lower_bound), rel=2e-3)
+    plain = cf.Cronos(beta=0.02).solve(X, y, hidden=8).stats
+    assert plain.lower_bound is None
+    assert float(plain.objective) == float(stats.objective)
 
 
 def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
