@@ -23,7 +23,7 @@ from cronos_flax._types import Activations, Directions, Gates, Neurons, Scalar
 from cronos_flax._weights import dead, random_neurons
 
 _STEP_LENGTHS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
-_DAMPING_FACTORS = (0.25, 0.5, 1.0, 2.0, 2.0, 2.0, 4.0)  # what each of these lengths does to μ
+_DAMPING_FACTORS = (0.25, 0.25, 1.0, 2.0, 2.0, 2.0, 4.0)  # what each of these lengths does to μ
 _CG_STEPS = 10
 _CG_TOL = 0.3
 _NORM_FLOOR = 0.05  # ‖uᵢ‖ in the preconditioner is at least this fraction of the mean

@@ -238,7 +238,11 @@ def test_rows_of_no_weight_are_as_if_absent():
 def test_the_first_damping_hardly_matters(digits):
     X, labels = digits
     y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
-    ends = [float(cf.Cronos(rho=rho, tol=1e-4).solve(X, y, hidden=64).stats.objective) for rho in (0.1, 1.0, 10.0)]
+
+    def end(rho, seed):
+        return float(cf.Cronos(rho=rho).solve(X, y, hidden=64, key=jax.random.key(seed)).stats.objective)
+
+    ends = [np.mean([end(rho, seed) for seed in range(3)]) for rho in (0.1, 1.0, 10.0)]
     assert max(ends) <= 1.05 * min(ends)
 
 
