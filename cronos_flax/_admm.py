@@ -141,7 +141,7 @@ class Step:
 def step(
     program: Program,
     linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"],
+    eigenvalues: Float[Array, " d"] | None,
     prepared: Any,
     iterate: Iterate,
 ) -> Step:
@@ -214,7 +214,7 @@ class Run:
 def begin(
     program: Program,
     linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"],
+    eigenvalues: Float[Array, " d"] | None,
     iterate: Iterate,
     key: Array,
     *,
@@ -237,7 +237,7 @@ def begin(
 def run(
     program: Program,
     linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"],
+    eigenvalues: Float[Array, " d"] | None,
     start: Run,
     key: Array,
     *,

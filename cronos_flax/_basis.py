@@ -1,8 +1,8 @@
-"""The coordinates a solve works in: scaled, weighted, rotated to the eigenbasis of the features; and the way back.
+"""The coordinates a solve works in: scaled and weighted features; where it pays, their eigenbasis; and the way back.
 
 Features ``x`` (one row) become ``√w · (x/s, 1) Q``, where ``s`` is the root mean squared row norm, the constant carries
-the hidden bias, ``w`` are the sample weights normalised to mean one, and ``Q`` are the eigenvectors of the Gram matrix.
-Nothing is centred: that would change what weight decay means.
+the hidden bias, ``w`` are the sample weights normalised to mean one, and ``Q`` is the identity or the eigenvectors of
+the Gram matrix. Nothing is centred: that would change what weight decay means.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Rows:
     """Everything that has one entry per example.
 
     Args:
-        X: features on the eigenbasis, rows multiplied by √w.
+        X: features, scaled and perhaps rotated, rows multiplied by √w.
         Y: targets, rows multiplied by √w.
         ones: √w, the column that the output bias multiplies; None for a network without output bias.
     """
@@ -43,7 +43,7 @@ class Rows:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rotation", "eigenvalues", "scale"],
+    data_fields=["scale", "rotation", "eigenvalues"],
     meta_fields=["hidden_bias"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +51,28 @@ class Basis:
     """The linear change between hidden kernels of the user and neurons of the solver.
 
     Args:
-        rotation: Q, orthogonal, shape ``(d, d)``.
-        eigenvalues: λ ≥ 0 of the Gram matrix of the scaled, weighted features; the Gram matrix in the new basis.
         scale: s, the root mean squared row norm of the features.
         hidden_bias: whether the features were extended by a constant column.
+        rotation: Q, orthogonal, shape ``(d, d)``; None is the identity.
+        eigenvalues: λ ≥ 0, the Gram matrix in the basis Q; None where there is no Q.
     """
 
-    rotation: Float[Array, "d d"]
-    eigenvalues: Float[Array, " d"]
     scale: Scalar
     hidden_bias: bool
+    rotation: Float[Array, "d d"] | None = None
+    eigenvalues: Float[Array, " d"] | None = None
 
     def lift(self, kernel: Float[Array, "p m"], bias: Float[Array, " m"] | None) -> Neurons:
         """Neurons with the pre-activations of the hidden layer ``(kernel, bias)``."""
         neurons = self.scale * kernel
         if bias is not None:
             neurons = jnp.concatenate([neurons, bias[None, :]])
-        return self.rotation.T @ neurons
+        return neurons if self.rotation is None else self.rotation.T @ neurons
 
     def lower(self, neurons: Neurons) -> tuple[Float[Array, "p m"], Float[Array, " m"] | None]:
         """The hidden layer ``(kernel, bias)`` with the pre-activations of these neurons."""
-        neurons = self.rotation @ neurons
+        if self.rotation is not None:
+            neurons = self.rotation @ neurons
         if self.hidden_bias:
             return neurons[:-1] / self.scale, neurons[-1]
         return neurons / self.scale, None
@@ -85,10 +86,10 @@ def root_mean_square_norm(features: Float[Array, "n p"], weight: RowVector) -> S
     return jnp.where(largest > 0, safe * jnp.sqrt(mean), 1)
 
 
-def eigenbasis(
+def scaled(
     features: Float[Array, "n p"], targets: Outputs, weight: RowVector, *, hidden_bias: bool, output_bias: bool
 ) -> tuple[Rows, Basis]:
-    """Rows in the coordinates of this module, and the change of coordinates.
+    """Rows in the coordinates of this module without rotation, and the change of coordinates.
 
     Args:
         features: shape ``(n, p)``, finite.
@@ -102,7 +103,12 @@ def eigenbasis(
     X = features / scale
     if hidden_bias:
         X = jnp.concatenate([X, jnp.ones_like(X[:, :1])], axis=1)
-    X = root[:, None] * X
-    eigenvalues, Q = jnp.linalg.eigh(X.T @ X)
-    rows = Rows(X @ Q, root[:, None] * targets, root if output_bias else None)
-    return rows, Basis(Q, jnp.maximum(eigenvalues, 0), scale, hidden_bias)
+    rows = Rows(root[:, None] * X, root[:, None] * targets, root if output_bias else None)
+    return rows, Basis(scale, hidden_bias)
+
+
+def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:
+    """The same on the eigenbasis of the Gram matrix, from coordinates without rotation."""
+    eigenvalues, Q = jnp.linalg.eigh(rows.X.T @ rows.X)
+    rows = dataclasses.replace(rows, X=rows.X @ Q)
+    return rows, dataclasses.replace(basis, rotation=Q, eigenvalues=jnp.maximum(eigenvalues, 0))

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax import _admm, _checks, _refresh
-from cronos_flax._basis import Basis, Rows, eigenbasis
+from cronos_flax._basis import Basis, Rows, rotated, scaled
 from cronos_flax._linsolve import NystromPCG, Structured
 from cronos_flax._program import Program, beta_max, network_objective
 from cronos_flax._solution import Solution, Stats, Status, TwoLayer
@@ -154,6 +154,11 @@ class _Problem(NamedTuple):
     certify_iters: int
     linear_solver: Structured | NystromPCG
 
+    def rotated(self) -> "_Problem":
+        """The same on the eigenbasis."""
+        rows, basis = rotated(self.rows, self.basis)
+        return self._replace(rows=rows, basis=basis)
+
 
 class _Ended(NamedTuple):
     """How a path ended: its network, and how to make the state to go on from once the network is final."""
@@ -193,7 +198,7 @@ def _solve_at_full_precision(
     network = start if isinstance(start, TwoLayer) or start is None else start.params
     # Normalised to sum to the number of rows that have any, so that the others are as if absent.
     weight = weight * (jnp.count_nonzero(weight).astype(weight.dtype) / jnp.sum(weight))
-    rows, basis = eigenbasis(
+    rows, basis = scaled(
         features,
         targets,
         weight,
@@ -218,6 +223,9 @@ def _solve_at_full_precision(
         solver.linear_solver,
     )
 
+    if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
+        problem = problem.rotated()
+        rows, basis = problem.rows, problem.basis
     if network is None:
         U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
         A = default_directions(hidden, targets.shape[1], rows.X.dtype)
@@ -245,16 +253,24 @@ def _solve_at_full_precision(
 
 def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
     """Descend on the network's own loss, gates renewed at every step."""
-    rows, basis = problem.rows, problem.basis
+    rows = problem.rows
     damping, key = (start.damping, start.key) if isinstance(start, _refresh.State) else (problem.rho, key)
-    first = _refresh.init(rows, U, A, problem.beta, damping, key)
+    sketch_key, key = jax.random.split(key)
     last, stagnated, done, trace = _refresh.run(
-        rows, basis.eigenvalues, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters
+        rows,
+        _refresh.spectrum(rows, sketch_key),
+        problem.beta,
+        _refresh.init(rows, U, A, problem.beta, damping, key),
+        tol=problem.tol,
+        max_iters=problem.max_iters,
     )
     figures = {"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight}
     if problem.certify_iters:
-        certificate = _solve_program(problem, *_program_of(problem, last.U, last.A, key), key, problem.certify_iters)
-        figures |= _figures(problem, certificate)
+        network = to_network(rows, problem.basis, last.U, last.A)
+        if problem.linear_solver.on_eigenbasis:
+            problem = problem.rotated()
+        program = _program_of(problem, *from_network(network, problem.basis), key)
+        figures |= _figures(problem, _solve_program(problem, *program, key, problem.certify_iters))
     return _Ended(
         last.U,
         last.A,

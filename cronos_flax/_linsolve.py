@@ -77,6 +77,7 @@ class Structured:
 
     max_steps: int = 50
     accelerated: ClassVar[bool] = True
+    on_eigenbasis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive("Structured", "max_steps", self.max_steps)
@@ -175,19 +176,20 @@ class NystromPCG:
     rank: int = 20
     max_steps: int = 20
     accelerated: ClassVar[bool] = False
+    on_eigenbasis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _positive("NystromPCG", "rank", self.rank)
         _positive("NystromPCG", "max_steps", self.max_steps)
 
-    def prepare(self, program: Program, eigenvalues: Float[Array, " d"], kappa: Scalar, key: Array) -> Sketch:
+    def prepare(self, program: Program, eigenvalues: None, kappa: Scalar, key: Array) -> Sketch:
         """The sketch of ``G*G + κ⁻¹ F*F``."""
         del eigenvalues
         X, m = program.rows.X, program.A.shape[0]
         shape = X.shape[1], m
 
-        def operator(v: Array) -> Array:
-            return self._product(program, kappa, v.reshape(shape)).ravel()
+        def operator(vectors: Array) -> Array:
+            return jax.lax.map(lambda v: self._product(program, kappa, v.reshape(shape)).ravel(), vectors.T).T
 
         size = shape[0] * m
         return sketch(operator, size, min(self.rank, size), key, X.dtype)
@@ -201,7 +203,7 @@ class NystromPCG:
     def solve(
         self,
         program: Program,
-        eigenvalues: Float[Array, " d"],
+        eigenvalues: None,
         kappa: Scalar,
         prepared: Sketch,
         rhs: Neurons,

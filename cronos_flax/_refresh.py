@@ -2,10 +2,10 @@
 
 With the gates of the current neurons, the U-step of ADMM is a Levenberg–Marquardt step on the network,
 
-    (F*F + μ K + β/‖uᵢ‖) δ = −(F*(F U − Y) + β uᵢ/‖uᵢ‖),          K = I + XᵀX, diagonal on the eigenbasis
+    (F*F + μ (I + XᵀX) + β/‖uᵢ‖) δ = −(F*(F U − Y) + β uᵢ/‖uᵢ‖)
 
-solved roughly by conjugate gradients with the diagonal part as preconditioner, and followed by a line search on the
-regularised loss of the network. The damping μ follows the line search, so nothing needs to be tuned.
+solved roughly by conjugate gradients, preconditioned by all but ``F*F`` with a sketch of XᵀX, and followed by a line
+search on the regularised loss of the network. The damping μ follows the line search, so nothing needs to be tuned.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._basis import Rows
 from cronos_flax._linsolve import conjugate_gradient
+from cronos_flax._nystrom import Sketch, sketch
 from cronos_flax._program import Program, network_objective, norms, unit_rows
 from cronos_flax._solution import TwoLayer
 from cronos_flax._types import Activations, Directions, Gates, Neurons, Scalar
@@ -28,7 +29,33 @@ _CG_STEPS = 10
 _CG_TOL = 0.3
 _NORM_FLOOR = 0.05  # ‖uᵢ‖ in the preconditioner is at least this fraction of the mean
 _DAMPING_RANGE = (1e-8, 1e8)
+_RANK = 64  # of the sketch
 _WINDOW = 10  # iterations over which stagnation is judged
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sketch", "tail"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """``XᵀX`` by its leading eigenpairs and the mean of the eigenvalues that are left."""
+
+    sketch: Sketch
+    tail: Scalar
+
+    def divide(self, damping: Scalar, ridge: Float[Array, " m"], R: Neurons) -> Neurons:
+        """``(μ (I + XᵀX) + ridgeᵢ)⁻¹ rᵢ`` for every neuron, with this in place of XᵀX."""
+        outside = 1 / (damping * (1 + self.tail) + ridge)
+        inside = 1 / (damping * (1 + self.sketch.eigenvalues)[:, None] + ridge)
+        return outside * R + self.sketch.vectors @ ((inside - outside) * (self.sketch.vectors.T @ R))
+
+
+def spectrum(rows: Rows, key: Array) -> Spectrum:
+    """The spectrum of the features, from two products with as many vectors as a network has neurons."""
+    X = rows.X
+    d = X.shape[1]
+    rank = min(_RANK, d)
+    leading = sketch(lambda V: X.T @ (X @ V), d, rank, key, X.dtype)
+    rest = jnp.sum(jnp.square(X)) - jnp.sum(leading.eigenvalues)
+    return Spectrum(leading, jnp.maximum(rest, 0) / max(d - rank, 1))
 
 
 @partial(
@@ -89,19 +116,23 @@ def gradient(program: Program, U: Neurons, Z: Activations) -> Neurons:
 
 
 def direction(
-    program: Program, eigenvalues: Float[Array, " d"], damping: Scalar, U: Neurons, Z: Activations
+    program: Program, spectrum: Spectrum, damping: Scalar, U: Neurons, Z: Activations
 ) -> tuple[Neurons, Int[Array, ""]]:
     """The Levenberg–Marquardt step δ, roughly; and the conjugate-gradient steps it took."""
     X = program.rows.X
     size = norms(U)
     size = jnp.maximum(size, _NORM_FLOOR * jnp.mean(size))
     size = jnp.where(size > 0, size, 1)
-    diagonal = damping * (1 + eigenvalues)[:, None] + program.beta / size
+    ridge = program.beta / size
+
+    def operator(V: Neurons) -> Neurons:
+        Z = X @ V
+        return X.T @ (program.Ft(program.F(Z)) + damping * Z) + (damping + ridge) * V
 
     return conjugate_gradient(
-        lambda V: X.T @ program.Ft(program.F(X @ V)) + diagonal * V,
+        operator,
         -gradient(program, U, Z),
-        preconditioner=lambda R: R / diagonal,
+        preconditioner=lambda R: spectrum.divide(damping, ridge, R),
         tol=_CG_TOL,
         max_steps=_CG_STEPS,
     )
@@ -114,7 +145,7 @@ def revive(rows: Rows, U: Neurons, A: Directions, key: Array) -> tuple[Neurons, 
     return jnp.where(is_dead, 0, U), Z, Z > 0
 
 
-def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Iterate) -> Iterate:
+def step(rows: Rows, spectrum: Spectrum, beta: Scalar, iterate: Iterate) -> Iterate:
     """One step; the objective of the result is never above that of ``iterate``."""
     key, probe_key = jax.random.split(iterate.key)
     U, Z, D = revive(rows, iterate.U, iterate.A, probe_key)
@@ -130,7 +161,7 @@ def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Ite
     A = jnp.where(lives[:, None], A, unit_rows(-(probe.T @ residual), A))
 
     program = Program(rows, D, A, beta)
-    delta, cg_steps = direction(program, eigenvalues, iterate.damping, U, Z)
+    delta, cg_steps = direction(program, spectrum, iterate.damping, U, Z)
     Z_delta = rows.X @ delta
 
     def objective(length: Scalar) -> Scalar:
@@ -155,7 +186,7 @@ def step(rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, iterate: Ite
 
 
 def run(
-    rows: Rows, eigenvalues: Float[Array, " d"], beta: Scalar, start: Iterate, *, tol: Scalar, max_iters: int
+    rows: Rows, spectrum: Spectrum, beta: Scalar, start: Iterate, *, tol: Scalar, max_iters: int
 ) -> tuple[Iterate, Array, Int[Array, ""], Float[Array, " k"]]:
     """Step until the loss stagnates or ``max_iters``: the iterate, whether it stagnated, steps done, the trace."""
     index = jnp.arange(max_iters + 1, dtype=jnp.int32)
@@ -170,7 +201,7 @@ def run(
 
     def body(carry: tuple) -> tuple:
         done, iterate, trace = carry
-        iterate = step(rows, eigenvalues, beta, iterate)
+        iterate = step(rows, spectrum, beta, iterate)
         return done + 1, iterate, jnp.where(index > done, iterate.objective, trace)
 
     trace = jnp.full(max_iters + 1, start.objective)

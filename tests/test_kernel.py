@@ -1,6 +1,7 @@
 """The pieces of the solver against dense twins: adjoints, prox, the Levenberg–Marquardt step, weights, basis."""
 
 import dataclasses
+from unittest import mock
 
 import dense_twin
 import jax
@@ -25,8 +26,8 @@ def x64():
 def rows_and_basis(seed, n=20, p=4, C=2, hidden_bias=True, output_bias=True):
     X, Y = random_problem(seed, n=n, p=p, C=C, dtype="float64")
     weight = np.random.default_rng(seed).uniform(0.5, 1.5, size=n)
-    return _basis.eigenbasis(
-        X, Y, jnp.asarray(weight / weight.mean()), hidden_bias=hidden_bias, output_bias=output_bias
+    return _basis.rotated(
+        *_basis.scaled(X, Y, jnp.asarray(weight / weight.mean()), hidden_bias=hidden_bias, output_bias=output_bias)
     )
 
 
@@ -215,17 +216,21 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     expected = np.linalg.solve(J.T @ J + np.diag(diagonal.ravel()), -gradient).reshape(U.shape)
 
     np.testing.assert_allclose(_refresh.gradient(program, U, X @ U), gradient.reshape(U.shape), atol=1e-9)
-    operator = np.stack(
-        [
-            np.asarray(X.T @ program.Ft(program.F(X @ e.reshape(U.shape))) + diagonal * e.reshape(U.shape)).ravel()
-            for e in np.eye(U.size)
-        ],
-        axis=1,
-    )
-    np.testing.assert_allclose(np.linalg.solve(operator, -gradient).reshape(U.shape), expected, atol=1e-9)
+    spectrum = _refresh.spectrum(program.rows, jax.random.key(seed))
+    with mock.patch.multiple(_refresh, _CG_STEPS=500, _CG_TOL=1e-12):
+        exact, _ = _refresh.direction(program, spectrum, jnp.asarray(damping), U, X @ U)
+    np.testing.assert_allclose(exact, expected, atol=1e-8)
     # What the solver takes of it is a direction of descent.
-    delta, _ = _refresh.direction(program, basis.eigenvalues, jnp.asarray(damping), U, X @ U)
+    delta, _ = _refresh.direction(program, spectrum, jnp.asarray(damping), U, X @ U)
     assert float(np.sum(np.asarray(delta) * gradient.reshape(U.shape))) < 0
+
+
+def test_the_preconditioner_is_exact_where_the_sketch_is():
+    rows, basis = rows_and_basis(0, p=7)
+    R = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+    ridge = jnp.asarray([0.1, 1.0, 10.0])
+    got = _refresh.spectrum(rows, jax.random.key(0)).divide(jnp.asarray(0.3), ridge, R)
+    np.testing.assert_allclose(got, R / (0.3 * (1 + basis.eigenvalues)[:, None] + ridge), atol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -262,11 +267,11 @@ def test_a_neuron_without_output_weight_gets_a_direction_and_no_size():
 
 
 def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
-    rows, basis = rows_and_basis(1, n=60, C=1)
+    rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
     A = _weights.default_directions(4, 1, U.dtype)
     iterate = _refresh.init(rows, U, A, jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
-    after = _refresh.step(rows, basis.eigenvalues, jnp.asarray(1e-3), iterate)
+    after = _refresh.step(rows, _refresh.spectrum(rows, jax.random.key(1)), jnp.asarray(1e-3), iterate)
     assert float(after.objective) < float(iterate.objective)
     assert int(jnp.sum(_program.norms(after.U) > 0)) > 1
 

@@ -271,7 +271,7 @@ def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
 def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits):
     X, labels = digits
     y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
-    rows, _ = _basis.eigenbasis(X, y, jnp.ones(len(X)), hidden_bias=True, output_bias=True)
+    rows, _ = _basis.scaled(X, y, jnp.ones(len(X)), hidden_bias=True, output_bias=True)
     found = np.asarray([_program.beta_max(rows, jax.random.key(seed)) for seed in range(5)])
     assert found.max() / found.min() < 1.05
     u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 1000))
