@@ -11,6 +11,7 @@ map of these two, and its slow tail is shortened by Anderson acceleration, safeg
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -243,8 +244,9 @@ def run(
     *,
     tol: Scalar,
     until: Int[Array, ""] | int,
+    tell: Callable[[Int[Array, ""], Check, Iterate], None],
 ) -> Run:
-    """Iterate until a check passes, or ``until`` iterations are done."""
+    """Iterate until a check passes, or ``until`` iterations are done; ``tell`` is called with every check."""
 
     def advance(prepared: Any, iterate: Iterate, memory: Memory | None) -> tuple[Iterate, Memory | None]:
         image = step(program, linear_solver, eigenvalues, prepared, iterate).image
@@ -275,6 +277,7 @@ def run(
             prepared = jax.lax.cond(
                 change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
             )
+        tell(now.done + count, figures, image)
         later = jnp.arange(len(now.objectives), dtype=jnp.int32) > now.done
         return Run(
             now.done + count,

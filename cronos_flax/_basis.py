@@ -10,8 +10,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from cronos_flax._blocks import Blocks, fold
 from cronos_flax._types import Features, Neurons, Outputs, RowVector, Scalar
 
 
@@ -21,14 +22,18 @@ class Rows:
     """Everything that has one entry per example.
 
     Args:
-        X: features, scaled and perhaps rotated, rows multiplied by √w.
+        X: features, scaled and perhaps rotated, rows multiplied by √w; in memory or in blocks.
         Y: targets, rows multiplied by √w.
         ones: √w, the column that the output bias multiplies; None for a network without output bias.
     """
 
-    X: Features
+    X: Features | Blocks
     Y: Outputs
     ones: RowVector | None
+
+    def take(self, index: Int[Array, " k"]) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.X[index], self.Y[index], None if self.ones is None else self.ones[index])
 
     def center(self, T: Outputs) -> Outputs:
         """``P T``: what is left of T after the best output bias has been subtracted."""
@@ -78,16 +83,17 @@ class Basis:
         return neurons / self.scale, None
 
 
-def root_mean_square_norm(features: Float[Array, "n p"], weight: RowVector) -> Scalar:
+def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVector) -> Scalar:
     """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero."""
-    largest = jnp.max(jnp.abs(features))
+    zero = jnp.zeros((), weight.dtype)
+    largest = fold(features, lambda largest, X: jnp.maximum(largest, jnp.max(jnp.abs(X))), zero)
     safe = jnp.where(largest > 0, largest, 1)
-    mean = jnp.sum(weight[:, None] * jnp.square(features / safe)) / jnp.sum(weight)
-    return jnp.where(largest > 0, safe * jnp.sqrt(mean), 1)
+    total = fold(features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(X / safe)), zero, weight)
+    return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
 
 
 def scaled(
-    features: Float[Array, "n p"], targets: Outputs, weight: RowVector, *, hidden_bias: bool, output_bias: bool
+    features: Float[Array, "n p"] | Blocks, targets: Outputs, weight: RowVector, *, hidden_bias: bool, output_bias: bool
 ) -> tuple[Rows, Basis]:
     """Rows in the coordinates of this module without rotation, and the change of coordinates.
 
@@ -100,15 +106,19 @@ def scaled(
     """
     root = jnp.sqrt(weight)
     scale = root_mean_square_norm(features, weight)
-    X = features / scale
-    if hidden_bias:
-        X = jnp.concatenate([X, jnp.ones_like(X[:, :1])], axis=1)
-    rows = Rows(root[:, None] * X, root[:, None] * targets, root if output_bias else None)
-    return rows, Basis(scale, hidden_bias)
+    X: Features | Blocks
+    if isinstance(features, Blocks):
+        X = dataclasses.replace(features, scale=scale, root=root, hidden_bias=hidden_bias)
+    else:
+        X = features / scale
+        X = root[:, None] * (jnp.concatenate([X, jnp.ones_like(X[:, :1])], axis=1) if hidden_bias else X)
+    return Rows(X, root[:, None] * targets, root if output_bias else None), Basis(scale, hidden_bias)
 
 
 def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:
     """The same on the eigenbasis of the Gram matrix, from coordinates without rotation."""
-    eigenvalues, Q = jnp.linalg.eigh(rows.X.T @ rows.X)
-    rows = dataclasses.replace(rows, X=rows.X @ Q)
+    X, d = rows.X, rows.X.shape[1]
+    gram = fold(X, lambda gram, X: gram + X.T @ X, jnp.zeros((d, d), X.dtype))
+    eigenvalues, Q = jnp.linalg.eigh(gram)
+    rows = dataclasses.replace(rows, X=dataclasses.replace(X, rotation=Q) if isinstance(X, Blocks) else X @ Q)
     return rows, dataclasses.replace(basis, rotation=Q, eigenvalues=jnp.maximum(eigenvalues, 0))

@@ -4,9 +4,10 @@ Values (finiteness, signs) are checked only where there are values: inside ``jit
 """
 
 import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cronos_flax import _admm, _refresh
+from cronos_flax._blocks import Source
 from cronos_flax._solution import TwoLayer
 
 
@@ -65,9 +67,37 @@ def _floats(name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], re
     return array
 
 
-def data(X: ArrayLike, y: ArrayLike, num_classes: int | None) -> tuple[Array, Array]:
+def _blocks(X: Iterable[Any]) -> Source:
+    """Features that come in blocks, checked in one pass."""
+    if iter(X) is X:
+        raise ValueError("solve: `X` must be re-iterable, got an iterator, which can be read once only. Give a list.")
+    shape, dtype = None, np.dtype("float32")
+    for block in X:
+        block = np.asarray(block)
+        if block.ndim != 2 or not np.issubdtype(block.dtype, np.floating):
+            raise ValueError(
+                f"solve: the blocks of `X` must be floating arrays (n, p), got {block.dtype} of shape {block.shape}."
+            )
+        if shape is not None and block.shape[1] != shape[1]:
+            raise ValueError(f"solve: the blocks of `X` must have {shape[1]} columns each, got shape {block.shape}.")
+        if not np.all(np.isfinite(block)):
+            raise ValueError("solve: `X` must be finite, got NaN or infinite entries. Remove or impute those rows.")
+        dtype = np.promote_types(dtype, block.dtype)
+        shape = (len(block) if shape is None else shape[0] + len(block)), block.shape[1]
+    return Source(X, shape or (0, 0), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def data(X: Any, y: ArrayLike, num_classes: int | None) -> tuple[Array | Source, Array]:
     """Features ``(n, p)`` and targets ``(n, C)`` of one dtype."""
-    X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
+    in_blocks = not isinstance(X, (Array, np.ndarray, str, bytes)) and isinstance(X, Iterable)
+    if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
+        X = _blocks(X)
+        if not concrete(y):
+            raise ValueError(
+                "solve: `X` in blocks cannot be read inside jit or vmap, got a traced `y`. Call it outside."
+            )
+    else:
+        X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
     y = _floats("y", y, "(n,) or (n, C)", (1, 2), "For class labels use cf.signed_targets(labels, num_classes).")
     if X.shape[0] < 2 or X.shape[1] < 1:
         raise ValueError(f"solve: `X` must have at least 2 rows and 1 column, got shape {X.shape}.")
@@ -81,22 +111,22 @@ def data(X: ArrayLike, y: ArrayLike, num_classes: int | None) -> tuple[Array, Ar
     return X, y.astype(X.dtype)
 
 
-def sample_weight(value: ArrayLike | None, X: Array) -> Array:
-    """Weights ``(n,)`` in the dtype of X."""
+def sample_weight(value: ArrayLike | None, y: Array) -> Array:
+    """Weights ``(n,)`` in the dtype of y."""
     if value is None:
-        return jnp.ones(X.shape[0], X.dtype)
+        return jnp.ones(y.shape[0], y.dtype)
     weight = _floats("sample_weight", value, "(n,)", (1,), "Convert it, e.g. w.astype('float32').")
-    if weight.shape[0] != X.shape[0]:
+    if weight.shape[0] != y.shape[0]:
         raise ValueError(
-            f"solve: `sample_weight` must have one entry for each of the {X.shape[0]} rows of X, got {weight.shape}."
+            f"solve: `sample_weight` must have one entry for each of the {y.shape[0]} rows of X, got {weight.shape}."
         )
     if concrete(weight) and (bool(jnp.any(weight < 0)) or not bool(jnp.any(weight > 0))):
         raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
-    return weight.astype(X.dtype)
+    return weight.astype(y.dtype)
 
 
 def start(
-    gates: str, X: Array, y: Array, hidden: Any, init: Any, state: Any
+    gates: str, shape: tuple[int, int], y: Array, hidden: Any, init: Any, state: Any
 ) -> tuple[TwoLayer | _refresh.State | _admm.State | None, int]:
     """The one place to start from, None for a random start; and the number of neurons."""
     given = [name for name, value in (("hidden", hidden), ("init", init), ("state", state)) if value is not None]
@@ -109,24 +139,24 @@ def start(
     if init is not None:
         if not isinstance(init, TwoLayer):
             raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
-        return _network("init", init, X, y), init.kernel2.shape[0]
+        return _network("init", init, shape, y), init.kernel2.shape[0]
     if not isinstance(state, _refresh.State if gates == "refreshed" else _admm.State):
         raise ValueError(
             f"solve: `state` must be the state of a solve with gates={gates!r}, got {type(state).__module__}."
             f"{type(state).__name__}. To start from a network alone pass init=solution.params."
         )
-    if isinstance(state, _admm.State) and state.D.shape[0] != X.shape[0]:
+    if isinstance(state, _admm.State) and state.D.shape[0] != shape[0]:
         raise ValueError(
-            f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {X.shape[0]}. "
+            f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {shape[0]}. "
             "To go on with other rows pass init=solution.params."
         )
-    return dataclasses.replace(state, params=_network("state", state.params, X, y)), state.params.kernel2.shape[0]
+    return dataclasses.replace(state, params=_network("state", state.params, shape, y)), state.params.kernel2.shape[0]
 
 
-def _network(name: str, network: TwoLayer, X: Array, y: Array) -> TwoLayer:
-    """The network in the dtype of X, its shapes checked against the data."""
+def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) -> TwoLayer:
+    """The network in the dtype of y, its shapes checked against the data."""
     m = jnp.shape(network.kernel1)[-1] if jnp.ndim(network.kernel1) == 2 else 0
-    expected = {"kernel1": (X.shape[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
+    expected = {"kernel1": (features[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
     for field, shape in expected.items():
         value = getattr(network, field)
         if value is None and field.startswith("bias"):
@@ -136,4 +166,4 @@ def _network(name: str, network: TwoLayer, X: Array, y: Array) -> TwoLayer:
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
         if concrete(value) and not bool(jnp.all(jnp.isfinite(value))):
             raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
-    return jax.tree.map(lambda v: jnp.asarray(v, X.dtype), network)
+    return jax.tree.map(lambda v: jnp.asarray(v, y.dtype), network)

@@ -1,7 +1,7 @@
 """``Cronos.solve``: the one entry point of the solver, and its one ``jit``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from cronos_flax import _admm, _checks, _refresh
+from cronos_flax import _admm, _checks, _host, _refresh
 from cronos_flax._basis import Basis, Rows, rotated, scaled
+from cronos_flax._blocks import Blocks, Source
 from cronos_flax._linsolve import NystromPCG, Structured
 from cronos_flax._program import Program, beta_max, network_objective
 from cronos_flax._solution import Solution, Stats, Status, TwoLayer
@@ -82,7 +83,7 @@ class Cronos:
     rho: float | Array | None = None
     gates: str = "refreshed"
     linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
-    max_iters: int = 300
+    max_iters: int = 500
     tol: float | Array = 1e-3
     certify_iters: int = 0
 
@@ -101,7 +102,7 @@ class Cronos:
 
     def solve(
         self,
-        X: ArrayLike,
+        X: ArrayLike | Iterable[ArrayLike],
         y: ArrayLike,
         *,
         hidden: int | None = None,
@@ -110,6 +111,7 @@ class Cronos:
         init: TwoLayer | None = None,
         state: _refresh.State | _admm.State | None = None,
         key: Array | None = None,
+        callback: Callable[[dict[str, float]], Any] | None = None,
     ) -> Solution:
         """Train a two-layer network on arrays.
 
@@ -117,7 +119,9 @@ class Cronos:
         ``vmap``; values (finiteness, signs) are then not checked.
 
         Args:
-            X: features, floating, shape ``(n, p)`` with ``n ≥ 2``, finite, any units.
+            X: features, floating, shape ``(n, p)`` with ``n ≥ 2``, finite, any units. Or, for features that do not fit
+                into memory, a re-iterable of such arrays that are consecutive rows, for instance a list of slices of a
+                ``np.memmap``: every product with X is then accumulated block by block.
             y: targets, floating, shape ``(n,)`` or ``(n, C)``, finite. Labels: :func:`cronos_flax.signed_targets`.
             hidden: number of hidden neurons m, for a random start.
             num_classes: the number of outputs C, if it should be checked against ``y``.
@@ -125,6 +129,10 @@ class Cronos:
             init: a network to start from; its widths and its missing biases are kept.
             state: ``solution.state`` of an earlier solve with the same ``gates``, to go on from there.
             key: key of the random start and of revived neurons; None means a fixed one.
+            callback: called at every check (each step of the refreshed path, each tenth iteration of ADMM) with a flat
+                dict of Python numbers: ``iteration``, ``seconds``, ``active_neurons`` and ``objective``; for held gates
+                ``program_objective``, ``lower_bound``, ``gap`` (relative), ``cone_violation``, ``primal_residual``,
+                ``dual_residual`` in its place. What it raises ends the solve.
 
         Returns:
             The :class:`Solution`. The regularised loss of ``solution.params`` is never above that of the start.
@@ -132,12 +140,17 @@ class Cronos:
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
-        X, y = _checks.data(X, y, num_classes)
-        weight = _checks.sample_weight(sample_weight, X)
-        start, m = _checks.start(self.gates, X, y, hidden, init, state)
-        solver = jax.tree.map(lambda v: jnp.asarray(v, X.dtype), self)
+        features, y = _checks.data(X, y, num_classes)
+        weight = _checks.sample_weight(sample_weight, y)
+        start, m = _checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
+        solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
         key = jax.random.key(0) if key is None else key
-        return _solve(solver, X, y, weight, start, key, hidden=m)
+        if callback is None and not isinstance(features, Source):
+            return _solve(solver, features, y, weight, start, key, None, hidden=m)
+        source = features if isinstance(features, Source) else None
+        with _host.opened(source, callback and _host.Progress(callback)) as (number, progress):
+            rows = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
+            return jax.block_until_ready(_solve(solver, rows, y, weight, start, key, progress, hidden=m))
 
 
 class _Problem(NamedTuple):
@@ -153,6 +166,7 @@ class _Problem(NamedTuple):
     max_iters: int
     certify_iters: int
     linear_solver: Structured | NystromPCG
+    progress: Int[Array, ""] | None
 
     def rotated(self) -> "_Problem":
         """The same on the eigenbasis."""
@@ -173,25 +187,27 @@ class _Ended(NamedTuple):
 @partial(jax.jit, static_argnames=("hidden",))
 def _solve(
     solver: Cronos,
-    features: Float[Array, "n p"],
+    features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,
     start: TwoLayer | _refresh.State | _admm.State | None,
     key: Array,
+    progress: Int[Array, ""] | None,
     *,
     hidden: int,
 ) -> Solution:
     with jax.default_matmul_precision("highest"):
-        return _solve_at_full_precision(solver, features, targets, weight, start, key, hidden)
+        return _solve_at_full_precision(solver, features, targets, weight, start, key, progress, hidden)
 
 
 def _solve_at_full_precision(
     solver: Cronos,
-    features: Float[Array, "n p"],
+    features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,
     start: TwoLayer | _refresh.State | _admm.State | None,
     key: Array,
+    progress: Int[Array, ""] | None,
     hidden: int,
 ) -> Solution:
     beta_key, start_key, run_key = jax.random.split(key, 3)
@@ -221,6 +237,7 @@ def _solve_at_full_precision(
         solver.max_iters,
         solver.certify_iters,
         solver.linear_solver,
+        progress,
     )
 
     if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
@@ -256,13 +273,21 @@ def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Ar
     rows = problem.rows
     damping, key = (start.damping, start.key) if isinstance(start, _refresh.State) else (problem.rho, key)
     sketch_key, key = jax.random.split(key)
+    prepared = _refresh.prepare(rows, U.shape[1], sketch_key)
+    first = _refresh.init(rows, U, A, problem.beta, damping, key)
+    if start is None:
+        first = _refresh.warm_up(rows, prepared, problem.beta, first)
+
+    def tell(done: Array, iterate: _refresh.Iterate) -> None:
+        _host.report(
+            problem.progress,
+            iteration=done,
+            objective=iterate.objective / problem.total_weight,
+            active_neurons=jnp.sum(~dead(iterate.U)),
+        )
+
     last, stagnated, done, trace = _refresh.run(
-        rows,
-        _refresh.spectrum(rows, sketch_key),
-        problem.beta,
-        _refresh.init(rows, U, A, problem.beta, damping, key),
-        tol=problem.tol,
-        max_iters=problem.max_iters,
+        rows, prepared, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters, tell=tell
     )
     figures = {"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight}
     if problem.certify_iters:
@@ -291,7 +316,23 @@ def _solve_program(problem: _Problem, program: Program, first: _admm.Iterate, ke
     """ADMM to a certificate, or ``max_iters``."""
     method = program, problem.linear_solver, problem.basis.eigenvalues
     begun = _admm.begin(*method, first, key, max_iters=max_iters)
-    return _admm.run(*method, begun, key, tol=problem.tol, until=max_iters)
+
+    def tell(done: Array, check: _admm.Check, iterate: _admm.Iterate) -> None:
+        gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
+        _host.report(
+            problem.progress,
+            iteration=done,
+            program_objective=check.program_objective / problem.total_weight,
+            lower_bound=check.lower_bound / problem.total_weight,
+            gap=gap,
+            cone_violation=check.cone_violation,
+            primal_residual=check.primal_residual,
+            dual_residual=check.dual_residual,
+            rho=iterate.rho,
+            active_neurons=jnp.sum(~dead(check.V)),
+        )
+
+    return _admm.run(*method, begun, key, tol=problem.tol, until=max_iters, tell=tell)
 
 
 def _figures(problem: _Problem, run: _admm.Run) -> dict[str, Array]:

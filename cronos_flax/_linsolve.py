@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cronos_flax._nystrom import Sketch, sketch
+from cronos_flax._blocks import Blocks
+from cronos_flax._nystrom import Sketch, sketch, test_matrix
 from cronos_flax._program import Program
 from cronos_flax._types import Activations, Neurons, Outputs, Scalar
 
@@ -49,7 +50,7 @@ def conjugate_gradient(
         q = operator(p)
         length = rz / jnp.vdot(p, q)
         x, r = x + length * p, r - length * q
-        z = preconditioner(r)
+        z = jax.lax.cond(step + 1 < max_steps, preconditioner, jnp.zeros_like, r)
         rz_new = jnp.vdot(r, z)
         return step + 1, x, r, z + (rz_new / rz) * p, rz_new
 
@@ -101,15 +102,16 @@ class Structured:
         return min(costs, key=costs.__getitem__)
 
     def prepare(
-        self, program: Program, eigenvalues: Float[Array, " d"], kappa: Scalar, key: Array
+        self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
     ) -> Float[Array, "N N"] | None:
         """The Cholesky factor that :meth:`solve` wants, if any; to be renewed when κ changes."""
         del key
-        plan = self.plan(*program.rows.X.shape, *program.A.shape)
-        if plan == "plain":
-            return None
         X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
+        plan = self.plan(*X.shape, *program.A.shape)
+        if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
+            return None
         n, C = program.rows.Y.shape
+        assert eigenvalues is not None
         H = (X / (1 + eigenvalues)) @ X.T
         if plan == "dense":
             # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
@@ -125,7 +127,7 @@ class Structured:
     def solve(
         self,
         program: Program,
-        eigenvalues: Float[Array, " d"],
+        eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
         prepared: Float[Array, "N N"] | None,
         rhs: Neurons,
@@ -133,6 +135,7 @@ class Structured:
         iteration: Int[Array, ""],
     ) -> tuple[Neurons, Activations, Outputs]:
         """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call."""
+        assert eigenvalues is not None
         X = program.rows.X
         inverse_K = (1 / (1 + eigenvalues))[:, None]
 
@@ -182,7 +185,7 @@ class NystromPCG:
         _positive("NystromPCG", "rank", self.rank)
         _positive("NystromPCG", "max_steps", self.max_steps)
 
-    def prepare(self, program: Program, eigenvalues: None, kappa: Scalar, key: Array) -> Sketch:
+    def prepare(self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array) -> Sketch:
         """The sketch of ``G*G + κ⁻¹ F*F``."""
         del eigenvalues
         X, m = program.rows.X, program.A.shape[0]
@@ -192,7 +195,7 @@ class NystromPCG:
             return jax.lax.map(lambda v: self._product(program, kappa, v.reshape(shape)).ravel(), vectors.T).T
 
         size = shape[0] * m
-        return sketch(operator, size, min(self.rank, size), key, X.dtype)
+        return sketch(operator, test_matrix(size, self.rank, key, X.dtype))
 
     @staticmethod
     def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:
@@ -203,7 +206,7 @@ class NystromPCG:
     def solve(
         self,
         program: Program,
-        eigenvalues: None,
+        eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
         prepared: Sketch,
         rhs: Neurons,

@@ -33,27 +33,31 @@ class Sketch:
         return residual + self.vectors @ (gain * inside)
 
 
-def sketch(operator: Callable[[Array], Array], size: int, rank: int, key: Array, dtype: jnp.dtype) -> Sketch:
-    """Sketch a positive semidefinite operator from its action on ``rank`` vectors.
+def test_matrix(size: int, rank: int, key: Array, dtype: jnp.dtype) -> Float[Array, "N r"]:
+    """Random orthonormal vectors, ``rank`` of them or as many as there are."""
+    return jnp.linalg.qr(jax.random.normal(key, (size, min(rank, size)), dtype))[0]
+
+
+def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Sketch:
+    """Sketch a positive semidefinite operator from its action on a test matrix.
 
     Args:
-        operator: maps shape ``(size, rank)`` to itself, column by column.
-        size: N.
-        rank: at most N.
-        key: of the random test matrix.
-        dtype: floating dtype.
+        operator: maps shape ``(N, r)`` to itself, column by column.
+        test: orthonormal columns, from :func:`test_matrix`.
 
     Returns:
         The :class:`Sketch`; finite also where the operator's rank is smaller.
     """
-    test, _ = jnp.linalg.qr(jax.random.normal(key, (size, rank), dtype))
+    size, dtype = len(test), test.dtype
     image = operator(test)
-    # Shifted so that the Cholesky factor exists in this precision; subtracted again below.
+    # Shifted so that the core has an inverse in this precision; subtracted again below.
     shift = jnp.sqrt(jnp.asarray(size, dtype)) * jnp.finfo(dtype).eps * jnp.linalg.norm(image)
     shift = jnp.maximum(shift, jnp.sqrt(jnp.finfo(dtype).tiny))
     image = image + shift * test
     core = test.T @ image
-    factor = jnp.linalg.cholesky((core + core.T) / 2)
-    root = jax.scipy.linalg.solve_triangular(factor, image.T, lower=True).T
+    # By eigenvalues, and not by Cholesky: a triangular solve wakes the threads of LAPACK, which spin for a while and on
+    # a CPU take the time of the products that follow.
+    eigenvalues, Q = jnp.linalg.eigh((core + core.T) / 2)
+    root = image @ (Q / jnp.sqrt(jnp.maximum(eigenvalues, shift)))
     vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
     return Sketch(vectors, jnp.maximum(jnp.square(singular) - shift, 0))

@@ -58,7 +58,9 @@ class Program:
 
     def Ft(self, R: Outputs) -> Activations:
         """The adjoint of :meth:`F`: ``D ∘ (P R Aᵀ)``."""
-        return jnp.where(self.D, self.rows.center(R) @ self.A.T, 0)
+        R = self.rows.center(R)
+        # One output needs no product of matrices, which would cost more than the memory it writes.
+        return jnp.where(self.D, R * self.A.T if R.shape[1] == 1 else R @ self.A.T, 0)
 
     def G(self, Z: Activations) -> Activations:
         """``(2D − 1) ∘ Z``, its own adjoint and inverse."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cronos_flax._basis import Basis, Rows, root_mean_square_norm
+from cronos_flax._blocks import Blocks
 from cronos_flax._losses import squared
 from cronos_flax._program import norms, unit_rows
 from cronos_flax._solution import TwoLayer
@@ -37,7 +38,7 @@ def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions) -> TwoLayer:
     return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)
 
 
-def predict(params: TwoLayer, X: Float[Array, "n p"]) -> Float[Array, "n C"]:
+def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
     """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``."""
     hidden = X @ params.kernel1
     if params.bias1 is not None:
@@ -48,7 +49,7 @@ def predict(params: TwoLayer, X: Float[Array, "n p"]) -> Float[Array, "n C"]:
 
 def regularised_loss(
     params: TwoLayer,
-    features: Float[Array, "n p"],
+    features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,
     beta: Scalar,

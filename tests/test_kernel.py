@@ -124,7 +124,9 @@ def test_a_sketch_in_float32_is_finite_on_operators_of_low_rank(rank_of_operator
     with jax.enable_x64(False):
         root = np.random.default_rng(0).normal(size=(60, rank_of_operator)).astype("float32")
         for seed in range(20):
-            made = _nystrom.sketch(lambda v: root @ (root.T @ v), 60, 20, jax.random.key(seed), jnp.float32)
+            made = _nystrom.sketch(
+                lambda v: root @ (root.T @ v), _nystrom.test_matrix(60, 20, jax.random.key(seed), jnp.float32)
+            )
             assert np.all(np.isfinite(made.vectors))
             assert np.all(np.asarray(made.eigenvalues) >= 0)
             close = (made.vectors * made.eigenvalues) @ made.vectors.T
@@ -215,22 +217,38 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     diagonal = damping * (1 + np.asarray(basis.eigenvalues))[:, None] + beta / floored
     expected = np.linalg.solve(J.T @ J + np.diag(diagonal.ravel()), -gradient).reshape(U.shape)
 
-    np.testing.assert_allclose(_refresh.gradient(program, U, X @ U), gradient.reshape(U.shape), atol=1e-9)
-    spectrum = _refresh.spectrum(program.rows, jax.random.key(seed))
+    g = _refresh.gradient(program, U, X @ U)
+    np.testing.assert_allclose(g, gradient.reshape(U.shape), atol=1e-9)
+    prepared = _refresh.prepare(program.rows, 5, jax.random.key(seed))
+    system = program, program, prepared, jnp.asarray(damping), U, g, True
     with mock.patch.multiple(_refresh, _CG_STEPS=500, _CG_TOL=1e-12):
-        exact, _ = _refresh.direction(program, spectrum, jnp.asarray(damping), U, X @ U)
+        exact, _ = _refresh.direction(*system)
     np.testing.assert_allclose(exact, expected, atol=1e-8)
     # What the solver takes of it is a direction of descent.
-    delta, _ = _refresh.direction(program, spectrum, jnp.asarray(damping), U, X @ U)
+    delta, _ = _refresh.direction(*system)
     assert float(np.sum(np.asarray(delta) * gradient.reshape(U.shape))) < 0
 
 
-def test_the_preconditioner_is_exact_where_the_sketch_is():
-    rows, basis = rows_and_basis(0, p=7)
-    R = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
-    ridge = jnp.asarray([0.1, 1.0, 10.0])
-    got = _refresh.spectrum(rows, jax.random.key(0)).divide(jnp.asarray(0.3), ridge, R)
-    np.testing.assert_allclose(got, R / (0.3 * (1 + basis.eigenvalues)[:, None] + ridge), atol=1e-6)
+def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact():
+    rows, _ = rows_and_basis(0, p=7)
+    rng = np.random.default_rng(0)
+    root, N, R = rng.normal(size=(3, 3)), rng.uniform(0.1, 10, size=3), rng.normal(size=(8, 3))
+    M = root @ root.T
+    prepared = _refresh.prepare(rows, 3, jax.random.key(0))
+    got = _refresh.Preconditioner.of(prepared, jnp.asarray(M), jnp.asarray(N)).divide(R)
+    X = np.asarray(rows.X)
+    system = np.kron(X.T @ X / len(X), M) + np.kron(np.eye(8), np.diag(N))
+    np.testing.assert_allclose(got, np.linalg.solve(system, R.ravel()).reshape(R.shape), atol=1e-6)
+
+
+def test_a_sample_takes_one_row_of_each_stretch():
+    rows, _ = rows_and_basis(0, n=1000)
+    for seed in range(5):
+        some, index = _refresh.sample(rows, jax.random.key(seed), 100)
+        assert len(set(np.sort(index) // 10)) > 60
+        assert len(set(np.asarray(index))) == 100
+        np.testing.assert_array_equal(some.X, rows.X[index])
+        np.testing.assert_array_equal(some.Y, rows.Y[index])
 
 
 @settings(max_examples=20, deadline=None)
@@ -271,7 +289,8 @@ def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
     A = _weights.default_directions(4, 1, U.dtype)
     iterate = _refresh.init(rows, U, A, jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
-    after = _refresh.step(rows, _refresh.spectrum(rows, jax.random.key(1)), jnp.asarray(1e-3), iterate)
+    prepared = _refresh.prepare(rows, 4, jax.random.key(1))
+    after = _refresh.step(rows, prepared, jnp.asarray(1e-3), iterate, False)
     assert float(after.objective) < float(iterate.objective)
     assert int(jnp.sum(_program.norms(after.U) > 0)) > 1
 
@@ -283,7 +302,8 @@ def test_refitting_directions_is_the_ridge_solution():
     A = jnp.asarray(np.eye(3)[np.arange(6) % 3])
     H = jax.nn.relu(rows.X @ U)
     beta = 0.5
-    U_new, A_new, growth = _refresh.refit_directions(rows, U, A, H, jnp.asarray(beta))
+    with mock.patch.multiple(_refresh, _REFIT_TOL=1e-12):
+        U_new, A_new, growth = _refresh.refit_directions(rows, U, A, H, jnp.asarray(beta))
     hidden = np.asarray(rows.center(H / np.sqrt(np.linalg.norm(U, axis=0))))
     W2 = np.linalg.solve(hidden.T @ hidden + beta * np.eye(6), hidden.T @ np.asarray(rows.Y))
     scaled = W2 * np.sqrt(np.linalg.norm(U, axis=0))[:, None]
