@@ -145,6 +145,8 @@ class Cronos:
         start, m = _checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
         solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
         key = jax.random.key(0) if key is None else key
+        if callback is not None and not callable(callback):
+            raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         if callback is None and not isinstance(features, Source):
             return _solve(solver, features, y, weight, start, key, None, hidden=m)
         source = features if isinstance(features, Source) else None

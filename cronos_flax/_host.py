@@ -24,18 +24,18 @@ _numbers = itertools.count()
 @contextmanager
 def opened(*objects: Any) -> Iterator[list[Any]]:
     """Numbers for these objects, None for None; what their calls raise leaves the block as it was raised."""
-    numbers = [None if thing is None else next(_numbers) for thing in objects]
-    _open.update({n: thing for n, thing in zip(numbers, objects, strict=True) if n is not None})
+    numbers = [next(_numbers) for _ in objects]
+    _open.update(zip(numbers, objects, strict=True))
     try:
-        yield [None if n is None else np.asarray(n, np.int32) for n in numbers]
+        yield [None if thing is None else np.asarray(n, np.int32) for n, thing in zip(numbers, objects, strict=True)]
     except Exception:
         raised = [_errors[n] for n in numbers if n in _errors]
         if raised:
             raise raised[0] from None
         raise
     finally:
-        for n in filter(None.__ne__, numbers):
-            _open.pop(n, None)
+        for n in numbers:
+            del _open[n]
             _errors.pop(n, None)
 
 

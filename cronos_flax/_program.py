@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cronos_flax._basis import Rows
+from cronos_flax._blocks import Blocks
 from cronos_flax._losses import squared
-from cronos_flax._types import Activations, Directions, Gates, Neurons, Outputs, Scalar
+from cronos_flax._types import Activations, Directions, Features, Gates, Neurons, Outputs, Scalar
 
 _ASCENT_STARTS = 8
 _ASCENT_STEPS = 10
@@ -103,31 +104,38 @@ def lower_bound(program: Program, Z: Activations, nu: Activations) -> Scalar:
     return -jnp.sum(0.5 * jnp.square(c * alpha) + c * alpha * Y)
 
 
-def beta_max(rows: Rows, key: Array) -> Scalar:
-    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
+def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
+    """``‖relu(X u)ᵀ α‖/‖u‖`` for each column u: a neuron there would lower the loss if it is above β."""
+    size = norms(u)
+    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / jnp.where(size > 0, size, 1)
 
-    The problem is not concave. It is climbed along its gradient from a few random starts, each step as long as pays
-    most; the best of them is a lower estimate, and agrees over keys to a few hundredths.
-    """
-    X, alpha = rows.X, rows.center(rows.Y)
+
+def climb(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Neurons:
+    """Unit neurons of large violation, from unit neurons u: gradient steps, each as long as pays most."""
     lengths = jnp.asarray((0.0, *_ASCENT_LENGTHS), X.dtype)
-
-    def correlation(Z: Activations) -> Float[Array, "k C"]:
-        return jax.nn.relu(Z).T @ alpha
-
-    def height(u: Neurons, Z: Activations) -> Float[Array, " k"]:
-        size = norms(u)
-        return jnp.linalg.norm(correlation(Z), axis=1) / jnp.where(size > 0, size, 1)
 
     def ascend(_: int, u: Neurons) -> Neurons:
         Z = X @ u
-        c = correlation(Z)
+        c = jax.nn.relu(Z).T @ alpha
         g = X.T @ jnp.where(Z >= 0, alpha @ unit_rows(c, c).T, 0)
         g = unit_rows((g - u * jnp.sum(u * g, axis=0)).T, jnp.zeros_like(u.T)).T
         Z_g = X @ g
-        heights = jax.lax.map(lambda t: height(u + t * g, Z + t * Z_g), lengths)
-        return unit_rows((u + lengths[jnp.argmax(heights, axis=0)] * g).T, u.T).T
 
-    u = jax.random.normal(key, (X.shape[1], _ASCENT_STARTS), X.dtype)
-    u = jax.lax.fori_loop(0, _ASCENT_STEPS, ascend, u / norms(u))
-    return jnp.max(height(u, X @ u))
+        def height(t: Scalar) -> Float[Array, " k"]:
+            return jnp.linalg.norm(jax.nn.relu(Z + t * Z_g).T @ alpha, axis=1) / norms(u + t * g)
+
+        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)] * g).T, u.T).T
+
+    return jax.lax.fori_loop(0, _ASCENT_STEPS, ascend, u)
+
+
+def beta_max(rows: Rows, key: Array) -> Scalar:
+    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
+
+    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, and agrees
+    over keys to a few hundredths.
+    """
+    alpha = rows.center(rows.Y)
+    u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
+    u = climb(rows.X, alpha, u / norms(u))
+    return jnp.max(violation(rows.X, alpha, u))

@@ -11,9 +11,14 @@ data; minibatch Adam against the default; how far held gates get in 500 iteratio
 """
 
 import argparse
+import dataclasses
 import json
+import multiprocessing
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,12 @@ import optax
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax import _cronos
+from cronos_flax import _basis, _cronos, _program, _refresh, _weights
 from cronos_flax.data import load_tfds
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 EPOCHS, BATCH = 10, 128
+REVIVAL = ("digits", "fashion_mnist", "cifar10_airplane_automobile")
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -85,34 +91,121 @@ def published(data_dir: Path) -> dict[str, Any]:
     return row
 
 
+def spectrum_rows(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random features of decaying spectrum, and ±1 targets that are not linear in them."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(n, d)).astype("float32") / np.sqrt(1 + np.arange(d, dtype="float32"))
+    return X, np.sign(np.sin(3 * X[:, 0]) + X[:, 1] * X[:, 2]).astype("float32")
+
+
 def iteration(n: int, d: int, m: int, data_dir: Path) -> dict[str, Any]:
-    """Time of one default iteration over the time of its products with X, each at its own size and transposition."""
-    if d == 784:
-        X, y, beta = fashion(data_dir, n)
-    else:
-        rng = np.random.default_rng(0)
-        X = (rng.normal(size=(n, d)) / np.sqrt(1 + np.arange(d))).astype("float32")
-        y = np.sign(np.sin(3 * X[:, 0]) + X[:, 1] * X[:, 2]).astype("float32")
-        beta = 1e-5
-    few, many = (cf.Cronos(beta=beta, tol=0.0, max_iters=k) for k in (5, 25))
+    """Time of one default iteration over the time of its products, each at its own size and transposition.
+
+    First the products with X alone; then with those of the preconditioner and the gates as well.
+    """
+    X, y, beta = fashion(data_dir, n) if d == 784 else (*spectrum_rows(n, d), 1e-5)
+    few, many = (cf.Cronos(beta=beta, tol=0.0, max_iters=k) for k in (5, 15))
+
+    def once(solver: cf.Cronos) -> float:
+        return seconds(lambda: solver.solve(X, y, hidden=m).params.kernel1, 1)
+
     counts = [int(solver.solve(X, y, hidden=m).stats.cg_steps) for solver in (few, many)]
-    times = [seconds(lambda s=solver: s.solve(X, y, hidden=m).params.kernel1, 5) for solver in (few, many)]
-    one, steps = (times[1] - times[0]) / 20, (counts[1] - counts[0]) / 20
+    steps = (counts[1] - counts[0]) / 10
     rows = jnp.asarray(np.hstack([X, np.ones((n, 1), "float32")]))
-    U, R = jnp.ones((d + 1, m)), jnp.ones((n, m))
-    forward, back = jax.jit(lambda X, U: X @ U), jax.jit(lambda X, R: X.T @ R)
-    forward(rows, U), back(rows, R)
-    products = (2 + steps) * seconds(lambda: forward(rows, U), 21) + (1 + steps) * seconds(lambda: back(rows, R), 21)
-    return {"ms": 1e3 * one, "products ms": 1e3 * products, "CG steps": steps, "ratio": one / products}
+    some = rows[: _refresh.sample_size(n)]
+    U, V = jnp.ones((d + 1, m)), jnp.ones((d + 1, _refresh._FEATURE_RANK))
+    W, small = jnp.ones((m, _refresh._NEURON_RANK)), jnp.ones((_refresh._FEATURE_RANK, m))
+    sizes = {  # left, right, transposed, how many: U × W twice for each resolvent
+        "forward": (rows, U, False, 1),
+        "back": (rows, jnp.ones((n, m)), True, 1),
+        "forward, sample": (some, U, False, steps),
+        "back, sample": (some, jnp.ones((len(some), m)), True, steps),
+        "gates": (jnp.ones((len(some), m)), jnp.ones((len(some), m)), True, 1),
+        "neurons": (U, W, False, 2 * steps),
+        "neurons, leading": (small, W, False, 4 * steps),
+        "into the sketch": (V, U, True, steps),
+        "out of the sketch": (V, small, False, steps),
+    }
+
+    def product(left: jax.Array, right: jax.Array, transposed: bool, count: float) -> float:
+        call = jax.jit(lambda a, b: a.T @ b) if transposed else jax.jit(jnp.matmul)
+        call(left, right)
+        return count * seconds(lambda: call(left, right), 5)
+
+    # Whole and parts in turns, so that what else the machine does meets both.
+    rounds = []
+    for _ in range(7):
+        whole = (once(many) - once(few)) / 10
+        rounds.append((whole, {name: product(*size) for name, size in sizes.items()}))
+    one = float(np.median([whole for whole, _ in rounds]))
+    parts = {name: float(np.median([part[name] for _, part in rounds])) for name in sizes}
+    with_X = sum(list(parts.values())[:4])
+    return {
+        "ms": 1e3 * one,
+        "products with X, ms": 1e3 * with_X,
+        "all products, ms": 1e3 * sum(parts.values()),
+        "CG steps": steps,
+        "ratio to products with X": one / with_X,
+        "ratio to all products": one / sum(parts.values()),
+    }
 
 
 def memory(n: int, d: int, m: int) -> dict[str, Any]:
     """Peak of the compiled solve over the bytes of 2 X + 4 n m floats."""
     shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (n, 1), (n,))]
     solver = jax.tree.map(jnp.asarray, cf.Cronos(beta=1e-5))
-    plan = _cronos._solve.lower(solver, *shaped, None, jax.random.key(0), hidden=m).compile().memory_analysis()
+    lowered = _cronos._solve.lower(solver, *shaped, None, jax.random.key(0), None, hidden=m)
+    plan = lowered.compile().memory_analysis()
     peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return {"peak MB": peak / 1e6, "ratio": peak / (4 * (2 * n * (d + 1) + 4 * n * m))}
+
+
+def anonymous() -> float:
+    """Anonymous resident memory of this process, in GiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 2**20
+
+
+def blocks(n: int, d: int, m: int) -> dict[str, Any]:
+    """Peak anonymous memory of ten steps on features that lie on disk, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_blocks, (n, d, m))
+
+
+def _blocks(n: int, d: int, m: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        X = np.lib.format.open_memmap(Path(directory) / "X.npy", "w+", "float32", (n, d))
+        y = np.empty(n, "float32")
+        pieces = [slice(i, min(i + 10_000, n)) for i in range(0, n, 10_000)]
+        for i, piece in enumerate(pieces):
+            rng = np.random.default_rng(i)
+            X[piece] = rng.normal(size=(piece.stop - piece.start, d)) / np.sqrt(1 + np.arange(d))
+            y[piece] = np.sign(np.sin(3 * X[piece, 0]) + X[piece, 1] * X[piece, 2])
+        X.flush()
+        peak, before, times = [anonymous()], anonymous(), []
+
+        def watch(figures: dict[str, float]) -> None:
+            times.append(figures["seconds"])
+
+        ended = threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(0.02):
+                peak[0] = max(peak[0], anonymous())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        solution = cf.Cronos(beta=1e-5, max_iters=10).solve([X[p] for p in pieces], y, hidden=m, callback=watch)
+        ended.set()
+        sampler.join()
+        stats = solution.stats
+        return {
+            "X GiB": X.nbytes / 2**30,
+            "before GiB": before,
+            "peak GiB": peak[0],
+            "seconds an iteration": float(np.median(np.diff(times))),
+            "loss": [float(stats.initial_objective), float(stats.objective)],
+        }
 
 
 def adam(data_dir: Path, n: int) -> dict[str, Any]:
@@ -176,6 +269,52 @@ def held(name: str, data_dir: Path) -> dict[str, Any]:
     return {"iterations": int(stats.iterations), "gap": gap, "cone violation": float(stats.cone_violation)}
 
 
+def revival(name: str, data_dir: Path) -> dict[str, Any]:
+    """Final loss where a dead neuron gets a random gate, over that where it gets the one that violates the dual most.
+
+    At a large β, where neurons die; mean and standard deviation over five seeds.
+    """
+
+    def violating(rows: _basis.Rows, iterate: _refresh.Iterate, key: jax.Array) -> _refresh.Iterate:
+        is_dead = _weights.dead(iterate.U)
+        alpha = rows.center(rows.Y - jax.nn.relu(iterate.Z) @ iterate.A)
+        u = _weights.random_neurons(key, iterate.U)
+        climbed = jax.lax.cond(
+            jnp.any(is_dead), lambda: rows.X @ _program.climb(rows.X, alpha, u / _program.norms(u)), lambda: iterate.Z
+        )
+        Z = jnp.where(is_dead, climbed, iterate.Z)
+        return dataclasses.replace(iterate, U=jnp.where(is_dead, 0, iterate.U), Z=Z)
+
+    if name == "digits":
+        X, labels = load_digits(return_X_y=True)
+    else:
+        X, labels = load_tfds(name, "train", data_dir)
+    X, labels = X[:3000].reshape(len(X[:3000]), -1).astype("float32"), labels[:3000]
+    y = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
+    random, ends = _refresh.revive, {}
+    for way, revive in (("random", random), ("violating", violating)):
+        _refresh.revive = revive
+        jax.clear_caches()
+        for ratio in (0.03, 0.1):
+            beta = ratio / _cronos._BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
+            solve = [cf.Cronos(beta=beta).solve(X, y, hidden=64, key=jax.random.key(seed)).stats for seed in range(5)]
+            ends[way, ratio] = [(float(s.objective), int(s.active_neurons), int(s.iterations)) for s in solve]
+    _refresh.revive = random
+    jax.clear_caches()
+    return {
+        f"ratio {ratio:g}": {
+            way: dict(
+                zip(("loss", "sd", "active", "iterations"), (
+                    np.mean(ends[way, ratio], axis=0)[0], np.std(ends[way, ratio], axis=0)[0],
+                    *np.mean(ends[way, ratio], axis=0)[1:],
+                ), strict=True)
+            )
+            for way in ("random", "violating")
+        }
+        for ratio in (0.03, 0.1)
+    }  # fmt: skip
+
+
 def main() -> None:
     """Run what is missing, print everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,8 +327,10 @@ def main() -> None:
         "iteration, n 20000 d 512 m 256": lambda: iteration(20_000, 511, 256, args.data_dir),
         "memory, n 6000 d 785 m 64": lambda: memory(6000, 784, 64),
         "memory, n 20000 d 512 m 256": lambda: memory(20_000, 511, 256),
+        "blocks, n 500000 d 512 m 64": lambda: blocks(500_000, 512, 64),
         "Adam, n 6000": lambda: adam(args.data_dir, 6000),
         "Adam, n 60000": lambda: adam(args.data_dir, 60_000),
+        **{f"revival, {name}": partial(revival, name, args.data_dir) for name in REVIVAL},
         "held gates, digits": lambda: held("digits", args.data_dir),
         "held gates, Fashion-MNIST": lambda: held("fashion_mnist", args.data_dir),
         "held gates, CIFAR": lambda: held("cifar10_airplane_automobile", args.data_dir),
