@@ -110,8 +110,8 @@ def scaled(
     if isinstance(features, Blocks):
         X = dataclasses.replace(features, scale=scale, root=root, hidden_bias=hidden_bias)
     else:
-        X = features / scale
-        X = root[:, None] * (jnp.concatenate([X, jnp.ones_like(X[:, :1])], axis=1) if hidden_bias else X)
+        X = features * (root / scale)[:, None]
+        X = jnp.pad(X, ((0, 0), (0, 1))).at[:, -1].set(root) if hidden_bias else X
     return Rows(X, root[:, None] * targets, root if output_bias else None), Basis(scale, hidden_bias)
 
 

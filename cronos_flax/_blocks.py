@@ -127,8 +127,7 @@ class Blocks:
 
     def __getitem__(self, index: Int[Array, " k"]) -> Float[Array, "k d"]:
         """Some of the rows, in memory."""
-        shape = jax.ShapeDtypeStruct((index.shape[0], self.columns), self.dtype)
-        raw = jax.pure_callback(_take, shape, self.number, index)
+        raw = self._fetch(_take, index, index.shape[0])
         root = None if self.root is None else self.root[index]
         return self._finish(self._extend(raw), root)
 
@@ -152,8 +151,14 @@ class Blocks:
 
     def _read(self, index: Int[Array, ""]) -> Float[Array, "k d"]:
         """A piece, not yet weighted and rotated."""
-        shape = jax.ShapeDtypeStruct((self.piece, self.columns), self.dtype)
-        return self._extend(jax.pure_callback(_piece, shape, self.number, index))
+        return self._extend(self._fetch(_piece, index, self.piece))
+
+    def _fetch(self, call: Callable, index: Array, rows: int) -> Float[Array, "k p"]:
+        """Raw rows; as bits, since callbacks run in a thread where the caller's ``jax.enable_x64`` does not hold."""
+        words = jnp.dtype(self.dtype).itemsize // 4
+        shape = jax.ShapeDtypeStruct((rows, self.columns, words), jnp.uint32)
+        bits = jax.pure_callback(call, shape, self.number, index)
+        return jax.lax.bitcast_convert_type(bits if words > 1 else bits[..., 0], self.dtype)
 
     def _extend(self, raw: Float[Array, "k p"]) -> Float[Array, "k d"]:
         X = raw if self.scale is None else raw / self.scale
@@ -182,8 +187,12 @@ def fold(X: Array | Blocks, step: Callable[..., Carry], start: Carry, *of_rows: 
 
 
 def _piece(number: Array, index: Array) -> np.ndarray:
-    return _host.called(number, lambda source: source.piece(int(index)))
+    return _bits(_host.called(number, lambda source: source.piece(int(index))))
 
 
 def _take(number: Array, index: Array) -> np.ndarray:
-    return _host.called(number, lambda source: source.take(np.asarray(index)))
+    return _bits(_host.called(number, lambda source: source.take(np.asarray(index))))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint32).reshape(*array.shape, -1)

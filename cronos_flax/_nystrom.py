@@ -19,7 +19,7 @@ class Sketch:
     """``vectors diag(eigenvalues) vectorsᵀ``, below the operator and close to its leading part.
 
     Args:
-        vectors: orthonormal columns, shape ``(N, rank)``.
+        vectors: orthonormal columns, or zero where the eigenvalue is; shape ``(N, rank)``.
         eigenvalues: not increasing, ``≥ 0``, shape ``(rank,)``.
     """
 
@@ -34,19 +34,22 @@ class Sketch:
 
 
 def test_matrix(size: int, rank: int, key: Array, dtype: jnp.dtype) -> Float[Array, "N r"]:
-    """Random orthonormal vectors, ``rank`` of them or as many as there are."""
-    return jnp.linalg.qr(jax.random.normal(key, (size, min(rank, size)), dtype))[0]
+    """Random vectors of about unit norm, ``rank`` of them or as many as there are coordinates."""
+    return jax.random.normal(key, (size, min(rank, size)), dtype) / jnp.sqrt(jnp.asarray(size, dtype))
 
 
 def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Sketch:
     """Sketch a positive semidefinite operator from its action on a test matrix.
 
+    Only eigenvalues of r × r matrices are asked of LAPACK. Larger problems, and triangular solves, would wake its
+    threads, which spin for a while afterwards and on a CPU take the time of the products that follow.
+
     Args:
         operator: maps shape ``(N, r)`` to itself, column by column.
-        test: orthonormal columns, from :func:`test_matrix`.
+        test: from :func:`test_matrix`.
 
     Returns:
-        The :class:`Sketch`; finite also where the operator's rank is smaller.
+        The :class:`Sketch`; finite also where the operator's rank is smaller, with zero vectors for what is missing.
     """
     size, dtype = len(test), test.dtype
     image = operator(test)
@@ -55,9 +58,11 @@ def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Ske
     shift = jnp.maximum(shift, jnp.sqrt(jnp.finfo(dtype).tiny))
     image = image + shift * test
     core = test.T @ image
-    # By eigenvalues, and not by Cholesky: a triangular solve wakes the threads of LAPACK, which spin for a while and on
-    # a CPU take the time of the products that follow.
     eigenvalues, Q = jnp.linalg.eigh((core + core.T) / 2)
-    root = image @ (Q / jnp.sqrt(jnp.maximum(eigenvalues, shift)))
-    vectors, singular, _ = jnp.linalg.svd(root, full_matrices=False)
-    return Sketch(vectors, jnp.maximum(jnp.square(singular) - shift, 0))
+    least = jnp.finfo(dtype).eps * eigenvalues[-1]
+    root = image @ jnp.where(eigenvalues > least, Q / jnp.sqrt(jnp.maximum(eigenvalues, least)), 0)
+    # The operator is near root rootᵀ, whose eigenvalues are those of rootᵀ root.
+    eigenvalues, Q = jnp.linalg.eigh(root.T @ root)
+    eigenvalues, Q = eigenvalues[::-1], Q[:, ::-1]
+    vectors = root @ jnp.where(eigenvalues > shift, Q / jnp.sqrt(jnp.maximum(eigenvalues, shift)), 0)
+    return Sketch(vectors, jnp.maximum(eigenvalues - shift, 0))

@@ -34,7 +34,7 @@ _NORM_FLOOR = 0.05  # ‖uᵢ‖ in the system is at least this fraction of the 
 _CG_STEPS = 2
 _CG_TOL = 0.1
 _REFIT_STEPS, _REFIT_TOL = 50, 1e-3  # of conjugate gradients for the output kernel
-_FEATURE_RANK, _NEURON_RANK = 64, 32  # of the sketches that the preconditioner is made of
+_FEATURE_RANK, _NEURON_RANK = 48, 32  # of the sketches that the preconditioner is made of
 _ROWS_PER_FEATURE = 4  # that the first is made from, at least
 _SAMPLED, _LEAST_SAMPLE, _MOST_SAMPLE = 10, 128, 65_536  # a sample is one row in so many, within these limits
 _WARM_UP, _LEAST_WARM_UP, _WARM_UP_STEPS = 8, 128, 3  # likewise, for the first steps from a random start
@@ -186,11 +186,11 @@ def refit_directions(
     root = jnp.where(size > 0, jnp.sqrt(size), 1)
     H = rows.center(H / root)
     gram, present = H.T @ H, (jnp.where(size > 0, root, 0) * A.T).T
-    diagonal = (jnp.diag(gram) + beta)[:, None] + jnp.finfo(H.dtype).tiny
+    ridge = beta + jnp.finfo(H.dtype).eps * jnp.trace(gram)
     W2, _ = conjugate_gradient(
-        lambda W: gram @ W + beta * W,
+        lambda W: gram @ W + ridge * W,
         H.T @ rows.Y,
-        preconditioner=lambda R: R / diagonal,
+        preconditioner=lambda R: R / jnp.maximum(jnp.diag(gram) + ridge, jnp.finfo(R.dtype).tiny)[:, None],
         guess=present,
         tol=_REFIT_TOL,
         max_steps=_REFIT_STEPS,

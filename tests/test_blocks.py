@@ -73,8 +73,8 @@ def test_a_source_that_fails_says_what_it_said():
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed"])
-def test_a_callback_is_told_every_check(gates):
-    X, y = random_problem(0)
+def test_a_callback_is_told_every_check(gates, dtype):
+    X, y = random_problem(0, dtype=dtype)
     told = []
     solver = cf.Cronos(gates=gates, max_iters=30, tol=0.0)
     with_it = solver.solve(X, y, hidden=4, callback=told.append)
