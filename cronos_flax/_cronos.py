@@ -273,8 +273,9 @@ def _solve_at_full_precision(
 def _refreshed(problem: _Problem, U: Neurons, A: Directions, start: Any, key: Array) -> _Ended:
     """Descend on the network's own loss, gates renewed at every step."""
     rows = problem.rows
-    damping, key = (start.damping, start.key) if isinstance(start, _refresh.State) else (problem.rho, key)
+    # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
     sketch_key, key = jax.random.split(key)
+    damping, key = (start.damping, start.key) if isinstance(start, _refresh.State) else (problem.rho, key)
     prepared = _refresh.prepare(rows, U.shape[1], sketch_key)
     first = _refresh.init(rows, U, A, problem.beta, damping, key)
     if start is None:

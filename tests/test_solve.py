@@ -288,13 +288,12 @@ def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits)
 def test_state_continues_a_refreshed_solve(digits):
     X, labels = digits
     y = cf.signed_targets(labels, 10)
-    solver = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
-    ten = solver.solve(X, y, hidden=32)
-    twenty, again = solver.solve(X, y, state=ten.state), solver.solve(X, y, init=ten.params)
-    for later in (twenty, again):
-        assert float(later.stats.initial_objective) == pytest.approx(float(ten.stats.objective), rel=1e-5)
-    assert float(twenty.stats.objective) < 0.9 * float(ten.stats.objective)
-    assert float(twenty.stats.objective) <= 1.05 * float(again.stats.objective)
+    short = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
+    first = short.solve(X, y, hidden=32)
+    second = short.solve(X, y, state=first.state)
+    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
+    assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
+    assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
 
 
 @pytest.mark.parametrize("linear_solver", [cf.Structured(), cf.NystromPCG()])
