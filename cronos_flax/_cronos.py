@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
@@ -142,6 +143,11 @@ class Cronos:
         """
         features, y = _checks.data(X, y, num_classes)
         weight = _checks.sample_weight(sample_weight, y)
+        weighted = sample_weight is not None and _checks.concrete(weight)
+        if self.gates == "refreshed" and weighted and isinstance(features, Array):
+            counts = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
+            if len(counts) < len(weight):
+                features, y, weight = features[counts], y[counts], weight[counts]
         start, m = _checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
         solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
         key = jax.random.key(0) if key is None else key
