@@ -6,6 +6,8 @@ from cronos_flax._head import find_head as find_head
 from cronos_flax._head import fit_head as fit_head
 from cronos_flax._linsolve import NystromPCG as NystromPCG
 from cronos_flax._linsolve import Structured as Structured
+from cronos_flax._losses import Huber as Huber
+from cronos_flax._losses import Loss as Loss
 from cronos_flax._losses import signed_targets as signed_targets
 from cronos_flax._solution import Solution as Solution
 from cronos_flax._solution import Stats as Stats

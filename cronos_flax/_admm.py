@@ -6,11 +6,17 @@ With the splits ``U = V`` and ``G X U = S ≥ 0`` and scaled duals Λ, N, one it
     V ← group prox of U + Λ with threshold β/ρ           S ← max(G U + N, 0)
     Λ ← Λ + U − V                                        N ← N + G U − S
 
-with U over-relaxed. The prox fixes the duals, so only ``V + Λ`` and ``S + N`` are kept. The iteration is a fixed-point
-map of these two, and its slow tail is shortened by Anderson acceleration, safeguarded.
+with U over-relaxed. Losses other than the squared one get a third split, ``F U + 1bᵀ = Z`` with scaled dual M and
+penalty τ; then κ = ρ/τ is in the place of ρ in the U-step, ``Z − M`` in that of Y, and
+
+    Z ← prox of ℓ/τ at F U + 1bᵀ + M                         M ← M + F U + 1bᵀ − Z
+
+The prox fixes the duals, so only ``V + Λ``, ``S + N`` and ``Z + M`` are kept. The iteration is a fixed-point map of
+these, and its slow tail is shortened by Anderson acceleration, safeguarded.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,11 +27,13 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._anderson import Memory
 from cronos_flax._linsolve import NystromPCG, Structured
+from cronos_flax._losses import Squared
 from cronos_flax._program import Program, group_prox, lower_bound, norms
 from cronos_flax._solution import TwoLayer
-from cronos_flax._types import Activations, Directions, Gates, Neurons, Outputs, Scalar
+from cronos_flax._types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
 
 _OVER_RELAXATION = 1.6
+_KAPPA = 4.0  # ρ/τ, where there is a third split
 _CHECK_EVERY = 10
 _EXTRAPOLATE_EVERY = 5
 _RESIDUAL_RATIO = 0.1  # of the primal to the dual residual, that ρ is steered to
@@ -35,7 +43,7 @@ _LAST_ADAPTATION = 10_000  # ρ changes finitely often, which convergence needs
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["V_plus_dual", "S_plus_dual", "z", "rho", "iteration"],
+    data_fields=["V_plus_dual", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Iterate:
     Args:
         V_plus_dual: ``V + Λ``.
         S_plus_dual: ``S + N``.
+        Z_plus_dual: ``Z + M``; None for the squared loss.
         z: the last inner solution, the start of the next.
         rho: ρ, the penalty.
         iteration: iterations done, which the inner tolerance shrinks with.
@@ -52,6 +61,7 @@ class Iterate:
 
     V_plus_dual: Neurons
     S_plus_dual: Activations
+    Z_plus_dual: Outputs | None
     z: Outputs
     rho: Scalar
     iteration: Int[Array, ""]
@@ -62,27 +72,58 @@ class Iterate:
         S = jnp.maximum(self.S_plus_dual, 0)
         return V, self.V_plus_dual - V, S, self.S_plus_dual - S
 
+    @property
+    def kappa(self) -> Scalar:
+        """κ of the U-step."""
+        return self.rho if self.Z_plus_dual is None else jnp.full_like(self.rho, _KAPPA)
+
+    @property
+    def tau(self) -> Scalar:
+        """τ, the penalty of the third split."""
+        return self.rho / self.kappa
+
+    def split_outputs(self, program: Program) -> tuple[Outputs, Outputs]:
+        """``Z, M``; for the squared loss the targets, and zero."""
+        if self.Z_plus_dual is None:
+            targets = program.rows.root[:, None] * program.rows.Y
+            return targets, jnp.zeros_like(targets)
+        Z = program.rows.prox(self.Z_plus_dual, 1 / self.tau)
+        return Z, self.Z_plus_dual - Z
+
+    def bias(self, program: Program) -> Bias:
+        """The output bias that the next U-step takes."""
+        Z, M = self.split_outputs(program)
+        return program.rows.mean(Z - M) if program.rows.output_bias else None
+
+    @property
+    def parts(self) -> list[Array]:
+        """The arrays that the fixed-point map is about."""
+        return jax.tree.leaves((self.V_plus_dual, self.S_plus_dual, self.Z_plus_dual))
+
     def flat(self) -> Float[Array, " N"]:
-        """The two arrays that the fixed-point map is about, as one vector."""
-        return jnp.concatenate([self.V_plus_dual.ravel(), self.S_plus_dual.ravel()])
+        """:attr:`parts` as one vector."""
+        return jnp.concatenate([part.ravel() for part in self.parts])
 
     def at(self, flat: Float[Array, " N"]) -> "Iterate":
         """This iterate moved to the point ``flat``."""
-        V, S = jnp.split(flat, [self.V_plus_dual.size])
-        return dataclasses.replace(
-            self, V_plus_dual=V.reshape(self.V_plus_dual.shape), S_plus_dual=S.reshape(self.S_plus_dual.shape)
-        )
+        pieces = jnp.split(flat, list(itertools.accumulate(part.size for part in self.parts))[:-1])
+        V, S, *Z = (piece.reshape(part.shape) for piece, part in zip(pieces, self.parts, strict=True))
+        return dataclasses.replace(self, V_plus_dual=V, S_plus_dual=S, Z_plus_dual=Z[0] if Z else None)
 
-    def with_rho(self, rho: Scalar, beta: Scalar) -> "Iterate":
-        """The same V, S and unscaled duals under another penalty."""
-        V, Lambda, S, N = self.split(beta)
+    def with_rho(self, rho: Scalar, program: Program) -> "Iterate":
+        """The same V, S, Z and unscaled duals under another penalty."""
+        V, Lambda, S, N = self.split(program.beta)
         ratio = self.rho / rho
-        return dataclasses.replace(self, V_plus_dual=V + ratio * Lambda, S_plus_dual=S + ratio * N, rho=rho)
+        moved = dataclasses.replace(self, V_plus_dual=V + ratio * Lambda, S_plus_dual=S + ratio * N, rho=rho)
+        if self.Z_plus_dual is None:
+            return moved
+        Z, M = self.split_outputs(program)
+        return dataclasses.replace(moved, Z_plus_dual=Z + ratio * M)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["V", "program_objective", "lower_bound", "cone_violation", "primal_residual", "dual_residual"],
+    data_fields=["V", "b", "program_objective", "lower_bound", "cone_violation", "primal_residual", "dual_residual"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +131,7 @@ class Check:
     """The figures of one check; :class:`cronos_flax.Stats` says what they mean."""
 
     V: Neurons
+    b: Bias
     program_objective: Scalar
     lower_bound: Scalar
     cone_violation: Scalar
@@ -104,7 +146,7 @@ class Check:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "z", "rho", "iteration"],
+    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -116,27 +158,33 @@ class State:
     D: Gates
     A: Directions
     S_plus_dual: Float[Array, "n m"]
+    Z_plus_dual: Float[Array, "n C"] | None
     z: Float[Array, "n C"]
     rho: Array
     iteration: Array
 
 
-def init(program: Program, U: Neurons, rho: Scalar) -> Iterate:
-    """The iterate for a start from neurons U: ``V = U``, ``S = G X U``, and the Λ that the prox would leave there."""
-    size = norms(U)
+def init(program: Program, U: Neurons, b: Bias, rho: Scalar) -> Iterate:
+    """The iterate for a start from U and b: ``V = U``, ``S = G X U``, ``Z = F X U + 1bᵀ``, stationary Λ and M."""
+    size, rows = norms(U), program.rows
+    XU = rows.X @ U
     dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)
-    S = jnp.maximum(program.G(program.rows.X @ U), 0)
-    return Iterate(U + dual, S, jnp.zeros_like(program.rows.Y), rho, jnp.zeros((), jnp.int32))
+    outputs = program.outputs(XU, b)
+    zero = jnp.zeros((), jnp.int32)
+    first = Iterate(U + dual, jnp.maximum(program.G(XU), 0), outputs, jnp.zeros_like(outputs), rho, zero)
+    Z_plus_dual = None if isinstance(rows.loss, Squared) else outputs + rows.gradient(outputs) / first.tau
+    return dataclasses.replace(first, Z_plus_dual=Z_plus_dual)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["image", "U", "GXU"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["image", "U", "GXU", "gap"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One iteration: where it led, and the U it took, with ``G X U``."""
+    """One iteration: where it led, the U it took, with ``G X U``, and the outputs' distance from Z."""
 
     image: Iterate
     U: Neurons
     GXU: Activations
+    gap: Outputs
 
 
 def step(
@@ -148,8 +196,9 @@ def step(
 ) -> Step:
     """One iteration."""
     V, Lambda, S, N = iterate.split(program.beta)
-    rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(program.rows.Y) / iterate.rho)
-    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.rho, prepared, rhs, iterate.z, iterate.iteration)
+    Z, M = iterate.split_outputs(program)
+    rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(Z - M) / iterate.kappa)
+    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration)
     GXU = program.G(XU)
     relax = _OVER_RELAXATION if linear_solver.accelerated else 1
     image = dataclasses.replace(
@@ -159,7 +208,11 @@ def step(
         z=z,
         iteration=iterate.iteration + 1,
     )
-    return Step(image, U, GXU)
+    if iterate.Z_plus_dual is None:
+        return Step(image, U, GXU, jnp.zeros_like(Z))
+    outputs = program.outputs(XU, iterate.bias(program))
+    image = dataclasses.replace(image, Z_plus_dual=relax * outputs + (1 - relax) * Z + M)
+    return Step(image, U, GXU, outputs - image.split_outputs(program)[0])
 
 
 def check(program: Program, before: Iterate, step: Step) -> Check:
@@ -167,21 +220,28 @@ def check(program: Program, before: Iterate, step: Step) -> Check:
     X, U, GXU = program.rows.X, step.U, step.GXU
     V_old, _, S_old, _ = before.split(program.beta)
     V, Lambda, S, N = step.image.split(program.beta)
+    Z_old, _ = before.split_outputs(program)
+    Z, M = step.image.split_outputs(program)
+    b = step.image.bias(program)
     XV = X @ V
     GV = program.G(XV)
+    squared = step.image.Z_plus_dual is None
+    alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
+    Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
     tiny = jnp.finfo(U.dtype).tiny
 
-    def size(a: Array, b: Array) -> Scalar:
-        return jnp.sqrt(jnp.sum(jnp.square(a)) + jnp.sum(jnp.square(b)))
+    def size(*parts: Array) -> Scalar:
+        return jnp.sqrt(sum((jnp.sum(jnp.square(part)) for part in parts), start=jnp.zeros((), U.dtype)))
 
     return Check(
         V=V,
-        program_objective=program.objective(V, XV),
-        lower_bound=lower_bound(program, XV, -step.image.rho * N),
+        b=b,
+        program_objective=program.objective(V, b, XV),
+        lower_bound=lower_bound(program, alpha, -step.image.rho * N),
         cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
-        primal_residual=size(U - V, GXU - S) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S)), tiny),
-        dual_residual=jnp.linalg.norm(V - V_old + X.T @ program.G(S - S_old))
-        / jnp.maximum(jnp.linalg.norm(Lambda + X.T @ program.G(N)), tiny),
+        primal_residual=size(U - V, GXU - S, step.gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
+        dual_residual=size(V - V_old + X.T @ (program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
+        / jnp.maximum(size(Lambda + X.T @ program.G(N)), tiny),
     )
 
 
@@ -223,12 +283,12 @@ def begin(
 ) -> Run:
     """A run that has done nothing yet."""
     V, _, S, _ = iterate.split(program.beta)
-    first = check(program, iterate, Step(iterate, V, S))
+    first = check(program, iterate, Step(iterate, V, S, jnp.zeros_like(iterate.z)))
     return Run(
         done=jnp.zeros((), jnp.int32),
         iterate=iterate,
         memory=Memory.empty(iterate.flat()) if linear_solver.accelerated else None,
-        prepared=linear_solver.prepare(program, eigenvalues, iterate.rho, key),
+        prepared=linear_solver.prepare(program, eigenvalues, iterate.kappa, key),
         check=first,
         objectives=jnp.full(max_iters + 1, first.program_objective),
         bounds=jnp.full(max_iters + 1, first.lower_bound),
@@ -272,11 +332,12 @@ def run(
             _, memory = memory.advance(before.flat(), image.flat(), False)
             rho, change = better_rho(figures, image)
             rho = jnp.where(change, rho, image.rho)
-            image = image.with_rho(rho, program.beta)
+            image = image.with_rho(rho, program)
             memory = dataclasses.replace(memory, count=jnp.where(change, 0, memory.count))
-            prepared = jax.lax.cond(
-                change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
-            )
+            if image.Z_plus_dual is None:  # else κ has not changed
+                prepared = jax.lax.cond(
+                    change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
+                )
         tell(now.done + count, figures, image)
         later = jnp.arange(len(now.objectives), dtype=jnp.int32) > now.done
         return Run(

@@ -13,37 +13,89 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._blocks import Blocks, fold
+from cronos_flax._losses import Loss
 from cronos_flax._types import Features, Neurons, Outputs, RowVector, Scalar
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "ones"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root"], meta_fields=["loss", "output_bias"])
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Everything that has one entry per example.
+    """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.
+
+    Outputs here are ``√w f``: with rows of X multiplied by √w, so are pre-activations and what F makes of them.
 
     Args:
         X: features, scaled and perhaps rotated, rows multiplied by √w; in memory or in blocks.
-        Y: targets, rows multiplied by √w.
-        ones: √w, the column that the output bias multiplies; None for a network without output bias.
+        Y: targets, as the loss takes them.
+        root: √w; what the output bias is multiplied by.
+        loss: the loss of one row.
+        output_bias: whether the network has an output bias.
     """
 
     X: Features | Blocks
     Y: Outputs
-    ones: RowVector | None
+    root: RowVector
+    loss: Loss
+    output_bias: bool
 
     def take(self, index: Int[Array, " k"]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.X[index], self.Y[index], None if self.ones is None else self.ones[index])
+        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index])
+
+    @property
+    def weight(self) -> RowVector:
+        """W."""
+        return jnp.square(self.root)
+
+    def _unscaled(self, T: Outputs) -> Outputs:
+        return T / jnp.where(self.root > 0, self.root, 1)[:, None]
+
+    def value(self, T: Outputs) -> Scalar:
+        """The weighted loss of outputs T, summed over rows."""
+        return self.weight @ self.loss.value(self._unscaled(T), self.Y)
+
+    def gradient(self, T: Outputs) -> Outputs:
+        """Of :meth:`value`."""
+        return self.root[:, None] * self.loss.gradient(self._unscaled(T), self.Y)
+
+    def curvature(self, T: Outputs, R: Outputs) -> Outputs:
+        """The Hessian of :meth:`value` at T, or what the loss gives in its place, times R."""
+        return self.loss.curvature(self._unscaled(T), self.Y, R)
+
+    def mean_curvature(self, T: Outputs) -> RowVector:
+        """The mean diagonal of each row's curvature."""
+        return self.loss.mean_curvature(self._unscaled(T), self.Y)
+
+    def prox(self, T: Outputs, step: Scalar) -> Outputs:
+        """Of ``step`` times :meth:`value`."""
+        return self.root[:, None] * self.loss.prox(self._unscaled(T), self.Y, step)
+
+    def dual(self, T: Outputs) -> Outputs:
+        """Gradients T of :meth:`value` moved to where their conjugate is finite and the output bias is at its best."""
+        if not self.output_bias:
+            return T
+        return self.root[:, None] * self.loss.balance(self._unscaled(T), self.Y, self.weight)
+
+    def conjugate(self, T: Outputs) -> Scalar:
+        """Of :meth:`value`, at T."""
+        terms = self.loss.conjugate(self._unscaled(T), self.Y)
+        return jnp.sum(jnp.where(self.root > 0, self.weight * terms, 0))
+
+    def mean(self, T: Outputs) -> Float[Array, " C"]:
+        """The constant b nearest to outputs T, that is to say with the least ``‖T − √w b‖``."""
+        return self.root @ T / jnp.sum(self.weight)
+
+    def constant(self, b: Float[Array, " C"] | None) -> Outputs | Scalar:
+        """The outputs of a bias b alone."""
+        return jnp.zeros((), self.root.dtype) if b is None else jnp.outer(self.root, b)
 
     def center(self, T: Outputs) -> Outputs:
-        """``P T``: what is left of T after the best output bias has been subtracted."""
-        if self.ones is None:
-            return T
-        return T - jnp.outer(self.ones, self.ones @ T) / jnp.sum(jnp.square(self.ones))
+        """``P T``: T without what the output bias can make, ``P = I − √w √wᵀ/Σw``; T itself where there is no bias."""
+        return T - self.constant(self.mean(T)) if self.output_bias else T
 
-    def bias(self, T: Outputs) -> Float[Array, " C"] | None:
-        """The best output bias for residuals T."""
-        return None if self.ones is None else self.ones @ T / jnp.sum(jnp.square(self.ones))
+    def best_constant(self) -> Float[Array, " C"] | None:
+        """The best output bias of a network that is otherwise zero; None where it has none."""
+        return self.loss.constant(self.Y, self.weight) if self.output_bias else None
 
 
 @partial(
@@ -93,7 +145,13 @@ def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVec
 
 
 def scaled(
-    features: Float[Array, "n p"] | Blocks, targets: Outputs, weight: RowVector, *, hidden_bias: bool, output_bias: bool
+    features: Float[Array, "n p"] | Blocks,
+    targets: Outputs,
+    weight: RowVector,
+    loss: Loss,
+    *,
+    hidden_bias: bool,
+    output_bias: bool,
 ) -> tuple[Rows, Basis]:
     """Rows in the coordinates of this module without rotation, and the change of coordinates.
 
@@ -101,6 +159,7 @@ def scaled(
         features: shape ``(n, p)``, finite.
         targets: shape ``(n, C)``.
         weight: shape ``(n,)``, non-negative with mean one.
+        loss: of one row.
         hidden_bias: add the constant column that carries the hidden bias.
         output_bias: whether the network has an output bias.
     """
@@ -112,7 +171,7 @@ def scaled(
     else:
         X = features * (root / scale)[:, None]
         X = jnp.pad(X, ((0, 0), (0, 1))).at[:, -1].set(root) if hidden_bias else X
-    return Rows(X, root[:, None] * targets, root if output_bias else None), Basis(scale, hidden_bias)
+    return Rows(X, targets, root, loss, output_bias), Basis(scale, hidden_bias)
 
 
 def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:

@@ -16,15 +16,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cronos_flax import _admm, _refresh
+from cronos_flax import _admm, _path, _refresh
 from cronos_flax._blocks import Source
+from cronos_flax._losses import Logistic, Loss, Softmax
 from cronos_flax._solution import TwoLayer
 
 
-def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def choice(name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
     """A setting of :class:`cronos_flax.Cronos` that is one of a few words."""
     if not (isinstance(value, str) and value in choices):
-        expected = " or ".join(repr(c) for c in choices)
+        expected = " or ".join([repr(c) for c in choices] + [other] * bool(other))
         raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
 
 
@@ -57,9 +58,15 @@ def _floats(name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], re
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
+    return _finite(name, value, shapes, ndims)
+
+
+def _finite(name: str, value: Array | np.ndarray, shapes: str, ndims: tuple[int, ...]) -> Array:
     if value.ndim not in ndims:
         raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
     array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
     if array.dtype.itemsize < 4:
         array = array.astype(jnp.float32)
     if concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
@@ -87,8 +94,10 @@ def _blocks(X: Iterable[Any]) -> Source:
     return Source(X, shape or (0, 0), jax.dtypes.canonicalize_dtype(dtype))
 
 
-def data(X: Any, y: ArrayLike, num_classes: int | None) -> tuple[Array | Source, Array]:
-    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype."""
+def data(
+    X: Any, y: ArrayLike, num_classes: int | None, outputs: int | None, loss: Loss
+) -> tuple[Array | Source, Array]:
+    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype, as the loss takes them."""
     in_blocks = not isinstance(X, (Array, np.ndarray, str, bytes)) and isinstance(X, Iterable)
     if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
         X = _blocks(X)
@@ -98,17 +107,56 @@ def data(X: Any, y: ArrayLike, num_classes: int | None) -> tuple[Array | Source,
             )
     else:
         X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
-    y = _floats("y", y, "(n,) or (n, C)", (1, 2), "For class labels use cf.signed_targets(labels, num_classes).")
+    if num_classes is not None:
+        positive_integer("solve", "num_classes", num_classes)
+    y = y if isinstance(y, (Array, np.ndarray)) else np.asarray(y)
+    if y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"solve: `y` must be numbers, got dtype {y.dtype}.")
+    y = _finite("y", y, "(n,) or (n, C)", (1, 2))
     if X.shape[0] < 2 or X.shape[1] < 1:
         raise ValueError(f"solve: `X` must have at least 2 rows and 1 column, got shape {X.shape}.")
     if y.shape[0] != X.shape[0]:
         raise ValueError(f"solve: `y` must have one row for each of the {X.shape[0]} rows of X, got shape {y.shape}.")
-    y = y[:, None] if y.ndim == 1 else y
-    if y.shape[1] < 1:
+    try:
+        targets = loss.targets(y, outputs if num_classes is None else num_classes)
+    except ValueError as error:
+        raise ValueError(f"solve: {error}") from None
+    if targets.shape[1] < 1:
         raise ValueError(f"solve: `y` must have at least one column, got shape {y.shape}.")
-    if num_classes is not None and y.shape[1] != num_classes:
-        raise ValueError(f"solve: `num_classes` is {num_classes!r}, but `y` has {y.shape[1]} column(s).")
-    return X, y.astype(X.dtype)
+    if num_classes is not None and targets.shape[1] != num_classes:
+        raise ValueError(f"solve: `num_classes` is {num_classes!r}, but `y` has {targets.shape[1]} column(s).")
+    return X, targets.astype(X.dtype)
+
+
+def path_data(X: Array | Source, y: Array, weight: Array) -> _path.Data:
+    """Rows that can be chosen from: in memory, and not traced."""
+    if isinstance(X, Source):
+        raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
+    if not all(concrete(value) for value in (X, y, weight)):
+        raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
+    if len(X) < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(X)}.')
+    return _path.Data(X, y, weight)
+
+
+def same_columns(X: Array | Source, like: Array) -> Array:
+    """Validation features, of as many columns as those to fit."""
+    if isinstance(X, Source) or X.shape[1] != like.shape[1]:
+        raise ValueError(f"solve: `validation` must be (X, y) with X of {like.shape[1]} columns, got {X.shape}.")
+    return X
+
+
+def balanced(loss: Loss, targets: Array) -> Array:
+    """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
+    C = targets.shape[1]
+    if C > 1 and isinstance(loss, Logistic):
+        raise ValueError("solve: `class_weight` needs one label a row, got a logistic loss of several outputs.")
+    if not isinstance(loss, (Softmax, Logistic)) and concrete(targets) and not bool(jnp.all(jnp.abs(targets) == 1)):
+        raise ValueError("solve: `class_weight` needs labels, got targets that are not all ±1 (cf.signed_targets).")
+    threshold = 0.5 if isinstance(loss, Logistic) else 0.0
+    labels = jnp.argmax(targets, axis=1) if C > 1 else (targets[:, 0] > threshold).astype(jnp.int32)
+    counts = jnp.bincount(labels, length=max(C, 2)).astype(targets.dtype)
+    return len(targets) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
 
 
 def sample_weight(value: ArrayLike | None, y: Array) -> Array:

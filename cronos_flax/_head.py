@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from cronos_flax._cronos import Cronos
 from cronos_flax._solution import Solution, Status, TwoLayer
-from cronos_flax._weights import predict, regularised_loss
+from cronos_flax._weights import predict
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
 _CHUNK = 1024  # rows per feature pass where data come as whole arrays
@@ -331,8 +331,8 @@ def fit_head(
     Args:
         head: from :func:`find_head`.
         variables: the module's variables.
-        data: ``(x, y)``, whole arrays; or an iterable of batches, each ``(x, y)``. Targets are floats with the shape of
-            the module's output, the last axis optional for one output.
+        data: ``(x, y)``, whole arrays; or an iterable of batches, each ``(x, y)``. Targets are what the solver's
+            loss takes: labels, or floats with the shape of the module's output, the last axis optional for one output.
         solver: None means ``Cronos()``.
         unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)`` with
             ``args`` the tuple of positional arguments of the module.
@@ -359,9 +359,8 @@ def fit_head(
     fitted = head.write(variables, solution.params)
     if jnp.result_type(network.kernel1, network.kernel2) != solution.params.kernel1.dtype:
         # Rounding to the parameters' own precision comes after the solve, and may undo it.
-        row_weight = jnp.ones(X.shape[0], X.dtype) if weight is None else weight
         rounded = jax.tree.map(lambda v: v.astype(X.dtype), head.read(fitted))
-        objective = regularised_loss(rounded, X, y, row_weight, solution.stats.beta)
+        objective = solver.objective(rounded, X, y, solution.stats.beta, sample_weight=weight)
         accepted = bool(objective <= solution.stats.initial_objective)
         objective = objective if accepted else solution.stats.initial_objective
         fitted = fitted if accepted else variables
@@ -391,15 +390,14 @@ def _gather(
 
 
 def _flat(head: Head, y: Any, rows: int) -> Array:
+    """Labels ``(rows,)`` or targets ``(rows, C)``; what the loss makes of them, the solver says."""
     y = jnp.asarray(y)
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(
-            f"fit_head: the targets must be floats, got dtype {y.dtype}. For labels use cf.signed_targets(labels, C)."
-        )
+    if not jnp.issubdtype(y.dtype, jnp.floating) and y.size == rows and head.outputs > 1:
+        return y.reshape(rows)
     if y.size != rows * head.outputs or (y.ndim > 1 and y.shape[-1] != head.outputs and head.outputs > 1):
         raise ValueError(
-            f"fit_head: the targets must have {head.outputs} value(s) for each of the {rows} rows that reach the head, "
-            f"got shape {y.shape}."
+            f"fit_head: the targets must have {head.outputs} value(s), or a label, for each of the {rows} rows that "
+            f"reach the head, got shape {y.shape}."
         )
     return y.reshape(rows, head.outputs)
 

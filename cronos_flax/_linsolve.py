@@ -5,7 +5,8 @@ Both have one interface: ``prepare`` makes what holds for all iterations of one 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,37 @@ from cronos_flax._nystrom import Sketch, sketch, test_matrix
 from cronos_flax._program import Program
 from cronos_flax._types import Activations, Neurons, Outputs, Scalar
 
+Tree = TypeVar("Tree")
+
 _LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
 _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 
 def conjugate_gradient(
-    operator: Callable[[Array], Array],
-    rhs: Array,
+    operator: Callable[[Tree], Tree],
+    rhs: Tree,
     *,
-    preconditioner: Callable[[Array], Array] = lambda r: r,
-    guess: Array | None = None,
+    preconditioner: Callable[[Tree], Tree] = lambda r: r,
+    guess: Tree | None = None,
     tol: Array | float = 0.0,
     max_steps: int,
-) -> tuple[Array, Int[Array, ""]]:
+) -> tuple[Tree, Int[Array, ""]]:
     """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
 
     Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
-    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start.
+    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
+    pytrees of arrays.
     """
-    floor = jnp.finfo(rhs.dtype).eps
 
-    def energy(r: Array) -> Array:
-        return jnp.vdot(r, preconditioner(r))
+    def inner(a: Tree, b: Tree) -> Scalar:
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), start=jnp.zeros((), dtype))
 
-    target = jnp.square(jnp.maximum(jnp.asarray(tol, rhs.dtype), floor)) * energy(rhs)
+    def add(a: Tree, t: Scalar, b: Tree) -> Tree:
+        return jax.tree.map(lambda a, b: a + t * b, a, b)
+
+    dtype = jax.tree.leaves(rhs)[0].dtype
+    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
+    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
 
     def unfinished(carry: tuple) -> Array:
         step, _, _, _, rz = carry
@@ -48,16 +56,16 @@ def conjugate_gradient(
     def body(carry: tuple) -> tuple:
         step, x, r, p, rz = carry
         q = operator(p)
-        length = rz / jnp.vdot(p, q)
-        x, r = x + length * p, r - length * q
-        z = jax.lax.cond(step + 1 < max_steps, preconditioner, jnp.zeros_like, r)
-        rz_new = jnp.vdot(r, z)
-        return step + 1, x, r, z + (rz_new / rz) * p, rz_new
+        length = rz / inner(p, q)
+        x, r = add(x, length, p), add(r, -length, q)
+        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
+        rz_new = inner(r, z)
+        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
 
-    x = jnp.zeros_like(rhs) if guess is None else guess
-    r = rhs if guess is None else rhs - operator(guess)
+    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
+    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
     z = preconditioner(r)
-    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, jnp.vdot(r, z)))
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
     return x, steps
 
 
@@ -110,7 +118,7 @@ class Structured:
         plan = self.plan(*X.shape, *program.A.shape)
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
             return None
-        n, C = program.rows.Y.shape
+        n, C = len(D), len(program.A.T)
         assert eigenvalues is not None
         H = (X / (1 + eigenvalues)) @ X.T
         if plan == "dense":

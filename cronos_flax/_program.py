@@ -2,10 +2,11 @@
 
 With gates ``D`` and output directions ``A`` held fixed,
 
-    minimise over U      ½‖P(F X U − Y)‖² + β Σᵢ ‖uᵢ‖₂      subject to      G X U ≥ 0
+    minimise over U, b      L(F X U + 1bᵀ) + β Σᵢ ‖uᵢ‖₂      subject to      G X U ≥ 0
 
-where ``F Z = (D ∘ Z) A`` and ``G Z = (2D − 1) ∘ Z`` act on pre-activations ``Z = X U``, and ``P`` removes what the
-output bias explains. Acting on pre-activations lets one product with X serve both.
+where ``F Z = P (D ∘ Z) A`` and ``G Z = (2D − 1) ∘ Z`` act on pre-activations ``Z = X U``, ``P`` removes what the output
+bias b can make, and L is the weighted loss, summed over rows. Acting on pre-activations lets one product with X serve
+both.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from jaxtyping import Array, Float
 
 from cronos_flax._basis import Rows
 from cronos_flax._blocks import Blocks
-from cronos_flax._losses import squared
-from cronos_flax._types import Activations, Directions, Features, Gates, Neurons, Outputs, Scalar
+from cronos_flax._losses import Squared
+from cronos_flax._types import Activations, Bias, Directions, Features, Gates, Neurons, Outputs, Scalar
 
 _ASCENT_STARTS = 8
 _ASCENT_STEPS = 10
@@ -67,20 +68,24 @@ class Program:
         """``(2D − 1) ∘ Z``, its own adjoint and inverse."""
         return jnp.where(self.D, Z, -Z)
 
-    def residual(self, Z: Activations) -> Outputs:
-        """``P(F Z − Y)``, the gradient of the loss with respect to the outputs."""
-        return self.F(Z) - self.rows.center(self.rows.Y)
+    def outputs(self, Z: Activations, b: Bias) -> Outputs:
+        """``F Z + 1bᵀ``."""
+        return self.F(Z) + self.rows.constant(b)
 
-    def objective(self, U: Neurons, Z: Activations) -> Scalar:
-        """The program's objective at U, given ``Z = X U``."""
-        loss = jnp.sum(squared(self.F(Z), self.rows.center(self.rows.Y)))
-        return loss + self.beta * jnp.sum(norms(U))
+    def objective(self, U: Neurons, b: Bias, Z: Activations) -> Scalar:
+        """The program's objective at U and b, given ``Z = X U``."""
+        return self.rows.value(self.outputs(Z, b)) + self.beta * jnp.sum(norms(U))
 
 
-def network_objective(rows: Rows, A: Directions, beta: Scalar, U: Neurons, Z: Activations) -> Scalar:
-    """Regularised loss of the network with neurons U: gates follow the signs of ``Z = X U``."""
-    loss = jnp.sum(squared(rows.center(jax.nn.relu(Z) @ A), rows.center(rows.Y)))
-    return loss + beta * jnp.sum(norms(U))
+def network_outputs(rows: Rows, A: Directions, b: Bias, Z: Activations) -> Outputs:
+    """Outputs of the network with pre-activations Z: gates follow the signs."""
+    return rows.center(jax.nn.relu(Z) @ A) + rows.constant(b)
+
+
+def network_objective(rows: Rows, A: Directions, b: Bias, beta: Scalar, U: Neurons, Z: Activations) -> Scalar:
+    """Regularised loss of the network with neurons U and directions A of any length."""
+    penalty = jnp.sum(norms(U) * jnp.linalg.norm(A, axis=1))
+    return rows.value(network_outputs(rows, A, b, Z)) + beta * penalty
 
 
 def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
@@ -89,19 +94,21 @@ def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
     return U * (jnp.maximum(size - threshold, 0) / jnp.where(size > 0, size, 1))
 
 
-def lower_bound(program: Program, Z: Activations, nu: Activations) -> Scalar:
+def lower_bound(program: Program, alpha: Outputs, nu: Activations) -> Scalar:
     """A number no point of the program is below (method.md section 4).
 
-    With ``α = P(F Z − Y)`` and any ``ν ≥ 0``, weak duality gives ``−L*(cα)`` for every ``c ≥ 0`` with
-    ``c · maxᵢ ‖Fᵢ*α − Gᵢ*νᵢ‖ ≤ β``; for the squared loss the best such c has a closed form.
+    With α a gradient of the loss that the output bias cannot lower, and any ``ν ≥ 0``, weak duality gives ``−L*(cα)``
+    for every ``c ≥ 0`` with ``c · maxᵢ ‖Fᵢ*α − Gᵢ*νᵢ‖ ≤ β``; for the squared loss the best such c has a closed form.
     """
-    Y = program.rows.Y
-    alpha = program.residual(Z)
-    dual_norm = jnp.max(norms(program.rows.X.T @ (program.Ft(alpha) - program.G(nu))))
-    tiny = jnp.finfo(alpha.dtype).tiny
+    rows, tiny = program.rows, jnp.finfo(alpha.dtype).tiny
+    alpha = rows.dual(alpha)
+    dual_norm = jnp.max(norms(rows.X.T @ (program.Ft(alpha) - program.G(nu))))
     largest = program.beta / jnp.maximum(dual_norm, tiny)
-    c = jnp.clip(-jnp.sum(alpha * Y) / jnp.maximum(jnp.sum(jnp.square(alpha)), tiny), 0, largest)
-    return -jnp.sum(0.5 * jnp.square(c * alpha) + c * alpha * Y)
+    if isinstance(rows.loss, Squared):
+        best = -jnp.sum(alpha * rows.root[:, None] * rows.Y) / jnp.maximum(jnp.sum(jnp.square(alpha)), tiny)
+    else:
+        best = jnp.ones((), alpha.dtype)
+    return -rows.conjugate(jnp.clip(best, 0, largest) * alpha)
 
 
 def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
@@ -135,7 +142,8 @@ def beta_max(rows: Rows, key: Array) -> Scalar:
     The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, and agrees
     over keys to a few hundredths.
     """
-    alpha = rows.center(rows.Y)
+    alpha = rows.gradient(jnp.zeros_like(rows.Y) + rows.constant(rows.best_constant()))
+    alpha = rows.dual(alpha)
     u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
     u = climb(rows.X, alpha, u / norms(u))
     return jnp.max(violation(rows.X, alpha, u))

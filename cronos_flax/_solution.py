@@ -80,6 +80,8 @@ class TwoLayer:
         "cone_violation",
         "primal_residual",
         "dual_residual",
+        "path_betas",
+        "path_losses",
     ],
     meta_fields=[],
 )
@@ -105,6 +107,8 @@ class Stats:
         cone_violation: how far the iterate is from respecting its gates, ``‖min(GV, 0)‖ / ‖GV‖``.
         primal_residual: ADMM's primal residual relative to the iterate.
         dual_residual: ADMM's dual residual relative to the duals.
+        path_betas: for ``beta="path"`` the weight decays tried, from large to small; else None.
+        path_losses: the mean loss on the held-out rows at each of them, without penalty.
     """
 
     objective: Scalar
@@ -120,6 +124,8 @@ class Stats:
     cone_violation: Scalar | None = None
     primal_residual: Scalar | None = None
     dual_residual: Scalar | None = None
+    path_betas: Float[Array, " k"] | None = None
+    path_losses: Float[Array, " k"] | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "status_code", "stats", "state"], meta_fields=[])

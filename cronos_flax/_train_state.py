@@ -1,5 +1,6 @@
 """CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -82,15 +83,18 @@ class CronosTrainState(TrainState):
             params: ``variables["params"]``.
             tx: any Optax optimizer.
             head: from :func:`cronos_flax.find_head`.
-            solver: None means three steps of the refreshed path each time, ``Cronos(max_iters=3)``.
+            solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
+                ``max_iters`` is None, each solve takes a few steps only.
             **kwargs: ``model_state`` and the fields of subclasses.
 
         Raises:
             ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
         """
-        solver = Cronos(max_iters=_STEPS_PER_SOLVE) if solver is None else solver
+        solver = Cronos() if solver is None else solver
         if not isinstance(solver, Cronos):
             raise ValueError(f"CronosTrainState: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
+        if solver.max_iters is None:
+            solver = dataclasses.replace(solver, max_iters=_STEPS_PER_SOLVE)
         tx = backbone_only(tx, head)
         return super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
 
@@ -105,7 +109,7 @@ class CronosTrainState(TrainState):
         Args:
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
             unpack: how to take a batch apart.
-            key: key of revived neurons; None means a fixed one.
+            key: key of samples and revived neurons; None means one that follows from ``step``.
             throw: raise on numerical failure.
 
         Returns:
@@ -116,5 +120,6 @@ class CronosTrainState(TrainState):
             FloatingPointError: if the loss of the present head is not finite, and ``throw``.
         """
         variables = {"params": self.params, **self.model_state}
+        key = jax.random.fold_in(jax.random.key(0), self.step) if key is None else key
         fitted, solution = fit_head(self.head, variables, data, solver=self.solver, unpack=unpack, key=key, throw=throw)
         return self.replace(params=fitted["params"]), solution

@@ -27,3 +27,4 @@ Gates: TypeAlias = Bool[Array, "n m"]
 Activations: TypeAlias = Float[Array, "n m"]
 Neurons: TypeAlias = Float[Array, "d m"]
 Directions: TypeAlias = Float[Array, "m C"]
+Bias: TypeAlias = Float[Array, " C"] | None  # None for a network without output bias

@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 
 from cronos_flax._basis import Basis, Rows, root_mean_square_norm
 from cronos_flax._blocks import Blocks
-from cronos_flax._losses import squared
+from cronos_flax._losses import Loss, Squared
 from cronos_flax._program import norms, unit_rows
 from cronos_flax._solution import TwoLayer
-from cronos_flax._types import Directions, Neurons, RowVector, Scalar
+from cronos_flax._types import Activations, Bias, Directions, Neurons, RowVector, Scalar
 
 _DEAD = 1e-3  # a neuron below this fraction of the largest is treated as dead
 
@@ -21,20 +21,28 @@ def default_directions(m: int, C: int, dtype: jnp.dtype) -> Directions:
     return sign[:, None] * jax.nn.one_hot((i // 2) % C, C, dtype=dtype)
 
 
-def from_network(params: TwoLayer, basis: Basis) -> tuple[Neurons, Directions]:
-    """``uᵢ = ‖W2ᵢ‖ W1ᵢ`` and ``aᵢ = W2ᵢ/‖W2ᵢ‖``: the same outputs, and no larger penalty."""
+def from_network(params: TwoLayer, rows: Rows, basis: Basis) -> tuple[Neurons, Directions, Bias]:
+    """``uᵢ = ‖W2ᵢ‖ W1ᵢ``, ``aᵢ = W2ᵢ/‖W2ᵢ‖``, and the mean output b: the same outputs, and no larger penalty."""
     m, C = params.kernel2.shape
     A = unit_rows(params.kernel2, default_directions(m, C, params.kernel2.dtype))
-    return basis.lift(params.kernel1, params.bias1) * jnp.linalg.norm(params.kernel2, axis=1), A
+    U = basis.lift(params.kernel1, params.bias1) * jnp.linalg.norm(params.kernel2, axis=1)
+    if params.bias2 is None:
+        return U, A, None
+    if isinstance(rows.loss, Squared):  # the best one is known, whatever the network
+        return U, A, rows.best_constant()
+    return U, A, params.bias2 + rows.mean(jax.nn.relu(rows.X @ U) @ A)
 
 
-def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions) -> TwoLayer:
-    """The balanced network ``W1ᵢ = uᵢ/√‖uᵢ‖``, ``W2ᵢ = √‖uᵢ‖ aᵢ`` with its best output bias, in the user's units."""
+def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions, b: Bias, Z: Activations) -> TwoLayer:
+    """The balanced network ``W1ᵢ = uᵢ/√‖uᵢ‖``, ``W2ᵢ = √‖uᵢ‖ aᵢ`` with the mean output b, in the user's units.
+
+    ``Z = X U`` is known wherever this is asked for, and a product with X is not for nothing.
+    """
     size = jnp.sqrt(norms(U))
     root_scale = jnp.sqrt(basis.scale)
     W1 = U / jnp.where(size > 0, size, 1)
     kernel1, bias1 = basis.lower(W1 * root_scale)
-    bias2 = rows.bias(rows.Y - jax.nn.relu(rows.X @ U) @ A)
+    bias2 = None if b is None else b - rows.mean(jax.nn.relu(Z) @ A)
     return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)
 
 
@@ -53,16 +61,17 @@ def regularised_loss(
     targets: Float[Array, "n C"],
     weight: RowVector,
     beta: Scalar,
+    loss: Loss,
 ) -> Scalar:
     """What a solve minimises, in the user's units, evaluated on the network itself.
 
-    ``Σ w_j ½‖f_j − y_j‖² / Σ w_j + (beta/2)(‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)``
+    ``Σ w_j ℓ(f_j, y_j) / Σ w_j + (beta/2)(‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)``
     """
-    loss = squared(predict(params, features), targets)
+    losses = loss.value(predict(params, features), targets)
     penalty = jnp.sum(jnp.square(params.kernel1)) + jnp.sum(jnp.square(params.kernel2))
     if params.bias1 is not None:
         penalty = penalty + jnp.sum(jnp.square(params.bias1 / root_mean_square_norm(features, weight)))
-    return jnp.sum(weight * loss) / jnp.sum(weight) + 0.5 * beta * penalty
+    return jnp.sum(weight * losses) / jnp.sum(weight) + 0.5 * beta * penalty
 
 
 def random_neurons(key: Array, like: Neurons) -> Neurons:

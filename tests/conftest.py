@@ -10,6 +10,15 @@ from sklearn.datasets import load_digits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs():
+    """Each compiled solve holds some 800 memory maps; Linux allows a process 65,530, then XLA's compiler crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def digits():
     """Digits 0-9: X (1797, 64) float32 in 0..16, labels, in a fixed random order."""
@@ -44,6 +53,18 @@ def random_problem(seed, n=40, p=5, C=1, dtype="float32"):
     """Features and targets of a small regression problem."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, p)).astype(dtype), rng.normal(size=(n, C)).astype(dtype)
+
+
+def random_targets(loss, seed, n, C):
+    """Targets of the kind that a loss takes, float64, shape (n, C)."""
+    rng = np.random.default_rng(seed + 1)
+    if loss == "softmax":
+        return np.eye(C)[rng.integers(0, C, size=n)]
+    if loss == "logistic":
+        return rng.integers(0, 2, size=(n, C)).astype(float)
+    if loss == "hinge":
+        return rng.choice([-1.0, 1.0], size=(n, C))
+    return rng.normal(size=(n, C))
 
 
 def random_network(seed, p=5, m=6, C=1, hidden_bias=True, output_bias=True, dtype="float32"):

@@ -2,6 +2,7 @@
 
 import cvxpy as cp
 import numpy as np
+import scipy.special
 
 
 def scaled_features(X, weight, hidden_bias):
@@ -11,7 +12,19 @@ def scaled_features(X, weight, hidden_bias):
     return (np.hstack([X, np.ones((len(X), 1))]) if hidden_bias else X), s
 
 
-def program_optimum(X, Y, gates, directions, beta, weight=None, *, hidden_bias=True, output_bias=True):
+def loss_of_rows(loss, outputs, Y):
+    """Each row's loss as a CVXPY expression, column by column where it is a sum over columns."""
+    margins = cp.multiply(Y, outputs)
+    return {
+        "squared": lambda: 0.5 * cp.sum(cp.square(outputs - Y), axis=1),
+        "softmax": lambda: cp.log_sum_exp(outputs, axis=1) - cp.sum(margins, axis=1),
+        "logistic": lambda: cp.sum(cp.logistic(outputs) - margins, axis=1),
+        "huber": lambda: cp.sum(0.5 * cp.huber(outputs - Y, 1.0), axis=1),
+        "hinge": lambda: cp.sum(cp.pos(1 - margins), axis=1),
+    }[loss]()
+
+
+def program_optimum(X, Y, gates, directions, beta, weight=None, *, loss="squared", hidden_bias=True, output_bias=True):
     """Optimal value of program (P), in the units of ``Cronos`` (a weighted mean), by an interior-point method."""
     n = len(X)
     weight = np.ones(n) if weight is None else weight / weight.mean()
@@ -20,14 +33,26 @@ def program_optimum(X, Y, gates, directions, beta, weight=None, *, hidden_bias=T
     b = cp.Variable((1, Y.shape[1])) if output_bias else np.zeros((1, Y.shape[1]))
     pre = Z @ U
     outputs = cp.multiply(gates.astype(float), pre) @ directions + np.ones((n, 1)) @ b
-    loss = 0.5 * cp.sum(cp.multiply(weight[:, None], cp.square(outputs - Y)))
+    loss = weight @ loss_of_rows(loss, outputs, Y)
     penalty = beta * n / s * cp.sum(cp.norm(U, axis=0))
     cone = cp.multiply(2.0 * gates - 1, pre) >= 0
     problem = cp.Problem(cp.Minimize(loss + penalty), [cone])
     return problem.solve(solver=cp.CLARABEL) / n
 
 
-def regularised_loss(params, X, Y, beta, weight=None):
+def losses_of(loss, outputs, Y):
+    """Each row's loss, in numpy."""
+    r, margins = outputs - Y, outputs * Y
+    return {
+        "squared": lambda: 0.5 * np.sum(r**2, axis=1),
+        "softmax": lambda: scipy.special.logsumexp(outputs, axis=1) - np.sum(margins, axis=1),
+        "logistic": lambda: np.sum(np.logaddexp(0, outputs) - margins, axis=1),
+        "huber": lambda: np.sum(np.where(np.abs(r) <= 1, 0.5 * r**2, np.abs(r) - 0.5), axis=1),
+        "hinge": lambda: np.sum(np.maximum(1 - margins, 0), axis=1),
+    }[loss]()
+
+
+def regularised_loss(params, X, Y, beta, weight=None, loss="squared"):
     """The formula of the ``Cronos`` docstring, in float64."""
     weight = np.ones(len(X)) if weight is None else np.asarray(weight, float)
     X, Y = np.asarray(X, float), np.asarray(Y, float)
@@ -42,8 +67,7 @@ def regularised_loss(params, X, Y, beta, weight=None):
     outputs = np.maximum(hidden, 0) @ kernel2
     if params.bias2 is not None:
         outputs = outputs + np.asarray(params.bias2, float)
-    loss = 0.5 * np.sum((outputs - Y) ** 2, axis=1)
-    return np.average(loss, weights=weight) + beta / 2 * penalty
+    return np.average(losses_of(loss, outputs, Y), weights=weight) + beta / 2 * penalty
 
 
 def admm(X, Y, gates, directions, beta, rho, relax=1.0, *, V, Lambda, center=lambda T: T):

@@ -170,3 +170,34 @@ def test_numerical_failure_is_raised_unless_asked_not_to():
     same, solution = cf.fit_head(head, variables, (X, jnp.ones((32, 4))), throw=False)
     assert solution.status == cf.Status.nonfinite
     jax.tree.map(np.testing.assert_array_equal, same, variables)
+
+
+@pytest.mark.parametrize(
+    ("loss", "width"),
+    [(loss, jnp.float32) for loss in ("squared", "softmax", "logistic", "huber", "hinge")]
+    + [("softmax", jnp.bfloat16)],
+)
+def test_fit_head_takes_every_loss_and_its_targets(loss, width):
+    model = nn.Sequential([nn.Dense(5, dtype=width, param_dtype=width), nn.tanh, Half(width)])
+    variables = model.init(KEY, X)
+    labels = jnp.argmax(X[:, :3], axis=1)
+    y = {"softmax": labels, "logistic": jax.nn.one_hot(labels, 3, dtype=int)}.get(loss, cf.signed_targets(labels, 3))
+    head = cf.find_head(model, variables, X)
+    solver = cf.Cronos(loss=loss, max_iters=5, class_weight="balanced" if loss != "logistic" else None)
+    fitted, solution = cf.fit_head(head, variables, (X, y), solver=solver)
+    assert solution.stats.objective < solution.stats.initial_objective
+    network = jax.tree.map(lambda v: v.astype(jnp.float32), head.read(fitted))
+    features = head.inputs(variables, X).astype(jnp.float32)
+    again = solver.objective(network, features, y, solution.stats.beta)
+    np.testing.assert_allclose(solution.stats.objective, again, rtol=1e-3)
+
+
+class Half(nn.Module):
+    """A head in another precision."""
+
+    width: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        kind = {"dtype": self.width, "param_dtype": self.width}
+        return nn.Dense(3, **kind)(nn.relu(nn.Dense(20, **kind)(x)))

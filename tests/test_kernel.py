@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_network, random_problem
+import scipy.linalg
+from conftest import random_network, random_problem, random_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cronos_flax import _admm, _anderson, _basis, _linsolve, _nystrom, _program, _refresh, _weights
+from cronos_flax import _admm, _anderson, _basis, _linsolve, _losses, _nystrom, _program, _refresh, _weights
 
 seeds = st.integers(0, 10_000)
 
@@ -23,16 +24,18 @@ def x64():
         yield
 
 
-def rows_and_basis(seed, n=20, p=4, C=2, hidden_bias=True, output_bias=True):
+def rows_and_basis(seed, n=20, p=4, C=2, hidden_bias=True, output_bias=True, loss="squared"):
     X, Y = random_problem(seed, n=n, p=p, C=C, dtype="float64")
+    if loss != "squared":
+        Y = random_targets(loss, seed, n, C)
     weight = np.random.default_rng(seed).uniform(0.5, 1.5, size=n)
-    return _basis.rotated(
-        *_basis.scaled(X, Y, jnp.asarray(weight / weight.mean()), hidden_bias=hidden_bias, output_bias=output_bias)
-    )
+    biases = {"hidden_bias": hidden_bias, "output_bias": output_bias}
+    scaled = _basis.scaled(X, jnp.asarray(Y), jnp.asarray(weight / weight.mean()), _losses.loss_of(loss), **biases)
+    return _basis.rotated(*scaled)
 
 
-def random_program(seed, m=5, C=2, output_bias=True):
-    rows, basis = rows_and_basis(seed, C=C, output_bias=output_bias)
+def random_program(seed, m=5, C=2, output_bias=True, loss="squared"):
+    rows, basis = rows_and_basis(seed, C=C, output_bias=output_bias, loss=loss)
     rng = np.random.default_rng(seed + 1)
     U = jnp.asarray(rng.normal(size=(rows.X.shape[1], m)))
     A = rng.normal(size=(m, C))
@@ -143,15 +146,16 @@ def test_an_admm_step_is_the_textbook_one(accelerated):
     V = np.asarray(U0)
     start = dict(V=V, Lambda=beta / rho * V / np.linalg.norm(V, axis=0))
     rows = program.rows
+    Y = rows.center(rows.root[:, None] * rows.Y)
     twin = dense_twin.admm(
-        *map(np.asarray, (rows.X, rows.center(rows.Y), program.D, program.A)),
+        *map(np.asarray, (rows.X, Y, program.D, program.A)),
         beta,
         rho,
         relax,
         center=rows.center,
         **start,
     )
-    iterate = _admm.init(program, U0, jnp.asarray(rho))
+    iterate = _admm.init(program, U0, rows.best_constant(), jnp.asarray(rho))
     prepared = solver.prepare(program, basis.eigenvalues, jnp.asarray(rho), jax.random.key(0))
     for _ in range(4):
         V, Lambda, S, N = next(twin)
@@ -162,9 +166,9 @@ def test_an_admm_step_is_the_textbook_one(accelerated):
 
 def test_a_change_of_rho_keeps_the_iterate_and_the_unscaled_duals():
     program, U, _ = random_program(3)
-    before = _admm.init(program, U, jnp.asarray(0.2))
+    before = _admm.init(program, U, program.rows.best_constant(), jnp.asarray(0.2))
     before = dataclasses.replace(before, S_plus_dual=before.S_plus_dual - 0.1)
-    after = before.with_rho(jnp.asarray(0.7), program.beta)
+    after = before.with_rho(jnp.asarray(0.7), program)
     V, Lambda, S, N = before.split(program.beta)
     V2, Lambda2, S2, N2 = after.split(program.beta)
     np.testing.assert_allclose((V2, 0.7 * Lambda2), (V, 0.2 * Lambda), atol=1e-12)
@@ -200,45 +204,75 @@ def test_anderson_takes_back_a_point_that_is_worse():
     assert int(memory.count) == 0
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=seeds, output_bias=st.booleans())
-def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bias):
-    program, U, basis = random_program(seed, output_bias=output_bias)
-    X, A, beta, damping = program.rows.X, program.A, 0.3, 0.7
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds, output_bias=st.booleans(), loss=st.sampled_from(["squared", "softmax", "logistic"]))
+def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bias, loss):
+    """Against the Jacobian of the network's outputs by automatic differentiation, in neurons, directions and bias."""
+    program, U, _ = random_program(seed, output_bias=output_bias, loss=loss)
+    rows, A, beta, damping = program.rows, program.A, 0.3, 0.7
+    (d, m), C = U.shape, A.shape[1]
+    b = jnp.asarray(np.random.default_rng(seed).normal(size=C)) if output_bias else None
     size = np.linalg.norm(U, axis=0)
 
-    # The network's residuals and their Jacobian, by automatic differentiation of the network itself.
-    def residuals(U):
-        return program.rows.center(jax.nn.relu(X @ U) @ A - program.rows.Y).ravel()
+    def outputs(U, W, b):  # W moves the directions, in the units of the output kernel
+        return _program.network_outputs(rows, A + W / size[:, None], b, rows.X @ U).ravel()
 
-    J = np.asarray(jax.jacobian(residuals)(U)).reshape(-1, U.size)
-    gradient = J.T @ np.asarray(residuals(U)) + (beta * np.asarray(U) / size).ravel()
-    floored = np.maximum(size, _refresh._NORM_FLOOR * size.mean())
-    diagonal = damping * (1 + np.asarray(basis.eigenvalues))[:, None] + beta / floored
-    expected = np.linalg.solve(J.T @ J + np.diag(diagonal.ravel()), -gradient).reshape(U.shape)
+    zero, argnums = jnp.zeros_like(A), (0, 1, 2) if output_bias else (0, 1)
+    J = np.hstack([np.asarray(j).reshape(rows.Y.size, -1) for j in jax.jacobian(outputs, argnums)(U, zero, b)])
+    O = outputs(U, zero, b).reshape(rows.Y.shape)
+    H = np.asarray(jax.hessian(lambda o: rows.value(o.reshape(O.shape)))(O.ravel()))
+    slope = np.asarray(jax.grad(rows.value)(O)).ravel()
+    # Damping is in the norm of what each part alone does to pre-activations and outputs; the penalty is on U and W.
+    hidden = np.asarray(jax.nn.relu(rows.X @ U)) / size
+    N = np.diag(damping + beta / np.maximum(size, _refresh._NORM_FLOOR * size.mean()))
+    blocks = [
+        damping * np.kron(rows.X.T @ rows.X, np.eye(m)) + np.kron(np.eye(d), N),
+        damping * np.kron(hidden.T @ hidden, np.eye(C)) + np.kron(N, np.eye(C)),
+        damping * float(jnp.sum(rows.weight)) * np.eye(C if output_bias else 0),
+    ]
+    K = scipy.linalg.block_diag(*blocks)
+    penalty = np.zeros(len(K))
+    penalty[: d * m] = (beta * np.asarray(U) / size).ravel()
+    across = np.concatenate([np.eye(C) - np.outer(a, a) for a in np.asarray(A)]).reshape(m, C, C)
+    T = scipy.linalg.block_diag(np.eye(d * m), *[np.linalg.svd(P)[0][:, : C - 1] for P in across], blocks[2] != 0)
+    system, gradient = T.T @ (J.T @ H @ J + K) @ T, T.T @ (J.T @ slope + penalty)
+    expected = T @ np.linalg.solve(system, -gradient)
 
-    g = _refresh.gradient(program, U, X @ U)
-    np.testing.assert_allclose(g, gradient.reshape(U.shape), atol=1e-9)
-    prepared = _refresh.prepare(program.rows, 5, jax.random.key(seed))
-    system = program, program, prepared, jnp.asarray(damping), U, g, True
-    with mock.patch.multiple(_refresh, _CG_STEPS=500, _CG_TOL=1e-12):
-        exact, _ = _refresh.direction(*system)
-    np.testing.assert_allclose(exact, expected, atol=1e-8)
+    unit = jnp.where(program.D, rows.X @ U, 0) / size
+    model = _refresh.Model(rows, program.D, unit, A, O, 1.0)
+    g = _refresh.gradient(model, jnp.asarray(beta), U)
+    flat = lambda step: np.concatenate([np.ravel(part) for part in jax.tree.leaves(step)])  # noqa: E731
+    np.testing.assert_allclose(T.T @ flat(g), gradient, atol=1e-9)
+    prepared = _refresh.prepare(rows, m, jax.random.key(seed))
+    problem = model, model, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, True
+    with mock.patch.multiple(_refresh, _PRECISE_CG_STEPS=500, _CG_TOL=1e-12):
+        exact, _ = _refresh.direction(*problem)
+    np.testing.assert_allclose(flat(exact), expected, atol=1e-7)
     # What the solver takes of it is a direction of descent.
-    delta, _ = _refresh.direction(*system)
-    assert float(np.sum(np.asarray(delta) * gradient.reshape(U.shape))) < 0
+    delta, _ = _refresh.direction(*problem)
+    assert float(flat(delta) @ flat(g)) < 0
 
 
 def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact():
-    rows, _ = rows_and_basis(0, p=7)
-    rng = np.random.default_rng(0)
-    root, N, R = rng.normal(size=(3, 3)), rng.uniform(0.1, 10, size=3), rng.normal(size=(8, 3))
-    M = root @ root.T
-    prepared = _refresh.prepare(rows, 3, jax.random.key(0))
-    got = _refresh.Preconditioner.of(prepared, jnp.asarray(M), jnp.asarray(N)).divide(R)
-    X = np.asarray(rows.X)
-    system = np.kron(X.T @ X / len(X), M) + np.kron(np.eye(8), np.diag(N))
-    np.testing.assert_allclose(got, np.linalg.solve(system, R.ravel()).reshape(R.shape), atol=1e-6)
+    program, U, _ = random_program(0, m=3, C=2, loss="logistic")
+    rows, A, damping, rng = program.rows, program.A, 0.2, np.random.default_rng(0)
+    n, (d, m), (_, C) = len(program.D), U.shape, A.shape
+    N, D, size = rng.uniform(0.1, 10, size=m), np.asarray(program.D, float), np.linalg.norm(U, axis=0)
+    outputs = program.outputs(rows.X @ U, rows.best_constant())
+    H = jnp.where(program.D, rows.X @ U, 0) / size
+    model = _refresh.Model(rows, program.D, H, A, outputs, 1.0)
+    prepared = _refresh.prepare(rows, m, jax.random.key(0))
+    made = _refresh.Preconditioner.of(prepared, model, jnp.asarray(N), jnp.asarray(damping))
+    R = _refresh.Step(rng.normal(size=(d, m)), model.tangent(rng.normal(size=(m, C))), rng.normal(size=C))
+    got = made.divide(R)
+    h = np.asarray(rows.mean_curvature(outputs))
+    M = (D.T * h) @ D * (A @ A.T) + n * damping * np.eye(m)
+    system = np.kron(rows.X.T @ rows.X / n, M) + np.kron(np.eye(d), np.diag(N))
+    np.testing.assert_allclose(got.U, np.linalg.solve(system, R.U.ravel()).reshape(d, m), atol=1e-6)
+    H = np.asarray(rows.center(H))
+    kernel = (H.T * (h + damping)) @ H + np.diag(N)
+    np.testing.assert_allclose(got.W, model.tangent(np.linalg.solve(kernel, R.W)), atol=1e-6)
+    np.testing.assert_allclose(got.b, R.b / (np.asarray(rows.weight) @ (h + damping)))
 
 
 def test_a_sample_takes_one_row_of_each_stretch():
@@ -258,8 +292,8 @@ def test_network_to_program_and_back(seed, hidden_bias, output_bias, C):
     X, Y = random_problem(seed, n=20, p=4, C=C, dtype="float64")
     weight = np.random.default_rng(seed).uniform(0.5, 1.5, size=20)
     network = random_network(seed, p=4, m=5, C=C, hidden_bias=hidden_bias, output_bias=output_bias, dtype="float64")
-    U, A = _weights.from_network(network, basis)
-    back = _weights.to_network(rows, basis, U, A)
+    U, A, b = _weights.from_network(network, rows, basis)
+    back = _weights.to_network(rows, basis, U, A, b, rows.X @ U)
     for without_bias in (network, back):
         hidden = jax.nn.relu(rows.X @ U) @ A
         bias = 0 if without_bias.bias2 is None else without_bias.bias2
@@ -269,17 +303,20 @@ def test_network_to_program_and_back(seed, hidden_bias, output_bias, C):
     before = dense_twin.regularised_loss(network, X, Y, beta, weight)
     after = dense_twin.regularised_loss(back, X, Y, beta, weight)
     assert after <= before * (1 + 1e-12)
-    objective = _program.network_objective(rows, A, beta * 20 / basis.scale, U, rows.X @ U) / 20
+    objective = _program.network_objective(rows, A, b, beta * 20 / basis.scale, U, rows.X @ U) / 20
     assert float(objective) == pytest.approx(after, rel=1e-9)
-    assert float(_weights.regularised_loss(back, X, Y, weight, beta)) == pytest.approx(after, rel=1e-12)
+    assert float(_weights.regularised_loss(back, X, Y, weight, beta, _losses.Squared())) == pytest.approx(
+        after, rel=1e-12
+    )
 
 
 def test_a_neuron_without_output_weight_gets_a_direction_and_no_size():
-    _, basis = rows_and_basis(0)
+    rows, basis = rows_and_basis(0)
     network = random_network(0, p=4, m=5, C=2, dtype="float64")
     kernel2 = np.array(network.kernel2)
     kernel2[2] = 0
-    U, A = _weights.from_network(_weights.TwoLayer(network.kernel1, network.bias1, kernel2, network.bias2), basis)
+    network = dataclasses.replace(network, kernel2=kernel2)
+    U, A, _ = _weights.from_network(network, rows, basis)
     assert np.all(U[:, 2] == 0)
     np.testing.assert_allclose(np.linalg.norm(A, axis=1), 1)
 
@@ -288,27 +325,11 @@ def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
     A = _weights.default_directions(4, 1, U.dtype)
-    iterate = _refresh.init(rows, U, A, jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
+    iterate = _refresh.init(rows, U, A, rows.best_constant(), jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
     prepared = _refresh.prepare(rows, 4, jax.random.key(1))
     after = _refresh.step(rows, prepared, jnp.asarray(1e-3), iterate, False)
     assert float(after.objective) < float(iterate.objective)
     assert int(jnp.sum(_program.norms(after.U) > 0)) > 1
-
-
-def test_refitting_directions_is_the_ridge_solution():
-    rows, _ = rows_and_basis(2, n=50, C=3)
-    rng = np.random.default_rng(2)
-    U = jnp.asarray(rng.normal(size=(rows.X.shape[1], 6)))
-    A = jnp.asarray(np.eye(3)[np.arange(6) % 3])
-    H = jax.nn.relu(rows.X @ U)
-    beta = 0.5
-    with mock.patch.multiple(_refresh, _REFIT_TOL=1e-12):
-        U_new, A_new, growth = _refresh.refit_directions(rows, U, A, H, jnp.asarray(beta))
-    hidden = np.asarray(rows.center(H / np.sqrt(np.linalg.norm(U, axis=0))))
-    W2 = np.linalg.solve(hidden.T @ hidden + beta * np.eye(6), hidden.T @ np.asarray(rows.Y))
-    scaled = W2 * np.sqrt(np.linalg.norm(U, axis=0))[:, None]
-    np.testing.assert_allclose(np.linalg.norm(U_new, axis=0)[:, None] * A_new, scaled, atol=1e-8)
-    np.testing.assert_allclose(U_new, U * growth)
 
 
 def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "_types", "_host", "_blocks", "_solution", "_basis", "_losses", "_program", "_nystrom", "_linsolve", "_anderson",
-    "_admm", "_weights", "_refresh", "_checks",
+    "_types", "_host", "_blocks", "_solution", "_losses", "_basis", "_program", "_nystrom", "_linsolve", "_anderson",
+    "_admm", "_weights", "_refresh", "_path", "_checks",
     "_cronos", "_head", "_train_state", "data", "__init__",
 ]  # fmt: skip
 

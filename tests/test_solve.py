@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _basis, _cronos, _program
+from cronos_flax import _basis, _cronos, _losses, _program
 
 
 def optimum_of(solution, X, y, beta, weight=None, **biases):
@@ -142,9 +142,7 @@ def test_the_refreshed_loss_never_rises(seed, shape, scale, beta, sparse):
     after = dense_twin.regularised_loss(solution.params, X, y, beta)
     assert after <= before * (1 + 1e-4)
     assert float(solution.stats.initial_objective) == pytest.approx(before, rel=1e-4)
-    # Without weight decay, large neurons may cancel, and float32 then says what their sum is less exactly.
-    rounding = 1e-3 if beta > 0 else 5e-2
-    assert float(solution.stats.objective) == pytest.approx(after, rel=rounding, abs=1e-4 * before)
+    assert float(solution.stats.objective) == pytest.approx(after, rel=1e-3, abs=1e-4 * before)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +240,7 @@ def test_rows_of_no_weight_are_as_if_absent(gates):
 
 def test_the_first_damping_hardly_matters(digits):
     X, labels = digits
-    y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
+    X, y = X[:900], np.where(labels[:900] % 2 == 0, 1.0, -1.0).astype("float32")
 
     def end(rho, seed):
         return float(cf.Cronos(rho=rho).solve(X, y, hidden=64, key=jax.random.key(seed)).stats.objective)
@@ -261,22 +259,10 @@ def test_a_refreshed_solve_can_be_certified_at_its_final_gates():
     assert float(plain.objective) == float(stats.objective)
 
 
-def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
-    X, labels = digits
-    X, y = X[:300], np.where(labels[:300] < 5, 1.0, -1.0).astype("float32")
-    default = float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
-    beta_max = default / _cronos._BETA_RATIO
-    constant = 0.5 * np.var(y)
-    above = cf.Cronos(beta=1.02 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
-    below = cf.Cronos(beta=0.5 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
-    assert float(above.stats.objective) == pytest.approx(constant, rel=1e-2)
-    assert float(below.stats.objective) < 0.98 * constant
-
-
 def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits):
     X, labels = digits
     y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
-    rows, _ = _basis.scaled(X, y, jnp.ones(len(X)), hidden_bias=True, output_bias=True)
+    rows, _ = _basis.scaled(X, y, jnp.ones(len(X)), _losses.Squared(), hidden_bias=True, output_bias=True)
     found = np.asarray([_program.beta_max(rows, jax.random.key(seed)) for seed in range(5)])
     assert found.max() / found.min() < 1.05
     u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 1000))
@@ -286,11 +272,11 @@ def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits)
 
 def test_state_continues_a_refreshed_solve(digits):
     X, labels = digits
-    y = cf.signed_targets(labels, 10)
+    X, y = X[:500], cf.signed_targets(labels[:500], 10)
     short = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
-    first = short.solve(X, y, hidden=32)
+    first = short.solve(X, y, hidden=16)
     second = short.solve(X, y, state=first.state)
-    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
+    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=16)
     assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
     assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
 

@@ -65,6 +65,34 @@ def test_an_ordinary_loop_becomes_cronos_am_by_at_most_five_lines(digits):
     assert accuracy["cronos"] > accuracy["adam"]
 
 
+def test_a_cross_entropy_loop_swaps_in(digits):
+    X, labels = digits
+    x, y = X[:600] / 16, labels[:600]
+    model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(24), nn.relu, nn.Dense(10)])
+    variables = model.init(jax.random.key(0), x)
+    head = cf.find_head(model, variables, x[:100])
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optax.adam(1e-3),
+        head=head,
+        solver=cf.Cronos(loss="softmax"),
+    )
+
+    def cross_entropy(params):
+        logits = state.apply_fn({"params": params}, x)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+    for _ in range(3):
+        before = float(cross_entropy(state.params))
+        state, solution = state.solve_head((x, y))
+        assert float(cross_entropy(state.params)) < before
+        assert solution.stats.objective < solution.stats.initial_objective
+        state = state.apply_gradients(grads=jax.grad(cross_entropy)(state.params))
+    guess = model.apply({"params": state.params}, X[600:] / 16).argmax(axis=1)
+    assert np.mean(np.asarray(guess) == labels[600:]) > 0.85
+
+
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x, train):

@@ -1,0 +1,287 @@
+"""Every loss: its calculus by properties, its program against CVXPY, its descent, and what it takes as targets."""
+
+import dataclasses
+import functools
+
+import dense_twin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_network, random_problem, random_targets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cronos_flax as cf
+from cronos_flax import _cronos, _losses, _path
+
+LOSSES = list(_losses.LOSSES)
+seeds = st.integers(0, 10_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogCosh(cf.Loss):
+    """A user's own, with nothing but its value."""
+
+    def value(self, outputs, targets):
+        r = outputs - targets
+        return jnp.sum(jnp.logaddexp(r, -r) - jnp.log(2.0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSoftmax(cf.Loss):
+    """One whose outputs couple, with nothing but its value and conjugate."""
+
+    def value(self, outputs, targets):
+        return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
+
+    def conjugate(self, dual, targets):
+        return _losses.Softmax().conjugate(dual, targets)
+
+    def balance(self, dual, targets, weight):
+        return _losses.Softmax().balance(dual, targets, weight)
+
+
+def drawn(loss, seed, n=6, C=3, scale=2.0):
+    """Outputs and targets."""
+    return scale * np.random.default_rng(seed).normal(size=(n, C)), random_targets(loss, seed, n, C)
+
+
+def targets_of(loss, Y):
+    """Y as a user gives it."""
+    return Y.argmax(axis=1) if loss == "softmax" else Y
+
+
+@settings(max_examples=20, deadline=None)
+@given(loss=st.sampled_from(LOSSES), seed=seeds)
+def test_value_gradient_and_curvature_agree(loss, seed):
+    with jax.enable_x64(True):
+        f, y = drawn(loss, seed)
+        made = _losses.loss_of(loss)
+        np.testing.assert_allclose(made.value(f, y), dense_twin.losses_of(loss, f, y), atol=1e-12)
+        np.testing.assert_allclose(made.gradient(f, y), jax.grad(lambda f: made.value(f, y).sum())(f), atol=1e-12)
+        units = np.eye(3)
+        H = np.stack([made.curvature(f, y, np.broadcast_to(e, f.shape)) for e in units], axis=2)
+        assert np.linalg.eigvalsh(H).min() >= -1e-12
+        np.testing.assert_allclose(H, H.swapaxes(1, 2), atol=1e-12)
+        np.testing.assert_allclose(made.mean_curvature(f, y), np.trace(H, axis1=1, axis2=2) / 3, atol=1e-12)
+        if loss in ("squared", "softmax", "logistic"):
+            hessian = jax.vmap(jax.hessian(lambda f, y: made.value(f[None], y[None])[0]))(f, y)
+            np.testing.assert_allclose(H, hessian, atol=1e-10)
+        else:  # the parabola that touches the loss lies above it
+            r = np.random.default_rng(seed + 9).normal(size=f.shape)
+            above = made.value(f, y) + np.sum(made.gradient(f, y) * r + r * made.curvature(f, y, r) / 2, axis=1)
+            floored = loss == "hinge" and np.any(np.abs(1 - y * f) < _losses._HINGE_FLOOR)
+            assert floored or np.all(above >= made.value(f + r, y) - 1e-10)
+
+
+@functools.cache
+def compiled_prox(loss):
+    return jax.jit(loss.prox)
+
+
+@settings(max_examples=40, deadline=None)
+@given(loss=st.sampled_from([*LOSSES, LogCosh(), OwnSoftmax()]), seed=seeds, log_step=st.floats(-3, 3))
+def test_the_prox_is_optimal(loss, seed, log_step):
+    """``(point − z)/step`` is a subgradient at z: no point nearby is better, and the smooth ones have no slope."""
+    made, step = _losses.loss_of(loss), 10.0**log_step
+    name = loss if isinstance(loss, str) else "softmax" if isinstance(loss, OwnSoftmax) else "squared"
+    with jax.enable_x64(True):
+        point, y = drawn(name, seed, scale=5.0)
+        z = np.asarray(compiled_prox(made)(jnp.asarray(point), y, jnp.asarray(step)))
+
+        def objective(z):
+            return np.asarray(made.value(z, y) + np.sum((z - point) ** 2, axis=1) / (2 * step))
+
+        if loss != "hinge":
+            np.testing.assert_allclose(made.gradient(z, y) + (z - point) / step, 0, atol=1e-7 * (1 + 1 / step))
+        rng = np.random.default_rng(seed)
+        for size in (1e-3, 1e-1, 1.0):
+            assert np.all(objective(z + size * rng.normal(size=z.shape)) >= objective(z) - 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(loss=st.sampled_from(LOSSES), seed=seeds)
+def test_fenchel_and_young(loss, seed):
+    """``ℓ(f) + ℓ*(a) ≥ ⟨a, f⟩``, with equality where a is the gradient at f."""
+    with jax.enable_x64(True):
+        f, y = drawn(loss, seed)
+        made = _losses.loss_of(loss)
+        a, g = np.asarray(made.gradient(f, y)), np.asarray(drawn(loss, seed + 1)[0])
+        np.testing.assert_allclose(made.value(f, y) + made.conjugate(a, y), np.sum(a * f, axis=1), atol=1e-10)
+        assert np.all(made.value(g, y) + made.conjugate(a, y) >= np.sum(a * g, axis=1) - 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(loss=st.sampled_from(LOSSES), seed=seeds)
+def test_balanced_duals_sum_to_zero_and_stay_where_the_conjugate_is_finite(loss, seed):
+    with jax.enable_x64(True):
+        f, y = drawn(loss, seed)
+        made, weight = _losses.loss_of(loss), np.random.default_rng(seed).uniform(0, 2, size=len(f))
+        a = np.asarray(made.balance(made.gradient(f, y), y, weight))
+        np.testing.assert_allclose(weight @ a, 0, atol=1e-10)
+        g = drawn(loss, seed + 1, scale=5.0)[0]
+        assert np.all(made.value(g, y) + made.conjugate(a, y) >= np.sum(a * g, axis=1) - 1e-10)
+        if loss == "softmax":
+            assert np.all(a + y >= -1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_best_constant_is_best(loss):
+    with jax.enable_x64(True):
+        _, y = drawn(loss, 3, n=51)
+        weight, made = np.random.default_rng(3).uniform(0.1, 2, size=51), _losses.loss_of(loss)
+        b = np.asarray(made.constant(y, weight))
+
+        def objective(b):
+            return weight @ np.asarray(made.value(np.broadcast_to(b, y.shape), y))
+
+        for _ in range(50):
+            assert objective(b + np.random.default_rng(_).normal(size=3) * 10.0 ** -(_ % 5)) >= objective(b) - 1e-6
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "squared"])
+def test_held_gates_reach_the_optimum_of_the_program_of_every_loss(dtype, loss, C):
+    if loss == "softmax" and C == 1:
+        C = 2
+    double = dtype == "float64"
+    for weighted in (False, True):
+        seed, biases = 7 * C + weighted, loss != "huber"
+        X, _ = random_problem(seed, n=45, p=5, dtype=dtype)
+        Y = random_targets(loss, seed, 45, C)
+        weight = np.random.default_rng(seed).uniform(0.2, 2, size=45).astype(dtype) if weighted else None
+        init = random_network(seed, p=5, m=7, C=C, hidden_bias=biases, output_bias=biases, dtype=dtype)
+        tol = 5e-5 if double else 2e-4
+        solver = cf.Cronos(loss=loss, beta=0.02, gates="fixed", max_iters=20_000, tol=tol)
+        y = targets_of(loss, Y if double else Y.astype(dtype))
+        solution = solver.solve(X, y, init=init, sample_weight=weight)
+        stats, state = solution.stats, solution.state
+        D, A = np.asarray(state.D), np.asarray(state.A, float)
+        optimum = dense_twin.program_optimum(
+            X.astype(float), Y, D, A, 0.02, weight, loss=loss, hidden_bias=biases, output_bias=biases
+        )
+        rounding = 1e-7 if double else 1e-5
+        assert np.all(np.asarray(stats.lower_bound_trace) <= optimum * (1 + rounding) + rounding)
+        assert float(stats.program_objective) == pytest.approx(optimum, rel=1e-4 if double else 1e-3)
+        assert solution.status == cf.Status.converged
+
+
+def test_a_loss_of_the_users_own_is_solved_as_the_built_in_one():
+    X, _ = random_problem(0, n=60, dtype="float64")
+    labels = np.random.default_rng(0).integers(0, 3, size=60)
+    with jax.enable_x64(True):
+        init = random_network(0, C=3, dtype="float64")
+        for gates in ("fixed", "refreshed"):
+            solver = cf.Cronos(loss="softmax", beta=0.02, gates=gates, max_iters=60, tol=0.0)
+            built_in = solver.solve(X, labels, init=init).stats
+            own = dataclasses.replace(solver, loss=OwnSoftmax()).solve(X, np.eye(3)[labels], init=init).stats
+            np.testing.assert_allclose(own.objective_trace, built_in.objective_trace, rtol=1e-6)
+            if gates == "fixed":
+                np.testing.assert_allclose(own.lower_bound, built_in.lower_bound, rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    loss=st.sampled_from(LOSSES),
+    seed=seeds,
+    shape=st.sampled_from([(30, 4, 9, 3), (12, 40, 5, 2)]),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    beta=st.sampled_from([0.0, 1e-3, 1.0]),
+    weighted=st.booleans(),
+)
+def test_the_refreshed_loss_never_rises_whatever_the_loss(loss, seed, shape, scale, beta, weighted):
+    n, p, m, C = shape
+    X = (random_problem(seed, n=n, p=p)[0] * scale).astype("float32")
+    Y = random_targets(loss, seed, n, C).astype("float32")
+    weight = np.random.default_rng(seed).uniform(0.1, 2, size=n).astype("float32") if weighted else None
+    init = random_network(seed, p=p, m=m, C=C)
+    solver = cf.Cronos(loss=loss, beta=beta, max_iters=15)
+    solution = solver.solve(X, targets_of(loss, Y), init=init, sample_weight=weight)
+    trace = np.asarray(solution.stats.objective_trace)
+    assert np.all(np.isfinite(trace))
+    assert np.all(np.diff(trace) <= 0)
+    before = dense_twin.regularised_loss(init, X, Y, beta, weight, loss)
+    after = dense_twin.regularised_loss(solution.params, X, Y, beta, weight, loss)
+    assert after <= before * (1 + 1e-4)
+    assert float(solution.stats.initial_objective) == pytest.approx(before, rel=1e-4)
+    assert float(solution.stats.objective) == pytest.approx(after, rel=1e-3, abs=1e-4 * before)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_weight_of_k_is_k_copies_for_every_loss(loss):
+    X, _ = random_problem(2, n=30, dtype="float64")
+    counts = np.random.default_rng(2).integers(0, 4, size=30)
+    init = random_network(2, C=2)
+    with jax.enable_x64(True):
+        Y = targets_of(loss, random_targets(loss, 2, 30, 2))
+        solver = cf.Cronos(loss=loss, beta=0.02, gates="fixed", max_iters=5000, tol=1e-6)
+        weighted = solver.solve(X, Y, init=init, sample_weight=counts.astype(float)).stats
+        repeated = solver.solve(np.repeat(X, counts, axis=0), np.repeat(Y, counts, axis=0), init=init).stats
+    assert float(weighted.initial_objective) == pytest.approx(float(repeated.initial_objective), rel=1e-10)
+    assert float(weighted.program_objective) == pytest.approx(float(repeated.program_objective), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_above_beta_max_every_loss_has_a_constant_network(loss):
+    X, _ = random_problem(4, n=200)
+    labels = (X[:, 0] > 0.5).astype(int)
+    y = {"softmax": labels, "logistic": labels}.get(loss, 2.0 * labels.astype("float32") - 1)
+    made = _losses.loss_of(loss)
+    Y = made.targets(jnp.asarray(y), None)
+    arrays = X, Y, jnp.ones(200), jax.random.key(0)
+    beta_max = float(_cronos._beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
+    constant = float(jnp.mean(made.value(jnp.broadcast_to(made.constant(Y, jnp.ones(200)), Y.shape), Y)))
+    above, below = (
+        cf.Cronos(loss=loss, beta=factor * beta_max, max_iters=300, tol=1e-7).solve(X, y, hidden=16).stats
+        for factor in (1.05, 0.5)
+    )
+    assert float(above.objective) == pytest.approx(constant, rel=1e-2)
+    assert float(below.objective) < 0.98 * constant
+
+
+def test_balanced_classes_count_the_same():
+    X, _ = random_problem(1, n=60)
+    labels = (np.arange(60) % 6 == 0).astype(int)
+    weight = np.where(labels == 1, 60 / 2 / 10, 60 / 2 / 50).astype("float32")
+    signed = (2 * labels - 1).astype("float32")
+    for loss, y in {"softmax": labels, "logistic": labels, "hinge": signed, "squared": signed}.items():
+        network = random_network(1, C=2 if loss == "softmax" else 1)
+        by_hand = cf.Cronos(loss=loss).objective(network, X, y, 0.1, sample_weight=weight)
+        balanced = cf.Cronos(loss=loss, class_weight="balanced").objective(network, X, y, 0.1)
+        np.testing.assert_allclose(balanced, by_hand, rtol=1e-6)
+        assert abs(float(balanced) - float(cf.Cronos(loss=loss).objective(network, X, y, 0.1))) > 1e-3
+    solver = cf.Cronos(loss="softmax", max_iters=5)
+    by_hand = solver.solve(X, labels, hidden=4, sample_weight=weight).stats
+    balanced = dataclasses.replace(solver, class_weight="balanced").solve(X, labels, hidden=4).stats
+    np.testing.assert_allclose(balanced.objective, by_hand.objective, rtol=1e-5)
+
+
+def test_labels_take_their_number_of_classes_from_the_network():
+    X, _ = random_problem(1)
+    labels = np.arange(40) % 2
+    solver = cf.Cronos(loss="softmax", max_iters=2)
+    assert float(solver.objective(random_network(0, C=4), X, labels, 0.0)) > 0
+    assert solver.solve(X, labels, hidden=3, num_classes=5).params.kernel2.shape == (3, 5)
+
+
+def test_a_path_chooses_the_beta_that_its_held_out_rows_like_best():
+    X, _ = random_problem(5, n=120)
+    y = np.abs(X[:, 0]) + 0.3 * np.random.default_rng(0).normal(size=120).astype("float32")
+    solver = cf.Cronos(beta="path", max_iters=100)
+    stats = solver.solve(X, y, hidden=8).stats
+    best = int(np.argmin(stats.path_losses))
+    assert float(stats.beta) == pytest.approx(float(stats.path_betas[best]), rel=1e-5)
+    assert np.all(np.diff(stats.path_betas) < 0)
+    assert best > 0  # a tenth of β_max leaves most of the signal
+    given = solver.solve(X[:96], y[:96], hidden=8, validation=(X[96:], y[96:])).stats
+    assert given.path_losses.shape == stats.path_losses.shape
+
+
+def test_held_out_rows_are_stratified():
+    labels = np.repeat([0, 1, 2], [50, 20, 30])
+    for seed in range(5):
+        held = _path.held_out(jnp.eye(3)[labels], jax.random.key(seed))
+        assert np.bincount(labels[held], minlength=3).tolist() == [10, 4, 6]
+        real = _path.held_out(jnp.linspace(0, 1, 40)[::-1, None], jax.random.key(seed))
+        assert np.all(real.reshape(8, 5).sum(axis=1) == 1)
