@@ -44,7 +44,7 @@ class Rows:
 
     @property
     def weight(self) -> RowVector:
-        """W."""
+        """The weights w of the rows."""
         return jnp.square(self.root)
 
     def _unscaled(self, T: Outputs) -> Outputs:

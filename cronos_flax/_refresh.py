@@ -318,7 +318,7 @@ def direction(
             tol=_CG_TOL,
         )
 
-    if model is sampled or precise is True:
+    if model is sampled:
         return solve(model, _PRECISE_CG_STEPS)
     if precise is False:
         return solve(sampled, _CG_STEPS)

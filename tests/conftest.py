@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
-    """Each compiled solve holds some 800 memory maps; Linux allows a process 65,530, then XLA's compiler crashes."""
+    """Compiled programs hold memory maps; Linux allows a process 65,530, and beyond that XLA's compiler crashes."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:

@@ -204,7 +204,7 @@ def test_anderson_takes_back_a_point_that_is_worse():
     assert int(memory.count) == 0
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, output_bias=st.booleans(), loss=st.sampled_from(["squared", "softmax", "logistic"]))
 def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bias, loss):
     """Against the Jacobian of the network's outputs by automatic differentiation, in neurons, directions and bias."""

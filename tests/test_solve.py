@@ -240,7 +240,7 @@ def test_rows_of_no_weight_are_as_if_absent(gates):
 
 def test_the_first_damping_hardly_matters(digits):
     X, labels = digits
-    X, y = X[:900], np.where(labels[:900] % 2 == 0, 1.0, -1.0).astype("float32")
+    y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
 
     def end(rho, seed):
         return float(cf.Cronos(rho=rho).solve(X, y, hidden=64, key=jax.random.key(seed)).stats.objective)
@@ -259,6 +259,18 @@ def test_a_refreshed_solve_can_be_certified_at_its_final_gates():
     assert float(plain.objective) == float(stats.objective)
 
 
+def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
+    X, labels = digits
+    X, y = X[:300], np.where(labels[:300] < 5, 1.0, -1.0).astype("float32")
+    default = float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
+    beta_max = default / _cronos._BETA_RATIO
+    constant = 0.5 * np.var(y)
+    above = cf.Cronos(beta=1.02 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
+    below = cf.Cronos(beta=0.5 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
+    assert float(above.stats.objective) == pytest.approx(constant, rel=1e-2)
+    assert float(below.stats.objective) < 0.98 * constant
+
+
 def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits):
     X, labels = digits
     y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
@@ -272,11 +284,11 @@ def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits)
 
 def test_state_continues_a_refreshed_solve(digits):
     X, labels = digits
-    X, y = X[:500], cf.signed_targets(labels[:500], 10)
+    y = cf.signed_targets(labels, 10)
     short = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
-    first = short.solve(X, y, hidden=16)
+    first = short.solve(X, y, hidden=32)
     second = short.solve(X, y, state=first.state)
-    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=16)
+    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
     assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
     assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
 

@@ -83,14 +83,14 @@ def test_a_cross_entropy_loop_swaps_in(digits):
         logits = state.apply_fn({"params": params}, x)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
-    for _ in range(3):
+    for _ in range(6):
         before = float(cross_entropy(state.params))
         state, solution = state.solve_head((x, y))
         assert float(cross_entropy(state.params)) < before
         assert solution.stats.objective < solution.stats.initial_objective
         state = state.apply_gradients(grads=jax.grad(cross_entropy)(state.params))
     guess = model.apply({"params": state.params}, X[600:] / 16).argmax(axis=1)
-    assert np.mean(np.asarray(guess) == labels[600:]) > 0.85
+    assert np.mean(np.asarray(guess) == labels[600:]) > 0.9
 
 
 class Normed(nn.Module):
