@@ -90,11 +90,6 @@ class Iterate:
         Z = program.rows.prox(self.Z_plus_dual, 1 / self.tau)
         return Z, self.Z_plus_dual - Z
 
-    def bias(self, program: Program) -> Bias:
-        """The output bias that the next U-step takes."""
-        Z, M = self.split_outputs(program)
-        return program.rows.mean(Z - M) if program.rows.output_bias else None
-
     @property
     def parts(self) -> list[Array]:
         """The arrays that the fixed-point map is about."""
@@ -210,7 +205,7 @@ def step(
     )
     if iterate.Z_plus_dual is None:
         return Step(image, U, GXU, jnp.zeros_like(Z))
-    outputs = program.outputs(XU, iterate.bias(program))
+    outputs = program.outputs(XU, program.rows.bias(Z - M))
     image = dataclasses.replace(image, Z_plus_dual=relax * outputs + (1 - relax) * Z + M)
     return Step(image, U, GXU, outputs - image.split_outputs(program)[0])
 
@@ -222,7 +217,7 @@ def check(program: Program, before: Iterate, step: Step) -> Check:
     V, Lambda, S, N = step.image.split(program.beta)
     Z_old, _ = before.split_outputs(program)
     Z, M = step.image.split_outputs(program)
-    b = step.image.bias(program)
+    b = program.rows.bias(Z - M)
     XV = X @ V
     GV = program.G(XV)
     squared = step.image.Z_plus_dual is None

@@ -85,6 +85,10 @@ class Rows:
         """The constant b nearest to outputs T, that is to say with the least ``‖T − √w b‖``."""
         return self.root @ T / jnp.sum(self.weight)
 
+    def bias(self, T: Outputs) -> Float[Array, " C"] | None:
+        """:meth:`mean`; None for a network without output bias."""
+        return self.mean(T) if self.output_bias else None
+
     def constant(self, b: Float[Array, " C"] | None) -> Outputs | Scalar:
         """The outputs of a bias b alone."""
         return jnp.zeros((), self.root.dtype) if b is None else jnp.outer(self.root, b)

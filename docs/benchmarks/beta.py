@@ -8,7 +8,6 @@ are not run again. Ends with a table, means and standard deviations over seeds, 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from rows import keep, kept
 from sets import Split, score, splits
 
 import cronos_flax as cf
@@ -44,7 +44,7 @@ def beta_max(split: Split, loss: str) -> float:
 
 def run(args: argparse.Namespace) -> list[dict]:
     """What is missing in the file; returns all rows."""
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = kept(args.out)
     done = {(row["set"], row["loss"], row["seed"], row["ratio"]) for row in rows}
     for split in splits(args.data_dir, args.weights, SEEDS):
         for loss in ("squared",) if split.classes is None else ("squared", "softmax"):
@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 found = score(np.asarray(cf.predict(solution.params, split.X_held)), split.y_held)
                 row = {"set": split.name, "loss": loss, "seed": split.seed, "ratio": ratio, "score": found}
                 row |= {"active": int(solution.stats.active_neurons), "seconds": time.perf_counter() - start}
-                rows.append(row)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                rows.append(keep(args.out, row))
     return rows
 
 

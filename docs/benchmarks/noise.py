@@ -8,11 +8,11 @@ solve is one row of the file; rows that are there are not run again. Ends with a
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
+from rows import keep, kept
 from sets import score, splits
 
 import cronos_flax as cf
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="where resnet20_cifar10.safetensors lies")
     parser.add_argument("--out", type=Path, default=Path("noise.jsonl"), help="rows; those there are kept")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = kept(args.out)
     done = {(row["set"], row["seed"], row["loss"]) for row in rows}
     for split in splits(args.data_dir, args.weights, SEEDS):
         for loss in LOSSES if split.classes is not None else ():
@@ -50,9 +50,8 @@ def main() -> None:
             solver = cf.Cronos(loss=loss)
             params = solver.solve(split.X, targets, hidden=HIDDEN, key=jax.random.key(split.seed)).params
             found = score(np.asarray(cf.predict(params, split.X_held)), split.y_held)
-            rows.append({"set": split.name, "seed": split.seed, "loss": loss, "score": found})
-            with args.out.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            row = {"set": split.name, "seed": split.seed, "loss": loss, "score": found}
+            rows.append(keep(args.out, row))
     print("| set | " + " | ".join(LOSSES) + " |")
     print("|---|" + "---|" * len(LOSSES))
     for name in dict.fromkeys(row["set"] for row in rows):

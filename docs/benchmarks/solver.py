@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rows import keep, kept
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
@@ -366,13 +367,11 @@ def main() -> None:
         "held gates, Fashion-MNIST": lambda: held("fashion_mnist", args.data_dir),
         "held gates, CIFAR": lambda: held("cifar10_airplane_automobile", args.data_dir),
     }
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = kept(args.out)
     known = {row["case"] for row in rows}
     for name in (name for name in cases if name not in known):
         row = {"case": name, "jax": jax.__version__, "device": jax.devices()[0].device_kind, **cases[name]()}
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        rows.append(row)
+        rows.append(keep(args.out, row))
     for row in rows:
         print(json.dumps(row))
 
