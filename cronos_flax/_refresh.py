@@ -40,7 +40,7 @@ _CG_TOL = 0.1
 _FEATURE_RANK, _NEURON_RANK = 48, 32  # of the sketches that the preconditioner is made of
 _ROWS_PER_FEATURE = 4  # that the first is made from, at least
 _SAMPLED, _LEAST_SAMPLE, _MOST_SAMPLE = 10, 128, 65_536  # a sample is one row in so many, within these limits
-_WARM_UP, _LEAST_WARM_UP, _WARM_UP_STEPS = 8, 128, 8  # likewise, for the first steps from a random start
+_WARM_UP, _LEAST_WARM_UP, _WARM_UP_STEPS = 8, 512, 8  # likewise, for the first steps from a random start
 _WINDOW = 10  # iterations over which stagnation is judged
 _SAMPLED_TOL = 0.01  # decrease over the window at which samples have done what they can
 
