@@ -11,10 +11,16 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._cronos import Cronos
+from cronos_flax._fit import checked
 from cronos_flax._head import Head, fit_head
 from cronos_flax._solution import Solution
 
 _STEPS_PER_SOLVE = 3
+
+
+def short_solves(solver: Cronos) -> Cronos:
+    """The solver of an alternation, which solves again and again: a few steps where ``max_iters`` is None."""
+    return solver if solver.max_iters is not None else dataclasses.replace(solver, max_iters=_STEPS_PER_SOLVE)
 
 
 def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
@@ -90,11 +96,7 @@ class CronosTrainState(TrainState):
         Raises:
             ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
         """
-        solver = Cronos() if solver is None else solver
-        if not isinstance(solver, Cronos):
-            raise ValueError(f"CronosTrainState: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
-        if solver.max_iters is None:
-            solver = dataclasses.replace(solver, max_iters=_STEPS_PER_SOLVE)
+        solver = short_solves(checked(head, Head, solver, "CronosTrainState"))
         tx = backbone_only(tx, head)
         return super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "_types", "_host", "_blocks", "_solution", "_losses", "_basis", "_program", "_nystrom", "_linsolve", "_anderson",
     "_admm", "_weights", "_refresh", "_path", "_checks",
-    "_cronos", "_head", "_train_state", "data", "__init__",
+    "_cronos", "_features", "_find", "_fit", "_head", "_graft", "_train_state", "nnx", "data", "__init__",
 ]  # fmt: skip
 
 
