@@ -1,6 +1,8 @@
 """CRONOS-AM: the ordinary loop and its few changed lines; the head belongs to the solver alone."""
 
 import difflib
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
 
 import cronos_flax as cf
 
@@ -45,8 +49,6 @@ for epoch in range(5):
 
 
 def test_an_ordinary_loop_becomes_cronos_am_by_at_most_five_lines(digits):
-    from flax.training.train_state import TrainState
-
     changed = [line for line in difflib.ndiff(ORDINARY.split("\n"), CRONOS_AM.split("\n")) if line[0] == "+"]
     assert len(changed) <= 5
     X, labels = digits
@@ -173,3 +175,86 @@ def test_the_penalised_loss_of_the_real_network_does_not_rise():
 
         assert loss(state) <= loss(before) * (1 + 1e-5)
         assert loss(state) == pytest.approx(float(solution.stats.objective), rel=1e-3)
+
+
+def test_a_train_state_of_the_users_own_works_with_backbone_only_and_donation():
+    class State(TrainState):
+        average: Any
+        dropout_key: jax.Array
+
+        def apply_gradients(self, *, grads, **kwargs):
+            new = super().apply_gradients(grads=grads, **kwargs)
+            average = jax.tree.map(lambda old, p: 0.9 * old + 0.1 * p, self.average, new.params)
+            return new.replace(average=average, dropout_key=jax.random.split(new.dropout_key)[0])
+
+    made, (x, y) = normed_state(optax.adam(1e-2))
+    head, params = made.head, jax.tree.map(jnp.copy, made.params)
+    tx = optax.MultiSteps(cf.backbone_only(optax.adamw(1e-2), head), 2)
+    state = State.create(
+        apply_fn=made.apply_fn, params=params, tx=tx, average=jax.tree.map(jnp.copy, params),
+        dropout_key=jax.random.key(0),
+    )  # fmt: skip
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state):
+        def loss(params):
+            return jnp.mean(jnp.square(state.apply_fn({"params": params, **made.model_state}, x, train=False) - y))
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    for _ in range(2):
+        kept = jax.tree.map(np.asarray, head.read({"params": state.params}))
+        for _ in range(2):
+            state = train_step(state)
+        jax.tree.map(np.testing.assert_array_equal, kept, head.read({"params": state.params}))
+        variables = {"params": state.params, **made.model_state}
+        fitted, solution = cf.fit_head(head, variables, (x, y), solver=cf.Cronos(max_iters=3))
+        assert solution.stats.objective < solution.stats.initial_objective
+        state = state.replace(params=fitted["params"])
+    assert not np.array_equal(state.params["Dense_0"]["kernel"], made.params["Dense_0"]["kernel"])
+
+
+@pytest.mark.parametrize("tx", [optax.adamw(1e-2), optax.contrib.schedule_free_adamw(1e-2)], ids=["adamw", "free"])
+def test_an_nnx_loop_moves_the_backbone_by_gradients_and_the_head_by_solves(tx):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder, self.norm = nnx.Linear(5, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.2, rngs=rngs)
+            self.fc1, self.fc2 = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc2(nnx.relu(self.fc1(self.dropout(nnx.relu(self.norm(self.encoder(x)))))))
+
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    y = (x[:, 0] > 0).astype(int)
+    model = Net(nnx.Rngs(0))
+    head = cf.nnx.find_head(model, x)
+    optimizer = cf.nnx.CronosOptimizer(model, tx, head=head, solver=cf.Cronos(loss="softmax"))
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(2):
+        kept = jax.tree.map(np.asarray, head.read(model))
+        encoder = np.asarray(model.encoder.kernel)
+        train_step(model, optimizer)
+        jax.tree.map(np.testing.assert_array_equal, kept, head.read(model))
+        assert not np.array_equal(encoder, model.encoder.kernel)
+        encoder = np.asarray(model.encoder.kernel)
+        solution = optimizer.solve_head(model, (x, y))
+        assert solution.stats.objective < solution.stats.initial_objective
+        np.testing.assert_array_equal(encoder, model.encoder.kernel)
+        jax.tree.map(np.testing.assert_array_equal, solution.params, head.read(model))
+    assert int(optimizer.step[...]) == 2
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    with pytest.raises(ValueError, match="targets must have 2"):
+        optimizer.solve_head(model, (x, jnp.ones((64, 3))))
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    with pytest.raises(ValueError, match="`head` must come from"):
+        cf.nnx.CronosOptimizer(model, tx, head=None)
+    with pytest.raises(ValueError, match="widths"):
+        head.write(model, jax.tree.map(lambda v: v[..., :1], head.read(model)))
