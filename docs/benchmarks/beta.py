@@ -3,7 +3,7 @@
     python docs/benchmarks/beta.py [--data-dir DIR] [--weights DIR] [--out beta.jsonl] [--picture beta.png]
 
 Seven sets, three seeds, the squared loss (on signed targets) and softmax, 64 neurons, ``cf.Cronos``'s defaults
-otherwise, features as they are. Every solve is one row of the file, written as soon as it is done; rows that are there
+otherwise, features as they are; beside the ratios, ``beta="path"``. Every solve is one row of the file, written as soon as it is done; rows that are there
 are not run again. Ends with a table, means and standard deviations over seeds, and draws it.
 """
 
@@ -23,6 +23,7 @@ from cronos_flax import _cronos
 from cronos_flax._losses import loss_of
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PATH = "path"  # in the place of a ratio: ``beta="path"``, which looks at the rows to fit only
 SEEDS = (0, 1, 2)
 HIDDEN = 64
 
@@ -48,11 +49,11 @@ def run(args: argparse.Namespace) -> list[dict]:
     done = {(row["set"], row["loss"], row["seed"], row["ratio"]) for row in rows}
     for split in splits(args.data_dir, args.weights, SEEDS):
         for loss in ("squared",) if split.classes is None else ("squared", "softmax"):
-            missing = [r for r in RATIOS if (split.name, loss, split.seed, r) not in done]
+            missing = [r for r in (*RATIOS, PATH) if (split.name, loss, split.seed, r) not in done]
             largest = beta_max(split, loss) if missing else 0.0
             for ratio in missing:
                 start = time.perf_counter()
-                solver = cf.Cronos(loss=loss, beta=ratio * largest)
+                solver = cf.Cronos(loss=loss, beta=PATH if ratio == PATH else ratio * largest)
                 solution = solver.solve(split.X, targets(split, loss), hidden=HIDDEN, key=jax.random.key(split.seed))
                 found = score(np.asarray(cf.predict(solution.params, split.X_held)), split.y_held)
                 row = {"set": split.name, "loss": loss, "seed": split.seed, "ratio": ratio, "score": found}
@@ -62,11 +63,11 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:
-    """Scores ``(ratios, seeds)`` of each set and loss."""
+    """Scores ``(ratios and path, seeds)`` of each set and loss."""
     table = {}
     for name, loss in dict.fromkeys((row["set"], row["loss"]) for row in rows):
         scores = {(r["ratio"], r["seed"]): r["score"] for r in rows if (r["set"], r["loss"]) == (name, loss)}
-        table[name, loss] = np.array([[scores.get((ratio, seed), np.nan) for seed in SEEDS] for ratio in RATIOS])
+        table[name, loss] = np.array([[scores.get((r, seed), np.nan) for seed in SEEDS] for r in (*RATIOS, PATH)])
     return table
 
 
@@ -81,14 +82,16 @@ def main() -> None:
     table = curves(run(args))
     default = _cronos._BETA_RATIO
     print(
-        "| set | loss | " + " | ".join(f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS) + " | below best |"
+        "| set | loss | "
+        + " | ".join(f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS)
+        + " | default below best | path |"
     )
-    print("|---|---|" + "---|" * (len(RATIOS) + 1))
+    print("|---|---|" + "---|" * (len(RATIOS) + 2))
     for (name, loss), scores in table.items():
         mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
         cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, sd, strict=True)]
-        below = mean.max() - mean[RATIOS.index(default)]
-        print(f"| {name} | {loss} | " + " | ".join(cells) + f" | {below:.2f} |")
+        below = mean[:-1].max() - mean[RATIOS.index(default)]
+        print(f"| {name} | {loss} | " + " | ".join(cells[:-1]) + f" | {below:.2f} | {cells[-1]} |")
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
     names = list(dict.fromkeys(name for name, _ in table))
@@ -97,10 +100,11 @@ def main() -> None:
             if (name, loss) in table:
                 scores = table[name, loss]
                 mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
-                axis.errorbar(RATIOS, mean, sd, marker="o", markersize=3, capsize=2, label=loss)
+                axis.errorbar(RATIOS, mean[:-1], sd[:-1], marker="o", markersize=3, capsize=2, label=loss)
         axis.axvline(default, color="0.6", linestyle=":", label="default")
         axis.set_title(name.replace(" features of ", " features,\n").replace("cifar10_", "cifar10 "), fontsize=9)
         axis.set_xscale("log")
+        axis.ticklabel_format(axis="y", useOffset=False)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     figure.supxlabel("β / β_max")

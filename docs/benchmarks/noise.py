@@ -17,7 +17,14 @@ from sets import score, splits
 
 import cronos_flax as cf
 
-LOSSES = ("squared", "huber", "hinge", "softmax")
+LOSSES: dict[str, str | cf.Loss] = {
+    "squared": "squared",
+    "huber": "huber",
+    "huber .3": cf.Huber(0.3),
+    "huber .1": cf.Huber(0.1),
+    "hinge": "hinge",
+    "softmax": "softmax",
+}
 SEEDS = (0, 1, 2, 3, 4)
 FLIPPED = 0.2
 HIDDEN = 64
@@ -47,7 +54,7 @@ def main() -> None:
                 continue
             y = flipped(split.y, split.classes, split.seed)
             targets = y if loss == "softmax" else cf.signed_targets(y, split.classes)
-            solver = cf.Cronos(loss=loss)
+            solver = cf.Cronos(loss=LOSSES[loss])
             params = solver.solve(split.X, targets, hidden=HIDDEN, key=jax.random.key(split.seed)).params
             found = score(np.asarray(cf.predict(params, split.X_held)), split.y_held)
             row = {"set": split.name, "seed": split.seed, "loss": loss, "score": found}
