@@ -3,8 +3,9 @@
     python docs/benchmarks/beta.py [--data-dir DIR] [--weights DIR] [--out beta.jsonl] [--picture beta.png]
 
 Seven sets, three seeds, the squared loss (on signed targets) and softmax, 64 neurons, ``cf.Cronos``'s defaults
-otherwise, features as they are; beside the ratios, ``beta="path"``. Every solve is one row of the file, written as soon as it is done; rows that are there
-are not run again. Ends with a table, means and standard deviations over seeds, and draws it.
+otherwise, features as they are; beside the ratios, ``beta="path"``. Every solve is one row of the file, written as
+soon as it is done; rows that are there are not run again. Ends with a table, means and standard deviations over seeds,
+and draws it.
 """
 
 import argparse
