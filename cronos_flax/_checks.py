@@ -129,14 +129,22 @@ def data(
 
 
 def path_data(X: Array | Source, y: Array, weight: Array) -> _path.Data:
-    """Rows that can be chosen from: in memory, and not traced."""
+    """Rows that can be chosen from: in memory, not traced, and of positive weight."""
     if isinstance(X, Source):
         raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
     if not all(concrete(value) for value in (X, y, weight)):
         raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
-    if len(X) < 10:
-        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(X)}.')
-    return _path.Data(X, y, weight)
+    there = np.flatnonzero(weight)
+    if len(there) < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(there)}.')
+    return _path.Data(X[there], y[there], weight[there])
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Features and targets."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
+    return value[0], value[1]
 
 
 def same_columns(X: Array | Source, like: Array) -> Array:

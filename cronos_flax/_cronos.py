@@ -198,7 +198,7 @@ class Cronos:
             held = _path.held_out(data.y, split_key)
             fit, chosen_on = data.take(~held), data.take(held)
         else:
-            X, y, weight = self._data(*validation, data.y.shape[1], None, None)
+            X, y, weight = self._data(*_checks.pair("validation", validation), data.y.shape[1], None, None)
             fit, chosen_on = data, _path.Data(_checks.same_columns(X, data.X), y, weight)
 
         def solve(rows: _path.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:

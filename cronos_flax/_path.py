@@ -69,5 +69,5 @@ def follow(
         rows = loss.value(predict(network, validation.X), validation.y)
         losses.append(float(validation.weight @ rows / jnp.sum(validation.weight)))
         networks.append(network)
-    best = int(np.nanargmin(losses))
+    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
     return float(betas[best]), networks[best], betas, np.asarray(losses)

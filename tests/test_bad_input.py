@@ -78,6 +78,10 @@ CASES = {
     "NaN beta": (lambda: cf.Cronos(beta=float("nan")), "`beta`"),
     "beta a word": (lambda: cf.Cronos(beta="auto"), "`beta`.*path"),
     "validation without a path": (lambda: solve(validation=(X, Y)), "`validation`"),
+    "validation without targets": (
+        lambda: cf.Cronos(beta="path").solve(X, Y, hidden=3, validation=X),
+        "`validation`",
+    ),
     "validation of other columns": (
         lambda: cf.Cronos(beta="path").solve(X, Y, hidden=3, validation=(X[:, :2], Y)),
         "`validation`",
