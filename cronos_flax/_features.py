@@ -8,7 +8,7 @@ stretches of rows has every class in its share.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,29 @@ Unpack = Callable[[Any], tuple]
 
 
 class Batch(NamedTuple):
-    """What the module is called with, the targets, and the weights."""
+    """What the module is called with, the targets, and the weights (copies: loaders use their buffers again)."""
 
     args: tuple
     kwargs: Mapping[str, Any]
-    y: Any
-    weight: Any
+    y: np.ndarray
+    weight: np.ndarray | None
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any = None) -> Self:
+        return cls(args, kwargs, _numbers("targets", y), None if weight is None else _numbers("`weight`", weight))
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """A copy of an array of numbers."""
+    try:
+        array = np.array(value)
+    except ValueError as error:  # ragged
+        raise ValueError(
+            f"fit_head: the {name} must be an array of numbers, got {type(value).__name__}: {error}"
+        ) from None
+    if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"fit_head: the {name} must be numbers, got dtype {array.dtype}.")
+    return array
 
 
 class Rows(NamedTuple):
@@ -53,6 +70,10 @@ def gather(
     Raises:
         ValueError: for data that do not fit the module, or each other.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"fit_head: `callback` must be a function of one dict, got {callback!r}.")
+    if unpack is not None and not callable(unpack):
+        raise ValueError(f"fit_head: `unpack` must be a function of one batch, got {unpack!r}.")
     pieces: list[Rows] = []
     start, count = time.perf_counter(), 0
     pending: tuple[Array, Batch] | None = None
@@ -85,10 +106,10 @@ def _rows(features: Array, batch: Batch, outputs: int) -> Rows:
     """A batch on the host, leading axes flattened, without the rows of weight zero."""
     leading, p = features.shape[:-1], features.shape[-1]
     X = np.asarray(features, jnp.promote_types(features.dtype, jnp.float32)).reshape(-1, p)
-    y = _targets(np.asarray(batch.y), leading, outputs)
+    y = _targets(batch.y, leading, outputs)
     if batch.weight is None:
         return Rows(X, y, None)
-    weight = np.asarray(batch.weight)
+    weight = batch.weight
     if weight.shape[: len(leading)] != leading[: weight.ndim] or weight.ndim > len(leading):
         raise ValueError(
             f"fit_head: `weight` must have one entry for each row, shape {leading}, or for each example, shape "
@@ -103,22 +124,22 @@ def _rows(features: Array, batch: Batch, outputs: int) -> Rows:
 def _targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.ndarray:
     """Labels ``(rows,)`` or targets ``(rows, C)``; what the loss makes of them, the solver says."""
     rows = int(np.prod(leading))
-    is_label = not np.issubdtype(y.dtype, np.floating) and y.dtype != jnp.bfloat16
-    if is_label and y.size == rows and outputs > 1:
-        return y.reshape(rows)
-    if y.size != rows * outputs or (y.ndim > 1 and y.shape[-1] != outputs and outputs > 1):
-        raise ValueError(
-            f"fit_head: the targets must have {outputs} value(s), or a label, for each of the {rows} rows that "
-            f"reach the head (leading shape {leading}), got shape {y.shape}."
-        )
-    return y.reshape(rows, outputs)
+    is_float = jnp.issubdtype(y.dtype, jnp.floating)
+    if y.shape in (leading, (rows,)) and (outputs == 1 or not is_float):
+        return y.reshape(rows, 1) if outputs == 1 else y.reshape(rows)
+    if y.shape in ((*leading, outputs), (rows, outputs)):
+        return y.reshape(rows, outputs)
+    raise ValueError(
+        f"fit_head: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or a label, {leading}, "
+        f"for each row that reaches the head, got shape {y.shape} of {y.dtype}."
+    )
 
 
 def _joined(pieces: list[Rows]) -> Rows:
     """All pieces in an order that does not depend on theirs; each is let go as soon as it has been copied."""
     n, (p, dtype) = sum(len(piece.X) for piece in pieces), (pieces[0].X.shape[1], pieces[0].X.dtype)
     direction = np.asarray(np.random.default_rng(0).normal(size=p), dtype)
-    first = [piece.y.reshape(len(piece.y), -1)[:, 0] for piece in pieces]
+    first = [piece.y if piece.y.ndim == 1 else piece.y[:, 0] for piece in pieces]
     place = np.empty(n, int)
     place[np.lexsort((np.concatenate([piece.X @ direction for piece in pieces]), np.concatenate(first)))] = np.arange(n)
     whole = Rows(
@@ -153,9 +174,9 @@ def _batches(data: Any, unpack: Unpack | None) -> Iterator[Batch]:
                     f"a dict of keyword arguments, got {_kind(unpacked)}."
                 )
             args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
-            yield Batch((), args, y, weight) if isinstance(args, dict) else Batch(args, {}, y, weight)
+            yield Batch.of((), args, y, weight) if isinstance(args, dict) else Batch.of(args, {}, y, weight)
         elif isinstance(batch, tuple | list) and len(batch) == 2:
-            yield Batch((batch[0],), {}, batch[1], None)
+            yield Batch.of((batch[0],), {}, batch[1])
         else:
             raise ValueError(f"fit_head: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
 
@@ -166,16 +187,17 @@ def _kind(value: Any) -> str:
 
 def _chunks(x: Any, y: Any) -> Iterator[Batch]:
     """Whole arrays, cut so that a pass through the backbone stays small."""
-    leaves = jax.tree.leaves((x, y))
-    counts = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves}
-    if len(counts) != 1 or 0 in counts:
+    leaves = jax.tree.leaves(x)
+    arrays = all(isinstance(leaf, np.ndarray | Array) for leaf in (*leaves, y))
+    counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()
+    if len(counts) != 1 or 0 in counts or not leaves or not all(np.size(leaf) for leaf in leaves):
+        got = jax.tree.map(np.shape, (x, y)) if arrays else f"{type(x).__name__} and {type(y).__name__}"
         raise ValueError(
-            "fit_head: `data` = (x, y) must be arrays of equally many rows, at least one, got shapes "
-            f"{jax.tree.map(np.shape, (x, y))}."
+            f"fit_head: `data` = (x, y) must be arrays of equally many rows, at least one, got {got}. An iterable of "
+            "batches must not be a tuple of two."
         )
     n = counts.pop()
-    bytes_per_row = sum(np.size(leaf) * jnp.asarray(leaf[:1]).dtype.itemsize for leaf in jax.tree.leaves(x)) / n
-    size = int(np.clip(_CHUNK_BYTES / bytes_per_row, _LEAST_CHUNK, _MOST_CHUNK))
+    size = int(np.clip(_CHUNK_BYTES * n / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
     for i in range(0, n, size):
         part_x, part_y = jax.tree.map(lambda leaf, i=i: leaf[i : i + size], (x, y))
-        yield Batch((part_x,), {}, part_y, None)
+        yield Batch.of((part_x,), {}, part_y)

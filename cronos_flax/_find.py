@@ -22,6 +22,7 @@ from cronos_flax._weights import predict
 Path = tuple[Hashable, ...]
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # of outputs, relative to the largest, computed in float32 and in fewer bits
+_LARGE = 1e2  # of a second probe, in which bounds of activations and outputs show
 _PEAK = 1.25  # of a compiled solve, over the bytes of two copies of X and four arrays (n, m)
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,  # first: others agree with it on small inputs
@@ -66,6 +67,7 @@ class Functional(Protocol):
 
     dense: ClassVar[str]  # what a fully connected layer is called there
     graft: ClassVar[str]  # what puts a two-layer head in the place of one layer
+    numbered: ClassVar[bool]  # whether paths have indices in them
 
     @property
     def name(self) -> str:
@@ -153,7 +155,8 @@ class _Static:
     def split(cls, arguments: Any) -> tuple[list[Any], Self]:
         leaves, treedef = jax.tree.flatten(arguments)
         is_array = [isinstance(leaf, Array | np.ndarray | np.generic) for leaf in leaves]
-        rest = tuple(None if is_one else (leaf,) for leaf, is_one in zip(leaves, is_array, strict=True))
+        # With its type: 1 and True are equal, but not to a module.
+        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, is_array, strict=True))
         return [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one], cls(treedef, rest)
 
     def join(self, arrays: list[Any]) -> Any:
@@ -176,9 +179,14 @@ def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, 
 
 def selected(out: Any, output: Any) -> Any:
     """The output that the user chose: by a key, an index, or a function."""
-    if output is None:
-        return out
-    return output(out) if callable(output) else out[output]
+    if output is None or callable(output):
+        return out if output is None else output(out)
+    try:
+        return out[output]
+    except (KeyError, IndexError, TypeError):
+        there = sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__
+        raise ValueError(f"`output` must be a key or an index of the outputs, or a function, got {output!r}; "
+                         f"the outputs: {there}") from None  # fmt: skip
 
 
 def slashed(path: Path) -> str:
@@ -186,10 +194,10 @@ def slashed(path: Path) -> str:
     return "/".join(map(str, path)) or "the module itself"
 
 
-def as_path(where: str, path: Any) -> Path:
-    """A path that a user gave, ``"a/b"`` or a tuple."""
+def as_path(where: str, path: Any, numbered: bool = False) -> Path:
+    """A path that a user gave, ``"a/b"`` or a tuple; numbers in it are indices where layers are ``numbered``."""
     if isinstance(path, str):
-        return tuple(int(key) if key.isdigit() else key for key in path.split("/"))
+        return tuple(int(key) if numbered and key.isdigit() else key for key in path.split("/"))
     if not isinstance(path, tuple) or not all(isinstance(key, str | int) for key in path):
         raise ValueError(f"{where} must be a path, such as ('backbone', 'fc') or 'backbone/fc', got {path!r}.")
     return path
@@ -224,7 +232,7 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
         dtypes = {call.layer.path: call.layer.dtype for call in calls}
         candidates: Iterable[tuple[Path, Path]] = _candidates(module, variables, calls, out)
         if paths is not None:
-            candidates = [_given(paths, candidates, calls)]
+            candidates = [_given(paths, candidates, calls, module.numbered)]
         refused: list[tuple[bool, str]] = []  # whether it is far from a head, and why
         for pair in candidates:
             features = inputs[pair[0]]
@@ -232,10 +240,10 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
             kinds = out.dtype, features.dtype, dtypes[pair[0]], dtypes[pair[1]]
             tol = _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
 
-            def again(network: TwoLayer, pair: tuple[Path, Path] = pair) -> tuple[TwoLayer, Array, Array]:
+            def again(network: TwoLayer, pair: tuple[Path, Path] = pair) -> tuple[TwoLayer, Array, Array, Array]:
                 probed = module.write(variables, pair, network)
                 out, calls = run(probed, args, kwargs)
-                return module.read(probed, pair), _input(calls, pair[0]), out
+                return module.read(probed, pair), _input(calls, pair[0]), _input(calls, pair[1]), out
 
             network = module.read(variables, pair)
             proof = _prove(network, features, inputs[pair[1]], out, again, tol)
@@ -283,11 +291,14 @@ def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out
                 yield first.layer.path, last.layer.path
 
 
-def _given(paths: Any, candidates: Iterable[tuple[Path, Path]], calls: tuple[Call, ...]) -> tuple[Path, Path]:
+def _given(
+    paths: Any, candidates: Iterable[tuple[Path, Path]], calls: tuple[Call, ...], numbered: bool
+) -> tuple[Path, Path]:
     """The pair that the user named, if it can be one."""
     if not isinstance(paths, tuple | list) or len(paths) != 2:
         raise ValueError(f"find_head: `paths` must be two paths, of the hidden and of the output layer, got {paths!r}.")
-    pair = as_path("find_head: each of `paths`", paths[0]), as_path("find_head: each of `paths`", paths[1])
+    first, last = (as_path("find_head: each of `paths`", path, numbered) for path in paths)
+    pair = first, last
     if pair not in list(candidates):
         called = ", ".join(slashed(call.layer.path) for call in calls) or "none"
         raise ValueError(
@@ -324,15 +335,16 @@ def _prove(
     error = _difference(outputs(network, features), out)
     if not error <= tol:
         return _diagnosis(network, features, hidden, out, error, tol)
-    # With the weights that are there, no neuron might be off, or a tied layer might go unseen: try random ones.
-    network, moved, out = again(_random_like(network, features))
-    if not _difference(moved, features) <= tol:
-        return _Proof(error, "the head's own input changes with the head's weights, so they are used elsewhere too")
-    with_others = _difference(outputs(network, moved), out)
-    if not with_others <= tol:
-        differ = f"with other weights its outputs differ from Dense → relu → Dense by {with_others:.2g} of their size"
-        return _Proof(with_others, differ)
-    return _Proof(max(error, with_others))
+    # With the weights that are there, no neuron might be off, or a tied layer or a bound go unseen: try random ones.
+    for size in (1.0, _LARGE):
+        network, moved, hidden, out = again(_random_like(network, features, size))
+        if not _difference(moved, features) <= tol:
+            return _Proof(error, "the head's own input changes with the head's weights, so they are used elsewhere too")
+        with_others = _difference(outputs(network, moved), out)
+        if not with_others <= tol:
+            return _diagnosis(network, moved, hidden, out, with_others, tol)
+        error = max(error, with_others)
+    return _Proof(error)
 
 
 def _diagnosis(network: TwoLayer, features: Array, hidden: Array, out: Array, error: float, tol: float) -> _Proof:
@@ -357,8 +369,8 @@ def _diagnosis(network: TwoLayer, features: Array, hidden: Array, out: Array, er
     return _Proof(error, differ, far)
 
 
-def _random_like(network: TwoLayer, features: Array) -> TwoLayer:
-    """A head whose neurons are on for about half of the rows."""
+def _random_like(network: TwoLayer, features: Array, large: float) -> TwoLayer:
+    """A head whose neurons are on for about half of the rows, and about so large."""
     leaves, treedef = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     noise = [jax.random.normal(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves, strict=True)]
@@ -367,7 +379,8 @@ def _random_like(network: TwoLayer, features: Array) -> TwoLayer:
     size = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1)))
     return dataclasses.replace(
         draw,
-        kernel1=draw.kernel1 / jnp.where(size > 0, size, 1),
+        kernel1=large * draw.kernel1 / jnp.where(size > 0, size, 1),
+        bias1=None if draw.bias1 is None else large * draw.bias1,
         kernel2=draw.kernel2 / jnp.sqrt(draw.kernel2.shape[0]),
     )
 

@@ -1,6 +1,7 @@
 """A solve for the head of a module from rows of features, the same for linen and NNX."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,19 @@ def checked(head: Any, kind: type, solver: Cronos | None, where: str) -> Cronos:
     if not isinstance(solver, Cronos):
         raise ValueError(f"{where}: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
     return solver
+
+
+def check_network(network: Any, like: TwoLayer) -> None:
+    """Weights that can be written where ``like`` is: of any width, with the same biases."""
+    fits = isinstance(network, TwoLayer) and all(
+        (getattr(network, name) is None) == (getattr(like, name) is None) for name in ("bias1", "bias2")
+    )
+    if not fits:
+        raise ValueError(
+            "write: `network` must be a cf.TwoLayer with the biases that the head has, "
+            f"{'a' if like.bias1 is not None else 'no'} bias1 and {'a' if like.bias2 is not None else 'no'} bias2, got "
+            f"{network!r}."
+        )
 
 
 def fit(
@@ -82,8 +96,17 @@ def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:
     """
     if not isinstance(params, TwoLayer):
         raise ValueError(f"prune_head: `params` must be a cf.TwoLayer, got {type(params).__name__}.")
-    if not 0 <= tol < 1:
-        raise ValueError(f"prune_head: `tol` must be in [0, 1), got {tol!r}.")
+    if not isinstance(tol, numbers.Real) or not 0 <= tol < 1:
+        raise ValueError(f"prune_head: `tol` must be a number in [0, 1), got {tol!r}.")
+    params = jax.tree.map(jnp.asarray, params)
+    if (
+        params.kernel1.ndim != 2
+        or params.kernel1.size == 0
+        or not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
+    ):
+        raise ValueError(
+            f"prune_head: `params` must be finite, with a kernel1 (p, m), got one of shape {params.kernel1.shape}."
+        )
     out = jnp.linalg.norm(params.kernel2, axis=1)
     sizes = [jnp.linalg.norm(params.kernel1, axis=0) * out]
     if params.bias1 is not None:

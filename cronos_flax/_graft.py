@@ -86,8 +86,9 @@ def graft(
     """A module with the head ``Dense(hidden) → relu → Dense(features)`` in the place of one of its layers.
 
     Most pretrained models end in one Dense, or in none; this gives them a head that can be solved for. The result is
-    an ordinary module, called as ``model`` is. Its variables are those of ``model`` under ``backbone``, with
-    ``hidden`` and ``output`` at the path of the layer that went; :func:`graft_variables` brings pretrained ones over.
+    an ordinary module, called as ``model`` is (``__call__`` only). Its variables are those of ``model`` under
+    ``backbone``, with ``hidden`` and ``output`` at the path of the layer that went; :func:`graft_variables` brings
+    pretrained ones over.
 
     Args:
         model: any linen module; it is not changed.
@@ -142,6 +143,8 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     """
     if not isinstance(grafted, Grafted):
         raise ValueError(f"graft_variables: `grafted` must come from cf.graft, got {type(grafted).__name__}.")
+    if not isinstance(pretrained, Mapping):
+        raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
     fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     replaced = grafted.at

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from cronos_flax._cronos import Cronos
 from cronos_flax._features import gather
 from cronos_flax._find import Call, Found, Layer, Path, find, jitted, selected
-from cronos_flax._fit import checked, fit
+from cronos_flax._fit import check_network, checked, fit
 from cronos_flax._solution import Solution, TwoLayer
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
@@ -34,6 +34,7 @@ class _Linen:
 
     dense: ClassVar[str] = "nn.Dense"
     graft: ClassVar[str] = "cf.graft"
+    numbered: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -54,16 +55,14 @@ class _Linen:
             if not isinstance(module, _DENSE) or context.method_name != "__call__":
                 return call(*inputs, **kwargs)
             if inputs and wanted(module.path):
-                module.sow(_TAPPED, "input", inputs[0], init_fn=lambda: None, reduce_fn=lambda _, new: new)
+                module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
             dtypes.pop(module.path, None)  # the last call counts
             dtypes[module.path] = out.dtype
             return out
 
         kwargs = dict(kwargs)
-        mutable = kwargs.pop("mutable", False)
-        if mutable is not True:
-            mutable = [*([mutable] if isinstance(mutable, str) else mutable or ()), _TAPPED]
+        mutable = flax.core.scope.union_filters(kwargs.pop("mutable", False), _TAPPED)
         with nn.intercept_methods(watch):
             out, updates = self.model.apply(variables, *args, method=self.method, mutable=mutable, **kwargs)
         updates = dict(updates)
@@ -111,6 +110,7 @@ class Head(Found):
 
     def write(self, variables: Mapping, network: TwoLayer) -> Mapping:
         """A copy of ``variables`` with these weights in the head, in the dtypes that were there."""
+        check_network(network, self.read(variables))
         return self.module.write(variables, self.paths, network)
 
     def inputs(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class Head(Found):
         """Features with their leading axes, and the collections that changed."""
         try:
             return self._tap(variables, args, {**self.kwargs, **kwargs})
-        except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
             shapes = jax.tree.map(jnp.shape, args)
             raise ValueError(
                 f"fit_head: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
@@ -166,6 +166,15 @@ def _replace(tree: Mapping, path: Path, value: Mapping) -> Mapping:
     """A copy of nested mappings, frozen where they were, with ``value`` at ``path``."""
     new = {**tree, path[0]: _replace(tree[path[0]], path[1:], value)} if path else dict(value)
     return FrozenDict(new) if isinstance(tree, FrozenDict) else new
+
+
+def check_variables(where: str, variables: Any) -> None:
+    """What ``model.init`` returns."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
+            f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__}."
+        )
 
 
 def find_head(
@@ -210,8 +219,7 @@ def find_head(
         raise ValueError(
             f"find_head: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.find_head."
         )
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError("find_head: `variables` must be a mapping with 'params', as model.init returns it.")
+    check_variables("find_head", variables)
     module = _Linen(model, method, output)
     found = find(module, variables, args, kwargs, paths)
     return Head(**vars(found), module=module, kwargs=kwargs)
@@ -255,6 +263,7 @@ def fit_head(
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
     solver = checked(head, Head, solver, "fit_head")
+    check_variables("fit_head", variables)
     rows = gather(lambda args, kwargs: head._pass(variables, args, kwargs)[0], head.outputs, data, unpack, callback)
     params, solution = fit(head.read(variables), rows, solver, key, callback, throw)
     return variables if params is None else head.write(variables, params), solution

@@ -51,7 +51,13 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
             names = tuple(getattr(entry, "key", None) for entry in path)
             return "head" if any(names[: len(p)] == p for p in head.paths) else "backbone"
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        labelled = jax.tree_util.tree_map_with_path(label, params)
+        if "head" not in jax.tree.leaves(labelled):
+            raise ValueError(
+                "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
+                f"tree without {'/'.join(map(str, head.hidden_path))}."
+            )
+        return labelled
 
     return optax.partition({"backbone": tx, "head": optax.set_to_zero()}, labels)
 

@@ -22,7 +22,7 @@ from cronos_flax._checks import positive_integer
 from cronos_flax._cronos import Cronos
 from cronos_flax._features import gather
 from cronos_flax._find import Call, Found, Layer, Path, as_path, find, jitted, selected, slashed
-from cronos_flax._fit import checked, fit
+from cronos_flax._fit import check_network, checked, fit
 from cronos_flax._solution import Solution, TwoLayer
 from cronos_flax._train_state import short_solves
 
@@ -41,7 +41,7 @@ def _tapping(kind: Any) -> type:
     def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         path, wanted = self.tap
         if wanted:
-            self.sow(Tapped, "input", inputs, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
         _trace.calls.pop(path, None)  # the last call counts
         _trace.calls[path] = out.dtype
@@ -77,6 +77,7 @@ class _Nnx:
 
     dense: ClassVar[str] = "nnx.Linear"
     graft: ClassVar[str] = "cf.nnx.graft"
+    numbered: ClassVar[bool] = True
 
     def watch(self, state: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
         out, inputs, dtypes = self.tapped(state, args, kwargs, lambda _: True)
@@ -104,7 +105,10 @@ class _Nnx:
         return selected(out, self.output), inputs, unseen | dtypes
 
     def kernel_shape(self, state: Any, path: Path) -> tuple[int, ...]:
-        return jnp.shape(_at(state, path)["kernel"][...])
+        try:
+            return jnp.shape(_at(state, path)["kernel"][...])
+        except KeyError:  # shared with a layer that comes before
+            return ()
 
     def read(self, state: Any, paths: tuple[Path, Path]) -> TwoLayer:
         hidden, output = (_at(state, path) for path in paths)
@@ -144,8 +148,20 @@ def _assign(layers: list[Any], network: TwoLayer) -> None:
 
 def _module_at(model: Any, path: Path) -> Any:
     for key in path:
-        model = getattr(model, key) if isinstance(key, str) else model[key]
+        model = getattr(model, str(key)) if isinstance(model, nnx.Module) and hasattr(model, str(key)) else model[key]
     return model
+
+
+def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
+    """Graph and state of a copy, without what the model has sown."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    for _, module in nnx.iter_modules(copy):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, nnx.Intermediate):
+                delattr(module, name)
+    if eval_mode:
+        copy.eval()
+    return nnx.split(copy)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -158,6 +174,23 @@ class Head(Found):
 
     module: _Nnx = dataclasses.field(kw_only=True)
     kwargs: Mapping[str, Any] = dataclasses.field(kw_only=True)
+    eval_mode: bool = dataclasses.field(kw_only=True)
+
+    def state(self, model: nnx.Module) -> Any:
+        """The state that features are taken with.
+
+        Raises:
+            ValueError: if the model is not of the structure that the head was found in.
+        """
+        if not isinstance(model, nnx.Module):
+            raise ValueError(f"fit_head: `model` must be an NNX module, got {type(model).__name__}.")
+        graphdef, state = _functional(model, self.eval_mode)
+        if self.eval_mode and graphdef != self.module.graphdef:
+            raise ValueError(
+                f"fit_head: `model` must be the {self.module.name} that the head was found in, unchanged in structure, "
+                f"got a {type(model).__name__} of another structure. Call find_head again."
+            )
+        return state
 
     def read(self, model: nnx.Module) -> TwoLayer:
         """The head's weights as they are in ``model``."""
@@ -166,6 +199,7 @@ class Head(Found):
     def write(self, model: nnx.Module, network: TwoLayer) -> None:
         """Write these weights into the head, in place, in the dtypes that are there; the widths must be the same."""
         old = self.read(model)
+        check_network(network, old)
         if jax.tree.map(jnp.shape, old) != jax.tree.map(jnp.shape, network):
             raise ValueError(
                 f"write: `network` must have the widths of the head, {jax.tree.map(jnp.shape, old)}, got "
@@ -185,12 +219,12 @@ class Head(Found):
         Raises:
             ValueError: if the model does not take the batch.
         """
-        return self._pass(nnx.state(model), args, kwargs).reshape(-1, self.features)
+        return self._pass(self.state(model), args, kwargs).reshape(-1, self.features)
 
     def _pass(self, state: Any, args: tuple, kwargs: Mapping) -> Array:
         try:
             return self._tap(state, args, {**self.kwargs, **kwargs})
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             shapes = jax.tree.map(jnp.shape, args)
             raise ValueError(
                 f"fit_head: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
@@ -255,10 +289,7 @@ def find_head(
             f"find_head: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.find_head."
         )
     bridged = [slashed(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
-    copy = nnx.merge(*nnx.split(model), copy=True)
-    if eval_mode:
-        copy.eval()
-    graphdef, state = nnx.split(copy)
+    graphdef, state = _functional(model, eval_mode)
     module = _Nnx(type(model).__name__, graphdef, method, output)
     try:
         found = find(module, state, args, kwargs, paths)
@@ -269,7 +300,7 @@ def find_head(
             f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; use "
             "cf.find_head on the linen module."
         ) from error
-    return Head(**vars(found), module=module, kwargs=kwargs)
+    return Head(**vars(found), module=module, kwargs=kwargs, eval_mode=eval_mode)
 
 
 def fit_head(
@@ -306,7 +337,7 @@ def fit_head(
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
     solver = checked(head, Head, solver, "fit_head")
-    state = nnx.state(model)
+    state = head.state(model)
     rows = gather(lambda args, kwargs: head._pass(state, args, kwargs), head.outputs, data, unpack, callback)
     params, solution = fit(head.read(model), rows, solver, key, callback, throw)
     if params is not None:
@@ -398,8 +429,12 @@ def graft(
     if not isinstance(model, nnx.Module):
         raise ValueError(f"graft: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.graft.")
     positive_integer("graft", "hidden", hidden)
+    if pool is not None and not callable(pool):
+        raise ValueError(f"graft: `pool` must be a function, got {pool!r}.")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"graft: `rngs` must be an nnx.Rngs, got {type(rngs).__name__}.")
     copy = nnx.merge(*nnx.split(model), copy=True)
-    path = None if at is None else as_path("graft: `at`", at)
+    path = None if at is None else as_path("graft: `at`", at, numbered=True)
     settings: dict[str, Any] = {}
     if path:
         try:
@@ -421,8 +456,8 @@ def graft(
     if not path:
         return Grafted(copy, head)
     parent = _module_at(copy, path[:-1])
-    if isinstance(path[-1], str):
-        setattr(parent, path[-1], head)
+    if isinstance(parent, nnx.Module) and hasattr(parent, str(path[-1])):
+        setattr(parent, str(path[-1]), head)
     else:
         parent[path[-1]] = head
     return copy

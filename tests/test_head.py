@@ -78,6 +78,58 @@ def test_masked_tokens_are_left_out_and_counted_by_the_callback():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), masked, there)
 
 
+def test_loaders_may_use_their_buffers_again_and_batches_may_be_all_masked():
+    y, variables = np.asarray(jax.random.normal(KEY, (32, 4))), init(Lie())
+    head = cf.find_head(Lie(), variables, X)
+    solver = cf.Cronos(max_iters=5)
+
+    def loader():
+        buffer, weight = np.empty((8, 4), "float32"), np.empty(8, "float32")
+        for i in range(0, 40, 8):
+            buffer[:], weight[:] = y[i % 32 : i % 32 + 8], i < 32  # the last batch repeats the first, and is masked
+            yield np.asarray(X[i % 32 : i % 32 + 8]), buffer, weight
+
+    there, _ = cf.fit_head(head, variables, loader(), solver=solver, unpack=lambda b: ((b[0],), b[1], b[2]))
+    whole, _ = cf.fit_head(head, variables, (X, y), solver=solver)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), there, whole)
+
+
+TOKENS = X.reshape(8, 4, 6)
+BAD = {
+    "transposed labels": ([(TOKENS, np.zeros((4, 8), int))], {}, "targets must have"),
+    "labels of sequences": ([(TOKENS, np.zeros(8, int))], {}, "targets must have"),
+    "ragged targets": ([(X, [[1], [1, 2]])], {}, "targets must be an array of numbers"),
+    "targets that are no numbers": ([(X, np.array([None] * 32))], {}, "targets must be numbers"),
+    "no rows": ((None, X), {}, "`data` = "),
+    "lists": (([[1.0] * 6] * 32, X), {}, "`data` = "),
+    "no batches": ([], {}, "at least one batch"),
+    "no weight": ([((X,), X[:, :4], 0 * X[:, 0])], {"unpack": lambda batch: batch}, "positive weight"),
+    "weight of another shape": ([((X,), X[:, :4], X[:5, 0])], {"unpack": lambda batch: batch}, "`weight` must have"),
+    "unpack of another kind": ([X], {"unpack": lambda batch: batch}, "`unpack` must return"),
+    "unpack": ([X], {"unpack": 3}, "`unpack` must be a function"),
+    "callback": ((X, X[:, :4]), {"callback": 3}, "`callback` must be a function"),
+    "another module's batch": ([(X[:, :3], X[:, :4])], {}, "one that the model takes"),
+}
+
+
+@pytest.mark.parametrize(("data", "kwargs", "reason"), BAD.values(), ids=BAD)
+def test_bad_data_are_refused(data, kwargs, reason):
+    variables = init(Lie())
+    with pytest.raises(ValueError, match=f"fit_head: .*{reason}"):
+        cf.fit_head(cf.find_head(Lie(), variables, X), variables, data, **kwargs)
+
+
+def test_weights_and_variables_of_another_module_are_refused():
+    variables = init(Lie())
+    head = cf.find_head(Lie(), variables, X)
+    with pytest.raises(ValueError, match="`variables` must be a mapping with 'params'"):
+        cf.fit_head(head, variables["params"], (X, X[:, :4]))
+    with pytest.raises(ValueError, match="`network` must be"):
+        head.write(variables, dataclasses.replace(head.read(variables), bias1=None))
+    with pytest.raises(ValueError, match="`output` must be a key"):
+        cf.find_head(Lie(), variables, X, output="logits")
+
+
 def test_mutable_collections_are_handed_back():
     class Normed(nn.Module):
         @nn.compact

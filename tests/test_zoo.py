@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from zoo import IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUTPUTS, ResNet, X, rngs
+from zoo import IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUTPUTS, NnxMLP, ResNet, X, rngs
 
 import cronos_flax as cf
 
@@ -111,6 +111,19 @@ def test_other_nnx_models_are_refused_with_the_reason(name):
         cf.nnx.find_head(model, *member.args, **member.kwargs)
     assert nnx.split(model)[0] == graphdef
     assert same(host(nnx.state(model)), kept)
+
+
+def test_an_nnx_head_is_of_the_model_that_it_was_found_in():
+    class Other(NnxMLP):
+        pass
+
+    head = cf.nnx.find_head(NnxMLP(), X)
+    with pytest.raises(ValueError, match="find_head again"):
+        cf.nnx.fit_head(head, Other(), (X, jnp.ones((32, OUTPUTS))))
+    trained = NnxMLP()
+    trained.sown = nnx.Intermediate((X,))  # as a model does that sows outside nnx.capture
+    trained.train()
+    assert head.inputs(trained, X).shape == (32, 6)
 
 
 def test_two_threads_at_once():

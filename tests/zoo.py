@@ -273,6 +273,10 @@ LINEN_REFUSED = {
     "leaky relu": Member(nn.Sequential([nn.Dense(5), nn.leaky_relu, nn.Dense(2)]), (X,), {}, "leaky relu stands"),
     "nothing between": Member(nn.Sequential([nn.Dense(5), nn.Dense(2)]), (X,), {}, "nothing stands between"),
     "softmax after": Member(nn.Sequential([tail(), nn.softmax]), (X,), {}, "a softmax follows"),
+    "bounded activation": Member(nn.Sequential([nn.Dense(5), nn.relu6, nn.Dense(2)]), (X,), {}, "relu6 stands between"),
+    "bounded output": Member(
+        nn.Sequential([tail(), lambda z: 30 * jnp.tanh(z / 30)]), (X,), {}, "something follows"
+    ),
     "norm between": Member(Between(nn.LayerNorm()), (X,), {}, "differ"),
     "dropout between": Member(
         Between(nn.Dropout(0.5, deterministic=False)), (X,), {"rngs": {"dropout": KEY}}, "differ"

@@ -90,7 +90,7 @@ def main() -> None:
     print("|---|---|" + "---|" * (len(RATIOS) + 2))
     for (name, loss), scores in table.items():
         mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
-        cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, sd, strict=True)]
+        cells = ["–" if np.isnan(m) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, sd, strict=True)]
         below = mean[:-1].max() - mean[RATIOS.index(default)]
         print(f"| {name} | {loss} | " + " | ".join(cells[:-1]) + f" | {below:.2f} | {cells[-1]} |")
 
