@@ -387,7 +387,8 @@ def _random_like(network: TwoLayer, features: Array, large: float) -> TwoLayer:
 
 def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
     """What was found in place of a head, and what can be done."""
-    expected = f"find_head: {module.name} must end in {module.dense} → relu → {module.dense}"
+    space, _, dense = module.dense.partition(".")
+    expected = f"find_head: {module.name} must end in {dense} → relu → {dense}"
     if nearest:
         return (
             f"{expected}; the nearest candidate is {nearest}. If something stands between or after the two layers "
@@ -398,7 +399,6 @@ def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
     names = ", ".join(slashed(call.layer.path) for call in calls)
     if hidden:
         inside = ", ".join(map(slashed, hidden))
-        space = module.dense.partition(".")[0]
         return (
             f"{expected}, outside {space}.scan and {space}.vmap; got {inside} inside such a transform. "
             "Move the head out of it."
