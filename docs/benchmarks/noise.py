@@ -5,11 +5,12 @@
 The classification sets of ``beta.py``, five seeds, 64 neurons, ``cf.Cronos``'s defaults, features as they are, and for
 the two sets whose columns have different units also with columns of mean zero and variance one. A fifth
 of the labels to fit, chosen at random, is replaced by another class at random; held-out labels are left alone. Every
-solve is one row of the file; rows that are there are not run again. Ends with a table, means and standard deviations.
+solve is one row of the file; rows that are there are not run again. Ends with a table, means and standard deviations,
+and one of the differences to the squared loss.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -71,14 +72,29 @@ def main() -> None:
             found = score(np.asarray(cf.predict(params, split.X_held)), split.y_held)
             row = {"set": split.name, "seed": split.seed, "loss": loss, "score": found}
             rows.append(keep(args.out, row))
-    print("| set | " + " | ".join(LOSSES) + " |")
-    print("|---|" + "---|" * len(LOSSES))
-    for name in dict.fromkeys(row["set"] for row in rows):
-        cells = []
-        for loss in LOSSES:
-            scores = [row["score"] for row in rows if (row["set"], row["loss"]) == (name, loss)]
-            cells.append(f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        scores.setdefault((row["set"], row["loss"]), {})[row["seed"]] = row["score"]
+    others = [loss for loss in LOSSES if loss != "squared"]
+    table(LOSSES, scores, lambda name, loss: (list(scores[name, loss].values()), 1))
+    print("\ndifference to the squared loss, paired by split, ± standard error\n")
+    table(
+        others,
+        scores,
+        lambda name, loss: ([v - scores[name, "squared"][k] for k, v in scores[name, loss].items()], len(SEEDS)),
+    )
+
+
+def table(losses: Iterable[str], scores: dict, cell: Callable[[str, str], tuple[list[float], int]]) -> None:
+    """Means of the cells' values, ± their standard deviation over the root of a count."""
+    losses = list(losses)
+    print("| set | " + " | ".join(losses) + " |")
+    print("|---|" + "---|" * len(losses))
+    for name in dict.fromkeys(name for name, _ in scores):
+        cells = [cell(name, loss) for loss in losses]
+        print(
+            f"| {name} | " + " | ".join(f"{np.mean(v):.2f} ± {np.std(v, ddof=1) / c**0.5:.2f}" for v, c in cells) + " |"
+        )
 
 
 if __name__ == "__main__":
