@@ -5,6 +5,7 @@ Both have one interface: ``prepare`` makes what holds for all iterations of one 
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -45,39 +46,26 @@ def conjugate_gradient(
         return jax.tree.map(lambda a, b: a + t * b, a, b)
 
     dtype = jax.tree.leaves(rhs)[0].dtype
-    tol = jnp.square(jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps))
+    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
+    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
 
     def unfinished(carry: tuple) -> Array:
-        step, ended, *_ = carry
-        return (step < max_steps) & ~ended
+        step, _, _, _, rz = carry
+        return (step < max_steps) & (rz > target)
 
     def body(carry: tuple) -> tuple:
-        # Operator and preconditioner are each called in one place only: every call is compiled on its own.
-        step, _, target, x, r, p, rz = carry
-        z = preconditioner(r)
-        rz, rz_before = inner(r, z), rz
-        if guess is None:
-            target = jnp.where(step == 0, tol * rz, target)
+        step, x, r, p, rz = carry
+        q = operator(p)
+        length = rz / inner(p, q)
+        x, r = add(x, length, p), add(r, -length, q)
+        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
+        rz_new = inner(r, z)
+        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
 
-        def advance() -> tuple:
-            direction = add(z, rz / rz_before, p)
-            q = operator(direction)
-            length = rz / inner(direction, q)
-            return add(x, length, direction), add(r, -length, q), direction
-
-        ended = ~(rz > target)
-        x, r, p = jax.lax.cond(ended, lambda: (x, r, p), advance)
-        return step + jnp.where(ended, 0, 1), ended, target, x, r, p, rz
-
-    zeros, zero = jax.tree.map(jnp.zeros_like, rhs), jnp.zeros((), jnp.int32)
-    infinity = jnp.asarray(jnp.inf, dtype)
-    if guess is None:
-        target, x, r = infinity, zeros, rhs
-    else:
-        target, x, r = tol * inner(rhs, preconditioner(rhs)), guess, add(rhs, -jnp.ones((), dtype), operator(guess))
-    steps, _, _, x, *_ = jax.lax.while_loop(
-        unfinished, body, (zero, jnp.zeros((), bool), target, x, r, zeros, infinity)
-    )
+    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
+    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
+    z = preconditioner(r)
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
     return x, steps
 
 

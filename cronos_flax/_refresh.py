@@ -360,7 +360,7 @@ def search(objective: Callable[[Scalar], Scalar], estimate: Callable[[Scalar], S
         index, _ = carry
         return index + 1, objective(lengths[index + 1])
 
-    return jax.lax.while_loop(rises, shorten, (first - 1, jnp.asarray(jnp.inf, now.dtype)))
+    return jax.lax.while_loop(rises, shorten, (first, objective(lengths[first])))
 
 
 def step(rows: Rows, prepared: Prepared, beta: Scalar, iterate: Iterate, precise: Array | bool) -> Iterate:

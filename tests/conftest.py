@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-# Nearly all the time of the tests is compilation of small programs that run once: compile them in half the time. What
-# runs in a process of its own (the example, the stream of images) is compiled as users have it.
-jax.config.update("jax_disable_most_optimizations", True)
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
