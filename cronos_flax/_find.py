@@ -89,7 +89,7 @@ class Functional(Protocol):
         """How many parameters there are."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Found:
     """Where the head of a module is, how large it is, and how well that was proved.
 
@@ -103,6 +103,8 @@ class Found:
             over the weights that were there and random ones.
         rows: how many rows that was tried on.
         frozen: how many parameters of the module a solve leaves alone.
+        module: the module in functional form.
+        kwargs: the keyword arguments that it was called with.
     """
 
     hidden_path: Path
@@ -110,9 +112,11 @@ class Found:
     features: int
     hidden: int
     outputs: int
-    error: float = 0.0
-    rows: int = 0
-    frozen: int = 0
+    error: float
+    rows: int
+    frozen: int
+    module: Any
+    kwargs: Mapping[str, Any]
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -123,8 +127,7 @@ class Found:
         """About how much memory a solve on so many rows of float32 features needs."""
         return int(_PEAK * 4 * rows * (2 * (self.features + 1) + 4 * self.hidden))
 
-    def report(self, name: str) -> str:
-        """What was found, for a person to read."""
+    def __str__(self) -> str:
         solved = self.hidden * (self.features + 1) + self.outputs * (self.hidden + 1)
         hidden, output = (slashed(path) for path in self.paths)
         width = max(len(hidden), len(output))
@@ -132,7 +135,7 @@ class Found:
         agree = f"agree to {self.error:.0e}" if self.error else "are the same"
         return "\n".join(
             (
-                f"Head of {name}",
+                f"Head of {self.module.name}",
                 f"  hidden  {hidden:<{width}}  {self.features} → {self.hidden}, relu",
                 f"  output  {output:<{width}}  {self.hidden} → {self.outputs}",
                 f"  proved  by value on {self.rows} rows: outputs {agree}, also with random weights",
@@ -141,6 +144,8 @@ class Found:
                 f"  memory  about {megabytes:,.0f} MB for a solve on 10,000 rows",
             )
         )
+
+    __repr__ = __str__
 
 
 @jax.tree_util.register_static
@@ -236,7 +241,6 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
         refused: list[tuple[bool, str]] = []  # whether it is far from a head, and why
         for pair in candidates:
             features = inputs[pair[0]]
-            found = Found(*pair, features.shape[-1], inputs[pair[1]].shape[-1], out.shape[-1])
             kinds = out.dtype, features.dtype, dtypes[pair[0]], dtypes[pair[1]]
             tol = _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
 
@@ -249,8 +253,17 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
             proof = _prove(network, features, inputs[pair[1]], out, again, tol)
             if not proof.refuted:
                 solved = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network))
-                rows = math.prod(features.shape[:-1])
-                return dataclasses.replace(found, error=proof.error, rows=rows, frozen=module.count(variables) - solved)
+                return Found(
+                    *pair,
+                    features=features.shape[-1],
+                    hidden=inputs[pair[1]].shape[-1],
+                    outputs=out.shape[-1],
+                    error=proof.error,
+                    rows=math.prod(features.shape[:-1]),
+                    frozen=module.count(variables) - solved,
+                    module=module,
+                    kwargs=kwargs,
+                )
             refused.append((proof.far, f"{slashed(pair[0])} → {slashed(pair[1])}: {proof.refuted}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     raise ValueError(_refusal(module, calls, nearest))

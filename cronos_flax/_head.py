@@ -101,9 +101,6 @@ class Head(Found):
     leaves alone, and how much memory that takes.
     """
 
-    module: _Linen = dataclasses.field(kw_only=True)
-    kwargs: Mapping[str, Any] = dataclasses.field(kw_only=True)
-
     def read(self, variables: Mapping) -> TwoLayer:
         """The head's weights as they are in ``variables``."""
         return self.module.read(variables, self.paths)
@@ -149,11 +146,6 @@ class Head(Found):
             return inputs[self.hidden_path], updates
 
         return jitted(tap)
-
-    def __str__(self) -> str:
-        return self.report(self.module.name)
-
-    __repr__ = __str__
 
 
 def _at(tree: Mapping, path: Path) -> Mapping:
@@ -220,9 +212,7 @@ def find_head(
             f"find_head: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.find_head."
         )
     check_variables("find_head", variables)
-    module = _Linen(model, method, output)
-    found = find(module, variables, args, kwargs, paths)
-    return Head(**vars(found), module=module, kwargs=kwargs)
+    return Head(**vars(find(_Linen(model, method, output), variables, args, kwargs, paths)))
 
 
 def fit_head(

@@ -172,8 +172,6 @@ class Head(Found):
     leaves alone, and how much memory that takes.
     """
 
-    module: _Nnx = dataclasses.field(kw_only=True)
-    kwargs: Mapping[str, Any] = dataclasses.field(kw_only=True)
     eval_mode: bool = dataclasses.field(kw_only=True)
 
     def state(self, model: nnx.Module) -> Any:
@@ -237,11 +235,6 @@ class Head(Found):
             lambda state, args, kwargs: self.module.tapped(state, args, kwargs, lambda p: p == wanted)[1][wanted]
         )
 
-    def __str__(self) -> str:
-        return self.report(self.module.name)
-
-    __repr__ = __str__
-
 
 def find_head(
     model: nnx.Module,
@@ -300,7 +293,7 @@ def find_head(
             f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; use "
             "cf.find_head on the linen module."
         ) from error
-    return Head(**vars(found), module=module, kwargs=kwargs, eval_mode=eval_mode)
+    return Head(**vars(found), eval_mode=eval_mode)
 
 
 def fit_head(
