@@ -1,10 +1,14 @@
 """CRONOS for Flax: convex training of the last two layers of any Flax module."""
 
 from cronos_flax import nnx as nnx
+from cronos_flax._checkpoint import restore_checkpoint as restore_checkpoint
+from cronos_flax._checkpoint import save_checkpoint as save_checkpoint
 from cronos_flax._cronos import Cronos as Cronos
+from cronos_flax._driver import train as train
 from cronos_flax._fit import prune_head as prune_head
 from cronos_flax._graft import graft as graft
 from cronos_flax._graft import graft_variables as graft_variables
+from cronos_flax._guard import Guard as Guard
 from cronos_flax._head import Head as Head
 from cronos_flax._head import find_head as find_head
 from cronos_flax._head import fit_head as fit_head

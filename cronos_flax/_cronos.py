@@ -390,9 +390,11 @@ def _solve_at_full_precision(
     )
     params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, network)
     lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
+    constant = rows.loss.constant(rows.Y, rows.weight)
     stats = Stats(
         objective=jnp.where(after <= before, after, before),
         initial_objective=before,
+        null_loss=rows.value(rows.constant(constant)) / total,
         beta=door_beta,
         active_neurons=jnp.sum(lives, dtype=jnp.int32),
         **ended.figures,

@@ -85,7 +85,7 @@ def gather(
         if callback is not None:
             callback({"rows": count, "seconds": time.perf_counter() - start})
 
-    for batch in _batches(data, unpack):
+    for batch in batches(data, unpack):
         features = tap(batch.args, batch.kwargs)
         if pending is not None:  # while this batch is under way
             finish(*pending)
@@ -106,7 +106,7 @@ def _rows(features: Array, batch: Batch, outputs: int) -> Rows:
     """A batch on the host, leading axes flattened, without the rows of weight zero."""
     leading, p = features.shape[:-1], features.shape[-1]
     X = np.asarray(features, jnp.promote_types(features.dtype, jnp.float32)).reshape(-1, p)
-    y = _targets(batch.y, leading, outputs)
+    y = flat_targets(batch.y, leading, outputs)
     if batch.weight is None:
         return Rows(X, y, None)
     weight = batch.weight
@@ -121,7 +121,7 @@ def _rows(features: Array, batch: Batch, outputs: int) -> Rows:
     return Rows(X[there], y[there], weight[there])
 
 
-def _targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.ndarray:
+def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.ndarray:
     """Labels ``(rows,)`` or targets ``(rows, C)``; what the loss makes of them, the solver says."""
     rows = int(np.prod(leading))
     is_float = jnp.issubdtype(y.dtype, jnp.floating)
@@ -158,7 +158,7 @@ def _joined(pieces: list[Rows]) -> Rows:
     return whole
 
 
-def _batches(data: Any, unpack: Unpack | None) -> Iterator[Batch]:
+def batches(data: Any, unpack: Unpack | None) -> Iterator[Batch]:
     """The batches of what :func:`cronos_flax.fit_head` takes."""
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
         yield from _chunks(*data)

@@ -11,7 +11,7 @@ from jax import Array
 
 from cronos_flax._cronos import Cronos
 from cronos_flax._features import Rows
-from cronos_flax._solution import Solution, Status, TwoLayer
+from cronos_flax._solution import Solution, Stats, Status, TwoLayer
 
 
 def checked(head: Any, kind: type, solver: Cronos | None, where: str) -> Cronos:
@@ -66,6 +66,21 @@ def fit(
     stats = dataclasses.replace(solution.stats, objective=objective if better else solution.stats.initial_objective)
     kept = rounded if better else network
     return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept), stats=stats)
+
+
+def failed(network: TwoLayer) -> Solution:
+    """The solution that stands for a solve on features that are not finite."""
+    nan, zero = jnp.full((), jnp.nan), jnp.zeros((), jnp.int32)
+    stats = Stats(
+        objective=nan,
+        initial_objective=nan,
+        null_loss=nan,
+        beta=nan,
+        iterations=zero,
+        active_neurons=zero,
+        objective_trace=nan[None],
+    )
+    return Solution(network, jnp.asarray(Status.nonfinite, jnp.int32), stats, None)
 
 
 def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._cronos import Cronos
-from cronos_flax._features import gather
+from cronos_flax._features import Rows, gather
 from cronos_flax._find import Call, Found, Layer, Path, find, jitted, selected
 from cronos_flax._fit import check_network, checked, fit
 from cronos_flax._solution import Solution, TwoLayer
@@ -109,6 +109,10 @@ class Head(Found):
         """A copy of ``variables`` with these weights in the head, in the dtypes that were there."""
         check_network(network, self.read(variables))
         return self.module.write(variables, self.paths, network)
+
+    def gather(self, variables: Mapping, data: Any, unpack: Callable | None, callback: Callable | None) -> Rows:
+        """The head's input for all rows of ``data``, with targets and weights; arguments as for :func:`fit_head`."""
+        return gather(lambda args, kwargs: self._pass(variables, args, kwargs)[0], self.outputs, data, unpack, callback)
 
     def inputs(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
         """The head's input for a batch, by one jitted pass through the backbone.
@@ -254,6 +258,6 @@ def fit_head(
     """
     solver = checked(head, Head, solver, "fit_head")
     check_variables("fit_head", variables)
-    rows = gather(lambda args, kwargs: head._pass(variables, args, kwargs)[0], head.outputs, data, unpack, callback)
+    rows = head.gather(variables, data, unpack, callback)
     params, solution = fit(head.read(variables), rows, solver, key, callback, throw)
     return variables if params is None else head.write(variables, params), solution

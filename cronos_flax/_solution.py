@@ -19,6 +19,7 @@ class Status(enum.IntEnum):
     stationary = 1
     max_iters = 2
     nonfinite = 3
+    rejected = 4
 
     @property
     def message(self) -> str:
@@ -40,6 +41,10 @@ _MESSAGES = {
     Status.nonfinite: (
         "The loss of the starting network is not finite in this precision, so nothing was changed. "
         "Check the scale of the features, of y and of `init`."
+    ),
+    Status.rejected: (
+        "Rejected: since the last head solve the optimizer's steps had made the loss worse than a new head can mend. "
+        "The train state went back to what it was then, and goes on with a lower rate for the backbone."
     ),
 }
 
@@ -69,6 +74,7 @@ class TwoLayer:
     data_fields=[
         "objective",
         "initial_objective",
+        "null_loss",
         "beta",
         "iterations",
         "active_neurons",
@@ -92,6 +98,7 @@ class Stats:
     Attributes:
         objective: regularised loss of the network that is returned.
         initial_objective: regularised loss of the network the solve started from.
+        null_loss: mean loss of the best constant output, which is what a head that knows nothing has.
         beta: the weight decay that was used (of interest where ``beta=None`` chose it).
         iterations: iterations done.
         active_neurons: neurons of the returned network with a non-zero weight.
@@ -113,6 +120,7 @@ class Stats:
 
     objective: Scalar
     initial_objective: Scalar
+    null_loss: Scalar
     beta: Scalar
     iterations: Int[Array, ""]
     active_neurons: Int[Array, ""]

@@ -20,7 +20,7 @@ from jax import Array
 
 from cronos_flax._checks import positive_integer
 from cronos_flax._cronos import Cronos
-from cronos_flax._features import gather
+from cronos_flax._features import Rows, gather
 from cronos_flax._find import Call, Found, Layer, Path, as_path, find, jitted, selected, slashed
 from cronos_flax._fit import check_network, checked, fit
 from cronos_flax._solution import Solution, TwoLayer
@@ -206,6 +206,11 @@ class Head(Found):
         layers = [vars(_module_at(model, path)) for path in self.paths]
         _assign(layers, network)
 
+    def gather(self, model: nnx.Module, data: Any, unpack: Callable | None, callback: Callable | None) -> Rows:
+        """The head's input for all rows of ``data``, with targets and weights; arguments as for :func:`fit_head`."""
+        state = self.state(model)
+        return gather(lambda args, kwargs: self._pass(state, args, kwargs), self.outputs, data, unpack, callback)
+
     def inputs(self, model: nnx.Module, *args: Any, **kwargs: Any) -> Array:
         """The head's input for a batch, ``(n, p)`` with leading axes flattened, by one jitted pass.
 
@@ -330,8 +335,7 @@ def fit_head(
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
     solver = checked(head, Head, solver, "fit_head")
-    state = head.state(model)
-    rows = gather(lambda args, kwargs: head._pass(state, args, kwargs), head.outputs, data, unpack, callback)
+    rows = head.gather(model, data, unpack, callback)
     params, solution = fit(head.read(model), rows, solver, key, callback, throw)
     if params is not None:
         head.write(model, params)

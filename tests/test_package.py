@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "_types", "_host", "_blocks", "_solution", "_losses", "_basis", "_program", "_nystrom", "_linsolve", "_anderson",
     "_admm", "_weights", "_refresh", "_path", "_checks",
-    "_cronos", "_features", "_find", "_fit", "_head", "_graft", "_train_state", "nnx", "data", "__init__",
+    "_cronos", "_features", "_find", "_fit", "_head", "_graft", "_guard", "_train_state", "_checkpoint", "_driver",
+    "nnx", "data", "__init__",
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_files_import_only_files_before_them():
         packages = set(outside_imports(files[name]))
         if position < ORDER.index("_head"):
             assert "flax" not in packages
-        if position < ORDER.index("_train_state"):
+        if position < ORDER.index("_guard"):
             assert "optax" not in packages
 
 
