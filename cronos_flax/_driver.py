@@ -185,7 +185,7 @@ def train(
 
     Returns:
         The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective`` and
-        ``state.guard.figures``), and one for each epoch (``loss``, the mean over its batches, and ``validation_loss``
+        ``state.figures``), and one for each epoch (``loss``, the mean over its batches, and ``validation_loss``
         and, where there are labels, ``validation_accuracy``). Every row has ``step``, ``epoch`` and ``seconds``, the
         training time with solves and without validation and checkpoints.
 
@@ -254,7 +254,7 @@ def train(
         state, solution = solved(state)
         before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
         run.solved(1 - after / before if before > 0 else 0.0)
-        tell(initial_objective=before, objective=after, **({} if state.guard is None else state.guard.figures))
+        tell(initial_objective=before, objective=after, **state.figures)
 
     def save() -> None:
         nonlocal saved_at

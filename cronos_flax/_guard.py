@@ -94,13 +94,14 @@ class Guard:
         parts = parts if accepted else self.kept
         parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=new)}
         guard = self.replace(
-            kept=parts,
+            # The state's parts may be donated by the user's step, so what is kept shares nothing with them.
+            kept=copied(parts) if accepted else parts,
             best=jnp.minimum(self.best, stats.objective.astype(self.best.dtype)) if accepted else self.best,
             accepted=jnp.asarray(accepted),
             solves=self.solves + 1,
             rejections=self.rejections + (not accepted),
         )
-        return guard, copied(parts)  # which may be donated
+        return guard, parts if accepted else copied(parts)
 
     @property
     def figures(self) -> dict[str, float]:

@@ -92,7 +92,7 @@ class CronosTrainState(TrainState):
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved.
         model_state: the module's other collections, such as ``{"batch_stats": …}``.
-        guard: what to go back to, and what was decided (``state.guard.figures``); None for a state without guard.
+        guard: what to go back to, and what was decided (``state.figures``); None for a state without guard.
     """
 
     head: Head = struct.field(pytree_node=False)
@@ -141,6 +141,11 @@ class CronosTrainState(TrainState):
         params = self.params.fast if isinstance(self.params, optax.LookaheadParams) else self.params
         return {"params": params, **self.model_state}
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the guard decided so far, as flat Python numbers; nothing without a guard."""
+        return {} if self.guard is None else self.guard.figures
+
     def _parts_with(self, network: TwoLayer | None) -> dict[str, Any]:
         """The guarded parts, with this head."""
 
@@ -177,7 +182,7 @@ class CronosTrainState(TrainState):
                 to solve, so these should be the same rows, or samples of the same rows.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None means one that follows from ``step``.
-            callback: called after each batch, at each step of the solve, and with ``state.guard.figures`` at the end.
+            callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end.
             throw: raise on numerical failure that there is no earlier state to go back from.
 
         Returns:

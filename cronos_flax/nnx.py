@@ -23,6 +23,7 @@ from cronos_flax._cronos import Cronos
 from cronos_flax._features import Rows, gather
 from cronos_flax._find import Call, Found, Layer, Path, as_path, find, jitted, selected, slashed
 from cronos_flax._fit import check_network, checked, fit
+from cronos_flax._guard import Guard, at_backbone_rate, solve_guarded
 from cronos_flax._solution import Solution, TwoLayer
 from cronos_flax._train_state import short_solves
 
@@ -480,11 +481,15 @@ class _Solving:
     solver: Cronos
 
 
+class GuardState(nnx.Variable):
+    """What a :class:`CronosOptimizer` goes back to, and what was decided: a :class:`cronos_flax.Guard`."""
+
+
 class CronosOptimizer(nnx.Optimizer):
     """CRONOS-AM for NNX: an ``nnx.Optimizer`` whose head is solved for rather than stepped.
 
     ``update(model, grads)`` is that of ``nnx.Optimizer`` and moves the backbone only; :meth:`solve_head` moves the head
-    only.
+    only, and goes back to the last good state when the backbone has run away from its head.
 
     Args:
         model: the model.
@@ -492,6 +497,9 @@ class CronosOptimizer(nnx.Optimizer):
         head: from :func:`find_head`.
         solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
             ``max_iters`` is None, each solve takes a few steps only.
+        guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures``
+            says what was decided.
+            All Variables of the model are guarded, but for the state of its random streams.
         wrt: what the optimizer moves, as for ``nnx.Optimizer``; the head is left out of it.
 
     Raises:
@@ -505,6 +513,7 @@ class CronosOptimizer(nnx.Optimizer):
         *,
         head: Head,
         solver: Cronos | None = None,
+        guard: bool = True,
         wrt: Any = nnx.Param,
     ) -> None:
         solver = short_solves(checked(head, Head, solver, "CronosOptimizer"))
@@ -513,8 +522,19 @@ class CronosOptimizer(nnx.Optimizer):
                 f"CronosOptimizer: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
                 "for example optax.adam(1e-3)."
             )
-        super().__init__(model, tx, wrt=_OutsideHead(wrt, head.paths))
+        super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
         self.solving = nnx.static(_Solving(head, solver))
+        self.guard = GuardState(Guard.of(self._parts(model))) if guard else None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the guard decided so far, as flat Python numbers; nothing without a guard."""
+        return {} if self.guard is None else self.guard.get_value().figures
+
+    def _parts(self, model: nnx.Module) -> dict[str, Any]:
+        """What is guarded, as plain arrays."""
+        state = nnx.state(model, nnx.Not(nnx.RngState))
+        return {"model": nnx.as_pure(state), "opt_state": nnx.as_pure(self.opt_state)}
 
     def solve_head(
         self,
@@ -528,26 +548,41 @@ class CronosOptimizer(nnx.Optimizer):
     ) -> Solution:
         """Solve for the head on the present features, starting from the present head, and write it into the model.
 
-        Runs on the host, between jitted training steps. The regularised loss of the network on ``data`` never rises;
-        ``step`` and optimizer state stay as they are.
+        Runs on the host, between jitted training steps, as :meth:`cronos_flax.CronosTrainState.solve_head` does, with
+        the same guard. Everything is written at the end; after an exception nothing has been.
 
         Args:
             model: the model.
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None means one that follows from ``step``.
-            callback: called after each batch and at each check of the solve.
-            throw: raise on numerical failure.
+            callback: called after each batch, at each step of the solve, and with the guard's figures at the end.
+            throw: raise on numerical failure that there is no earlier state to go back from.
 
         Returns:
             The :class:`Solution`.
 
         Raises:
             ValueError: for data that do not fit.
-            FloatingPointError: if the loss of the present head is not finite, and ``throw``.
+            FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        key = jax.random.fold_in(jax.random.key(0), self.step[...]) if key is None else key
         how: _Solving = self.solving
-        return fit_head(
-            how.head, model, data, solver=how.solver, unpack=unpack, key=key, callback=callback, throw=throw
-        )
+        head = how.head
+        rows = head.gather(model, data, unpack, callback)
+        key = jax.random.fold_in(jax.random.key(0), self.step[...]) if key is None else key
+
+        def parts(network: TwoLayer | None) -> dict[str, Any]:
+            parts = self._parts(model)
+            if network is not None:
+                parts["model"] = nnx.as_pure(
+                    head.module.write(nnx.state(model, nnx.Not(nnx.RngState)), head.paths, network)
+                )
+            return parts
+
+        guard = None if self.guard is None else self.guard.get_value()
+        guard, changed, solution = solve_guarded(guard, head.read(model), rows, how.solver, parts, key, callback, throw)
+        nnx.update(model, changed["model"])
+        nnx.update(self.opt_state, nnx.state(changed["opt_state"]))
+        if guard is not None:
+            self.guard.set_value(guard)
+        return solution

@@ -1,0 +1,265 @@
+"""CRONOS-AM over backbone rates that are too low, right and far too high: does it hold, and what does each part do.
+
+    python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case robust --jobs 2
+    python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case ablation --jobs 2
+    python docs/benchmarks/am.py --out am.jsonl            # the tables of what is there
+
+A run is one ``cf.train``, with 1,000 training images held out for validation; test splits are not touched. Its row is
+written when it is done, and a row that is there is not run again. Rows of one case ran side by side on ``--jobs`` cores,
+one core each, so their seconds compare with each other only.
+"""
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from rows import keep, kept
+
+import cronos_flax as cf
+from cronos_flax import _cronos, _driver, _guard, _refresh
+from cronos_flax.data import load_tfds
+
+SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
+RATES = tuple(float(rate) for rate in 10 ** np.arange(-4.5, -1.49, 0.5))
+SEEDS = (21, 22, 23)
+EPOCHS = {SETS[0]: 25, SETS[1]: 25, SETS[2]: 12}
+HELD, BATCH = 1000, 128
+OPTIMIZERS = {"adam": optax.adam, "sgd": lambda rate: optax.sgd(rate, momentum=0.9)}
+
+
+class MLP(nn.Module):
+    """That of the published experiment #1, bias-free, 3072-256-256-20-1."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs ``(n, 1)``."""
+        for width in (256, 256, 20):
+            x = nn.relu(nn.Dense(width, use_bias=False)(x))
+        return nn.Dense(1, use_bias=False)(x)
+
+
+class CNN(nn.Module):
+    """Two convolutions and a two-layer head."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs ``(n, 10)`` for images ``(n, 28, 28, 1)``."""
+        for features in (16, 32):
+            x = nn.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), (2, 2))
+        return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
+
+
+def load(name: str, data_dir: Path, seed: int) -> tuple[np.ndarray, ...]:
+    """Rows to fit and rows held out of the training split: ``x, y, x_held, y_held``."""
+    source = "fashion_mnist" if name == SETS[2] else "cifar10_airplane_automobile"
+    images, labels = load_tfds(source, "train", data_dir)
+    order = np.random.default_rng(seed).permutation(len(images))
+    held, fit = order[:HELD], order[HELD:][: 6000 if name == SETS[2] else None]
+    x = images.astype("float32") / 255
+    if name == SETS[2]:
+        y = labels.astype(int)
+    else:
+        x, y = x.reshape(len(x), -1), (2 * labels - 1).astype("float32")
+    if name == SETS[1]:
+        mean, deviation = x[fit].mean(axis=0), x[fit].std(axis=0)
+        x = (x - mean) / deviation
+    return x[fit], y[fit], x[held], y[held]
+
+
+def _stay(self: Any, parts: Any, stats: Any) -> Any:
+    """The guard's decision, with the rate lowered but nothing gone back to."""
+    guard, _ = judge(self, parts, stats)
+    rate = guard.figures["backbone_rate"]
+    parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=np.float32(rate))}
+    return guard.replace(kept=parts), _guard.copied(parts)
+
+
+judge = _guard.Guard.judge
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no guard": {"create": {"guard": False}},
+    "rate lowered, nothing gone back to": {"patch": (_guard.Guard, {"judge": _stay})},
+    "gone back, rate as before": {"patch": (_guard, {"_LOWER": 1.0, "_RAISE": 1.0})},
+    "rate never raised": {"patch": (_guard, {"_RAISE": 1.0})},
+    "full steps or none": {
+        "patch": (_refresh, {"_STEP_LENGTHS": (1.0, 0.0), "_DAMPING_FACTORS": (1.0, 4.0)}),
+    },
+    "no revival": {"patch": (_refresh, {"revive": lambda rows, iterate, key: iterate})},
+    "beta 1e-3, not scale-free": {"solver": {"beta": 1e-3}},
+    "beta ten times larger": {"patch": (_cronos, {"_BETA_RATIO": 10 * _cronos._BETA_RATIO})},
+    "1 step a solve": {"solver": {"max_iters": 1}},
+    "10 steps a solve": {"solver": {"max_iters": 10}},
+    "solve every 10 steps": {"train": {"solve_every": 10}},
+    "solve before every epoch": {"patch": (_driver, {"_DENSE_EPOCHS": 1000})},
+    "solve when stale": {"train": {"solve_every": "stale"}},
+}
+
+
+class Run(NamedTuple):
+    """What identifies a run."""
+
+    data: str
+    method: str  # "CRONOS-AM" or "plain"
+    optimizer: str
+    rate: float
+    seed: int
+    variant: str = "default"
+
+
+def runs(case: str) -> Iterator[Run]:
+    """Those of a case."""
+    if case == "robust":
+        for seed, data, rate, optimizer in itertools.product(SEEDS, SETS, RATES, OPTIMIZERS):
+            yield Run(data, "CRONOS-AM", optimizer, rate, seed)
+        for seed, data, rate in itertools.product(SEEDS, SETS, RATES):
+            yield Run(data, "plain", "adam", rate, seed)
+    else:
+        rates = RATES[1], RATES[3], RATES[5]
+        for variant, seed, data, rate in itertools.product(VARIANTS, SEEDS[:2], SETS, rates):
+            yield Run(data, "CRONOS-AM", "adam", rate, seed, variant)
+
+
+def train(run: Run, data_dir: Path) -> dict[str, Any]:
+    """Do a run; its row."""
+    how = VARIANTS[run.variant]
+    module, changes = how.get("patch", (_guard, {}))
+    if changes:  # what is compiled does not know of them
+        jax.clear_caches()
+    with mock.patch.multiple(module, **changes) if changes else contextlib.nullcontext():
+        row = _train(run, how, data_dir)
+    if changes:
+        jax.clear_caches()
+    return {**run._asdict(), **row, "jax": jax.__version__}
+
+
+def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
+    x, y, x_held, y_held = load(run.data, data_dir, run.seed)
+    is_cnn = run.data == SETS[2]
+    model, loss = (CNN(), "softmax") if is_cnn else (MLP(), "squared")
+    variables, key = model.init(jax.random.key(run.seed), x[:1]), jax.random.key(run.seed)
+    made = {"apply_fn": model.apply, "params": variables["params"], "tx": OPTIMIZERS[run.optimizer](run.rate)}
+    state: Any
+    row: dict[str, Any] = {}
+    if run.method == "plain":
+        state = TrainState.create(**made)
+    else:
+        head = cf.find_head(model, variables, x[:64])
+        solver = cf.Cronos(loss=loss, **how.get("solver", {}))
+        state = cf.CronosTrainState.create(**made, head=head, solver=solver, **how.get("create", {}))
+        first, _ = state.solve_head((x, y), key=jax.random.fold_in(key, 0))
+        outputs = np.asarray(model.apply({"params": first.params}, x_held))
+        hit = outputs.argmax(axis=1) == y_held if is_cnn else np.sign(outputs[:, 0]) == y_held
+        row["after_first_solve"] = 100 * float(np.mean(hit))
+    state, history = cf.train(
+        state,
+        (x, y),
+        epochs=EPOCHS[run.data],
+        batch_size=BATCH,
+        loss=loss,
+        validation=(x_held, y_held),
+        key=key,
+        compile_first=True,
+        **how.get("train", {}),
+    )
+    scores = [100 * r["validation_accuracy"] for r in history if "validation_accuracy" in r]
+    row |= {"peak": max(scores), "final": scores[-1], "loss": history[-1]["loss"], "seconds": history[-1]["seconds"]}
+    if run.method != "plain":
+        row |= {"objective": history[-2]["objective"], "live": live(state), **state.figures}
+    return row
+
+
+def live(state: cf.CronosTrainState) -> int:
+    """Neurons of the head that pass something on."""
+    return cf.prune_head(state.head.read(state.variables)).kernel2.shape[0]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def robust_table(rows: list[dict[str, Any]]) -> None:
+    """Final validation accuracy by rate; and the runs that collapsed, or ended far below their grid's median."""
+    print("| data | method | " + " | ".join(f"{rate:.1e}" for rate in RATES) + " |")
+    print("|---" * (len(RATES) + 2) + "|")
+    for data, (method, optimizer) in itertools.product(
+        SETS, (("CRONOS-AM", "adam"), ("plain", "adam"), ("CRONOS-AM", "sgd"))
+    ):
+        mine = [r for r in rows if (r["data"], r["method"], r["optimizer"]) == (data, method, optimizer)]
+        cells = [[r["final"] for r in mine if np.isclose(r["rate"], rate)] for rate in RATES]
+        if mine:
+            print(f"| {data} | {method}, {optimizer} | " + " | ".join(spread(c) if c else "" for c in cells) + " |")
+    guarded = [r for r in rows if r["method"] == "CRONOS-AM"]
+    collapsed = [r for r in guarded if r["live"] <= 1 or r["final"] < r["after_first_solve"]]
+    print(f"\ncollapsed (a dead head, or an end below the first solve): {len(collapsed)} of {len(guarded)}")
+    for data, seed in itertools.product(SETS, SEEDS):
+        grid = [r for r in guarded if (r["data"], r["seed"], r["optimizer"]) == (data, seed, "adam")]
+        if grid:
+            finals = [r["final"] for r in grid]
+            print(
+                f"{data}, seed {seed}: median {np.median(finals):.2f}, least {np.median(finals) - min(finals):.2f} under it"
+            )
+
+
+def ablation_table(rows: list[dict[str, Any]]) -> None:
+    """Final validation accuracy of each variant, by set and rate, and seconds relative to the default's."""
+    rates = sorted({r["rate"] for r in rows})
+    print("| variant | " + " | ".join(f"{data}, {rate:.0e}" for data in SETS for rate in rates) + " | time |")
+    print("|---" * (len(SETS) * len(rates) + 2) + "|")
+    for variant in VARIANTS:
+        mine = [r for r in rows if r["variant"] == variant]
+        cells = [[r["final"] for r in mine if r["data"] == d and r["rate"] == rate] for d in SETS for rate in rates]
+        ratio = [
+            r["seconds"] / s["seconds"]
+            for r in mine
+            for s in rows
+            if s["variant"] == "default" and all(r[k] == s[k] for k in ("data", "rate", "seed"))
+        ]
+        if mine:
+            line = " | ".join(spread(c) if c else "" for c in cells)
+            print(f"| {variant} | {line} | {np.median(ratio):.2f} |" if ratio else f"| {variant} | {line} | |")
+
+
+def _one_core(counter: Any) -> None:
+    """Each worker on a core of its own, so that runs side by side do not share any."""
+    cores = sorted(os.sched_getaffinity(0))
+    with counter.get_lock():
+        os.sched_setaffinity(0, {cores[counter.value % len(cores)]})
+        counter.value += 1
+
+
+def main() -> None:
+    """Do what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie; without it the tables only")
+    parser.add_argument("--out", type=Path, default=Path("am.jsonl"))
+    parser.add_argument("--case", choices=("robust", "ablation"), default="robust")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    identity = ("case", *Run._fields)
+    done = {tuple(r[name] for name in identity) for r in kept(args.out)}
+    wanted = [run for run in runs(args.case) if (args.case, *run) not in done] if args.data_dir else []
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs, _one_core, (context.Value("i", 0),)) as pool:
+        for row in pool.imap_unordered(partial(train, data_dir=args.data_dir), wanted):
+            keep(args.out, {"case": args.case, **row})
+    rows = kept(args.out)
+    robust_table([r for r in rows if r["case"] == "robust"])
+    print()
+    ablation_table([r for r in rows if r["case"] == "ablation"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Checkpoints: what is restored is what was saved, to the bit, or the reason is said."""
+
+import functools
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import cronos_flax as cf
+from cronos_flax import _checkpoint
+
+X = jax.random.normal(jax.random.key(0), (32, 5))
+
+
+class MLP(nn.Module):
+    width: int = 6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8, param_dtype=self.dtype)(x))
+        return nn.Dense(2)(nn.relu(nn.Dense(self.width)(x)))
+
+
+@functools.cache
+def made(seed=0, **kwargs):
+    model = MLP(**kwargs)
+    params = model.init(jax.random.key(seed), X)["params"]
+    head = cf.find_head(model, {"params": params}, X)
+    return cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=params,
+        tx=optax.adamw(1e-3),
+        head=head,
+        model_state={"rng": jax.random.key(seed), "count": np.arange(3) + seed},
+    )
+
+
+def assert_same(a, b):
+    a, b = (jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (_, x), (_, y) in zip(a, b, strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, jax.Array):
+            assert x.dtype == y.dtype
+            x, y = (jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_train_state_comes_back_to_the_bit(tmp_path, dtype):
+    saved = made(1, dtype=dtype).replace(step=7)
+    cf.save_checkpoint(tmp_path / "run", saved, 7)
+    assert_same(cf.restore_checkpoint(tmp_path / "run", made(2, dtype=dtype)), saved)
+
+
+def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
+    def fresh(seed):
+        rngs = nnx.Rngs(seed)
+        model = nnx.Sequential(nnx.Linear(5, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs))
+        head = cf.nnx.find_head(model, X)
+        return model, cf.nnx.CronosOptimizer(model, optax.adam(1e-3), head=head)
+
+    saved, other = fresh(0), fresh(1)
+    cf.save_checkpoint(tmp_path, nnx.state(saved), 0)
+    nnx.update(other, cf.restore_checkpoint(tmp_path, nnx.state(other)))
+    assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(saved)))
+
+
+def test_where_there_is_nothing_the_state_comes_back(tmp_path):
+    state = made()
+    assert cf.restore_checkpoint(tmp_path / "none", state) is state
+
+
+def test_the_newest_that_is_sound_is_restored_and_a_stray_directory_is_no_checkpoint(tmp_path):
+    for step in (3, 20):
+        cf.save_checkpoint(tmp_path, made(step), step)
+    assert_same(cf.restore_checkpoint(tmp_path, made()), made(20))
+    assert_same(cf.restore_checkpoint(tmp_path, made(), step=3), made(3))
+    (tmp_path / "99").mkdir()
+    (tmp_path / "21.orbax-checkpoint-tmp").mkdir()
+    with pytest.warns(UserWarning, match="restored step 20.*step 99"):
+        assert_same(cf.restore_checkpoint(tmp_path, made()), made(20))
+    cf.save_checkpoint(tmp_path, made(4), 99)
+    assert_same(cf.restore_checkpoint(tmp_path, made()), made(4))
+    assert (tmp_path / "99.damaged").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads, on damage
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+    for step in (1, 2):
+        cf.save_checkpoint(tmp_path, made(step), step)
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for file in sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file()):
+        sound = file.read_bytes()
+        for place in {0, len(sound) - 1, *rng.integers(0, max(len(sound), 1), 3).tolist()} if sound else ():
+            bad = bytearray(sound)
+            bad[place] ^= 1 << int(rng.integers(8))
+            file.write_bytes(bad)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                restored = cf.restore_checkpoint(tmp_path, made())
+            was_noticed = any("passed over" in str(warning.message) for warning in said)
+            assert_same(restored, made(1 if was_noticed else 2))
+            noticed += was_noticed
+        file.write_bytes(sound)
+    assert noticed > 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_cut_short_or_gone_is_noticed(tmp_path):
+    for step in (1, 2):
+        cf.save_checkpoint(tmp_path, made(step), step)
+    largest = max((tmp_path / "2").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="passed over what is damaged: step 2"):
+        assert_same(cf.restore_checkpoint(tmp_path, made()), made(1))
+    shutil.rmtree(tmp_path / "1" / "state")
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        cf.restore_checkpoint(tmp_path, made())
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
+    cf.save_checkpoint(tmp_path, made(), 5, extra={"note": [1, 0.1]})
+    with pytest.raises(ValueError, match=r"kernel.*\(7, 2\), step 5 has float32 of shape \(6, 2\)"):
+        cf.restore_checkpoint(tmp_path, made(width=7))
+    with pytest.raises(ValueError, match="bfloat16"):
+        cf.restore_checkpoint(tmp_path, made(dtype="bfloat16"))
+    with pytest.raises(ValueError, match="has nothing"):
+        cf.restore_checkpoint(tmp_path, {"a": jnp.zeros(1)})
+    with pytest.raises(ValueError, match="`step` 4 is not in"):
+        cf.restore_checkpoint(tmp_path, made(), step=4)
+    with pytest.raises(ValueError, match=r"`step` 5 is in .* already"):
+        cf.save_checkpoint(tmp_path, made(1), 5)
+    with pytest.raises(ValueError, match="`step` must be an integer"):
+        cf.save_checkpoint(tmp_path, made(), -1)
+    with pytest.raises(ValueError, match="`extra` must be what JSON takes"):
+        cf.save_checkpoint(tmp_path, made(), 6, extra={1, 2})
+    with pytest.raises(ValueError, match="`state` must have arrays"):
+        cf.save_checkpoint(tmp_path, {}, 6)
+    assert_same(cf.restore_checkpoint(tmp_path, made(1)), made())
+
+
+def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(_checkpoint, "_FORMAT", "cronos_flax checkpoint 99")
+    cf.save_checkpoint(tmp_path, made(), 1)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"must be of the format 'cronos_flax checkpoint 1', got .* 99"):
+        cf.restore_checkpoint(tmp_path, made())
+
+
+def test_a_directory_that_cannot_be_written_to_is_said(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OSError, match="file"):
+        cf.save_checkpoint(file / "run", made(), 1)
+
+
+def test_nothing_is_pickled(tmp_path):
+    cf.save_checkpoint(tmp_path, made(), 1)
+    meta = json.loads(next((tmp_path / "1" / "meta").glob("metadata")).read_text())
+    assert meta["format"] == "cronos_flax checkpoint 1"
+    assert not [path for path in Path(tmp_path).rglob("*") if path.suffix in (".pkl", ".pickle")]

@@ -1,0 +1,266 @@
+"""``cf.train``: an ordinary loop in a function; what is killed goes on to the same end."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import cronos_flax as cf
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+X = np.asarray(jax.random.normal(jax.random.key(0), (300, 5)))
+Y = (X[:, 0] * X[:, 1] > 0).astype(int)
+PARAMS = MODEL.init(jax.random.key(1), X)["params"]
+HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
+
+
+def made(tx=None, **kwargs):
+    return cf.CronosTrainState.create(
+        apply_fn=MODEL.apply,
+        params=PARAMS,
+        tx=optax.adam(1e-2) if tx is None else tx,
+        head=HEAD,
+        solver=cf.Cronos(loss="softmax"),
+        **kwargs,
+    )
+
+
+def plain():
+    return TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.adam(1e-2))
+
+
+def train(state=None, data=(X[:256], Y[:256]), **kwargs):
+    return cf.train(made() if state is None else state, data, **{"epochs": 3, "batch_size": 64, **kwargs})
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_it_trains_and_tells_and_leaves_the_state_given_alone():
+    start, rows = made(), []
+    state, history = train(start, validation=(X[256:], Y[256:]), callbacks=[rows.append])
+    assert rows == history
+    assert all(isinstance(value, int | float | bool) for row in rows for value in row.values())
+    solves, epochs = ([row for row in rows if name in row] for name in ("objective", "loss"))
+    assert [row["step"] for row in solves] == [0, 4, 8, 12]
+    assert [row["step"] for row in epochs] == [4, 8, 12]
+    assert all(row["objective"] <= row["initial_objective"] for row in solves)
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    same(start.params, PARAMS)
+    assert int(state.step) == 12
+    logits = MODEL.apply({"params": state.params}, X[256:])
+    assert epochs[-1]["validation_accuracy"] == pytest.approx(
+        float(np.mean(np.asarray(logits).argmax(axis=1) == Y[256:]))
+    )
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, Y[256:]).mean()
+    assert epochs[-1]["validation_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert epochs[-1]["validation_accuracy"] > 0.7
+
+
+def test_an_ordinary_train_state_is_the_ordinary_loop():
+    state, history = train(plain(), loss="softmax", epochs=2, key=jax.random.key(5))
+    by_hand = plain()
+    seed = int(jax.random.bits(jax.random.key(5)))
+    for epoch in range(2):
+        order = np.random.default_rng((seed, 0, epoch)).permutation(256)
+        for i in range(0, 256, 64):
+            x, y = X[order[i : i + 64]], Y[order[i : i + 64]]
+
+            def loss(params, x=x, y=y):
+                return optax.softmax_cross_entropy_with_integer_labels(MODEL.apply({"params": params}, x), y).mean()
+
+            by_hand = by_hand.apply_gradients(grads=jax.grad(loss)(by_hand.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, by_hand.params)
+    assert [sorted(row) for row in history] == [["epoch", "loss", "seconds", "step"]] * 2
+
+
+def test_solves_are_where_the_schedule_says():
+    def steps(**kwargs):
+        return [row["step"] for row in train(**kwargs)[1] if "objective" in row]
+
+    assert steps(epochs=10) == [0, 4, 8, 12, 16, 28, 40]
+    assert steps(epochs=2, solve_every=3) == [0, 3, 6, 8]
+    stale = steps(epochs=16, solve_every="stale", state=made(optax.sgd(1e-9)))
+    gaps = np.diff(stale[:-1])
+    assert gaps[-1] > gaps[0]
+
+
+def test_batches_of_dicts_with_weights_and_keyword_arguments():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, scale):
+            return nn.Dense(2)(nn.relu(nn.Dense(6)(jnp.tanh(nn.Dense(8)(scale * tokens)))))
+
+    model = Masked()
+    tokens = X[:240].reshape(60, 4, 5)
+    labels = Y[:240].reshape(60, 4)
+    mask = (np.arange(4) < 3) * np.ones((60, 1), "float32")
+    labels = np.where(mask > 0, labels, 1 - labels)  # hidden ones are wrong
+    params = model.init(jax.random.key(0), tokens, 1.0)["params"]
+    head = cf.find_head(model, {"params": params}, tokens=tokens[:20], scale=1.0)
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply, params=params, tx=optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax")
+    )
+    rows = [{"t": tokens[i : i + 20], "y": labels[i : i + 20], "m": mask[i : i + 20]} for i in range(0, 60, 20)]
+
+    def unpack(row):
+        return {"tokens": row["t"], "scale": np.float32(1.0)}, row["y"], row["m"]
+
+    state, history = cf.train(state, rows, epochs=6, unpack=unpack, validation=rows)
+    assert int(state.step) == 18
+    last = history[-1]
+    logits = model.apply({"params": state.params}, tokens, 1.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    assert last["validation_loss"] == pytest.approx(float((losses * mask).sum() / mask.sum()), rel=1e-4)
+    assert last["validation_accuracy"] > 0.75
+
+
+def test_running_statistics_dropout_and_several_steps_between_updates():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+            x = nn.Dropout(0.3, deterministic=not train)(nn.relu(x))
+            return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+    model = Net()
+    variables = model.init(jax.random.key(0), X, train=False)
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optax.MultiSteps(optax.adam(1e-2), 2),
+        head=cf.find_head(model, variables, X[:64], train=False),
+        solver=cf.Cronos(loss="softmax"),
+        model_state={"batch_stats": variables["batch_stats"]},
+    )
+    trained, history = train(state, train_kwargs={"train": True}, validation=(X[256:], Y[256:]))
+    means = [s.model_state["batch_stats"]["BatchNorm_0"]["mean"] for s in (state, trained)]
+    assert not np.allclose(*means)
+    assert history[-1]["validation_loss"] < 0.7
+    again, _ = train(state, train_kwargs={"train": True}, validation=(X[256:], Y[256:]))
+    same(again.params, trained.params)
+    other, _ = train(state, train_kwargs={"train": True}, key=jax.random.key(1))
+    assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(trained.params)[0])
+
+
+def test_solves_on_some_of_the_rows_are_on_others_each_time():
+    state, history = train(solve_rows=64, epochs=4)
+    assert all(row["objective"] <= row["initial_objective"] for row in history if "objective" in row)
+    whole, _ = train(epochs=4)
+    assert not np.array_equal(jax.tree.leaves(state.params)[0], jax.tree.leaves(whole.params)[0])
+
+
+def test_nothing_is_compiled_anew_after_the_first_alternation():
+    compiled = []
+
+    def listen(event, _, **kwargs):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    counts = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(epochs=6, callbacks=[lambda row: counts.append(len(compiled))])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert counts[-1] == counts[3]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 10:
+            raise StopError
+
+    whole, history = train(epochs=4, solve_every=5)
+    with pytest.raises(StopError):
+        train(epochs=4, solve_every=5, directory=tmp_path, save_every=3, callbacks=[stop])
+    told = []
+    resumed, rows = train(epochs=4, solve_every=5, directory=tmp_path, save_every=3, callbacks=[told.append])
+    same(jax.tree.leaves(resumed), jax.tree.leaves(whole))
+
+    def untimed(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert untimed(rows) == untimed(history)
+    assert 0 < len(told) < len(rows)
+    finished, _ = train(epochs=4, solve_every=5, directory=tmp_path)
+    same(jax.tree.leaves(finished), jax.tree.leaves(whole))
+    with pytest.raises(ValueError, match="holds a run with batch_size=64"):
+        train(epochs=4, solve_every=5, directory=tmp_path, batch_size=32)
+    cf.save_checkpoint(tmp_path / "other", made(), 0)
+    with pytest.raises(ValueError, match="another kind"):
+        train(directory=tmp_path / "other")
+
+
+BAD = {
+    "state": (lambda: cf.train(PARAMS, (X, Y), epochs=1), "`state` must be"),
+    "loss of a plain state": (lambda: train(plain()), "`loss` must be"),
+    "loss": (lambda: train(loss="absolute"), "`loss` must be"),
+    "epochs": (lambda: train(epochs=0), "`epochs`"),
+    "batch_size": (lambda: train(batch_size=0.5), "`batch_size`"),
+    "solve_every": (lambda: train(solve_every="often"), "`solve_every`"),
+    "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
+    "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
+    "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "Is it an iterator"),
+    "targets": (lambda: train(data=(X, np.ones((300, 3), "float32"))), "targets"),
+    "x": (lambda: train(data=(X[:, :3], Y)), "the model takes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_where_the_unbroken_run_ends(tmp_path):
+    script = "tests/resumed.py"
+    env = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(directory):
+        return subprocess.Popen(
+            [sys.executable, script, str(tmp_path / directory)], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+
+    def finish(directory):
+        out, _ = start(directory).communicate(timeout=300)
+        return out.split()[-1]
+
+    unbroken = finish("compiles")
+    began = time.monotonic()
+    assert finish("unbroken") == unbroken
+    whole = time.monotonic() - began
+    rng, kills, ends = random.Random(0), 0, 0
+    while kills < 20:
+        run = start(f"broken{ends}")
+        try:
+            # Anywhere from the first moments of the process to its end.
+            out, _ = run.communicate(timeout=rng.uniform(0.1, 1.0) * whole)
+            assert out.split()[-1] == unbroken
+            ends += 1
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.communicate()
+            kills += 1
+    assert finish(f"broken{ends}") == unbroken

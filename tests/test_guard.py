@@ -1,0 +1,321 @@
+"""The alternation: a head solve never raises the loss, and the guard goes back when the backbone has run away."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cronos_flax as cf
+
+X = jax.random.normal(jax.random.key(0), (64, 5))
+Y = (X[:, 0] * X[:, 1] > 0).astype(int)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(nn.relu(x))))
+
+
+MODEL = Normed()
+VARIABLES = MODEL.init(jax.random.key(1), X, train=False)
+HEAD = cf.find_head(MODEL, VARIABLES, X, train=False)
+
+
+def made(tx=None, kind=cf.CronosTrainState, **kwargs):
+    return kind.create(
+        apply_fn=MODEL.apply,
+        params=jax.tree.map(jnp.copy, VARIABLES["params"]),  # a donated step deletes them
+        tx=optax.adam(1e-2) if tx is None else tx,
+        head=HEAD,
+        solver=cf.Cronos(loss="softmax"),
+        model_state=jax.tree.map(jnp.copy, {"batch_stats": VARIABLES["batch_stats"]}),
+        **kwargs,
+    )
+
+
+def step(state):
+    def loss(params):
+        out, updates = state.apply_fn({"params": params, **state.model_state}, X, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(out, Y).mean(), updates
+
+    grads, updates = jax.grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, model_state=updates)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def rate(state):
+    return float(optax.tree.get(state.opt_state, "backbone_rate"))
+
+
+def without_rate(opt_state):
+    return optax.tree.set(opt_state, backbone_rate=jnp.zeros(()))
+
+
+TARGETS = {
+    "squared": lambda rng: rng.normal(size=(48, 2)).astype("float32"),
+    "huber": lambda rng: (rng.standard_t(1, size=(48, 2))).astype("float32"),
+    "softmax": lambda rng: rng.integers(0, 2, size=48),
+    "logistic": lambda rng: rng.integers(0, 2, size=(48, 2)).astype("float32"),
+    "hinge": lambda rng: rng.choice([-1.0, 1.0], size=(48, 2)).astype("float32"),
+}
+
+
+class Tanh(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Dense(8, name="backbone")(x))
+        return nn.Dense(2, name="out")(nn.relu(nn.Dense(6, name="hidden")(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", TARGETS)
+def test_a_head_solve_never_raises_the_loss_of_the_real_network(loss):
+    model = Tanh()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(48, 5)).astype("float32")
+    params = model.init(jax.random.key(0), x)["params"]
+    head = cf.find_head(model, {"params": params}, x)
+    # Of one β, so that losses compare over solves.
+    solver = cf.Cronos(loss=loss, beta=1e-3)
+    fresh = partial(cf.CronosTrainState.create, apply_fn=model.apply, tx=optax.sgd(0.1), head=head, solver=solver)
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**31 - 1),
+        scale=st.sampled_from([1e-3, 1.0, 30.0]),
+        head_scale=st.sampled_from([0.0, 1e-2, 1.0, 10.0]),
+        dead=st.integers(0, 6),
+    )
+    def check(seed, scale, head_scale, dead):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(48, 5)).astype("float32")
+        y = TARGETS[loss](rng)
+        net = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), params)
+        net["backbone"] = jax.tree.map(lambda leaf: scale * leaf, net["backbone"])
+        net["out"] = jax.tree.map(lambda leaf: head_scale * leaf, net["out"])
+        net["hidden"] = jax.tree.map(lambda leaf: leaf.at[..., :dead].set(0), net["hidden"])
+        state = fresh(params=net)
+
+        def real(state):
+            # By the module itself, not by what the solver thinks it is.
+            network, features = head.read(state.variables), np.asarray(head.inputs(state.variables, x))
+            outputs = np.asarray(state.apply_fn(state.variables, x), "float64")
+            s2 = np.mean(np.sum(features.astype("float64") ** 2, axis=1))
+            squares = [network.kernel1**2, network.kernel2**2, network.bias1**2 / s2]
+            fit = np.mean(np.asarray(cf_loss(loss, outputs, y)))
+            return fit + 0.5e-3 * sum(float(np.sum(np.asarray(w, "float64"))) for w in squares)
+
+        for _ in range(2):
+            before = real(state)
+            state, solution = state.solve_head((x, y))
+            after = real(state)
+            assert solution.status != cf.Status.rejected
+            assert after <= before + 1e-5 * abs(before)
+            assert after == pytest.approx(float(solution.stats.objective), rel=1e-3, abs=1e-5)
+
+    check()
+
+
+def cf_loss(loss, f, y):
+    """Losses of rows, by their textbook formulas."""
+    if loss == "softmax":
+        return np.logaddexp.reduce(f, axis=1) - f[np.arange(len(f)), y]
+    r = f - y
+    each = {
+        "squared": lambda: r**2 / 2,
+        "huber": lambda: np.where(np.abs(r) <= 1, r**2 / 2, np.abs(r) - 0.5),
+        "logistic": lambda: np.logaddexp(0, f) - y * f,
+        "hinge": lambda: np.maximum(1 - y * f, 0),
+    }
+    return each[loss]().sum(axis=1)
+
+
+def test_what_ran_away_goes_back_and_goes_on_at_a_lower_rate():
+    state, _ = made().solve_head((X, Y))
+    good, _ = step(state).solve_head((X, Y))
+    assert good.figures["accepted"]
+    harmed = good
+    for _ in range(3):
+        harmed = step(harmed)
+    # Features that are all alike: no head can mend that.
+    backbone = jax.tree.map(lambda leaf: leaf * 0, harmed.params["Dense_0"])
+    harmed = harmed.replace(params={**harmed.params, "Dense_0": backbone})
+    figures = []
+    back, solution = harmed.solve_head((X, Y), callback=figures.append)
+    assert solution.status == cf.Status.rejected
+    assert "went back" in solution.status.message
+    for name in ("params", "model_state"):
+        same(getattr(back, name), getattr(good, name))
+    same(without_rate(back.opt_state), without_rate(good.opt_state))
+    assert int(back.step) == int(harmed.step) == 4
+    assert rate(back) == pytest.approx(0.3 * rate(good))
+    assert figures[-1] == back.figures
+    assert back.figures["rejections"] == 1
+    assert back.figures["solves"] == 3
+    # Again from there, lower still; and up again, but not above one, as solves pass.
+    again, _ = back.replace(params={**back.params, "Dense_0": backbone}).solve_head((X, Y))
+    assert rate(again) == pytest.approx(0.09 * rate(good))
+    rates = [rate(again)]
+    for _ in range(3):
+        again, solution = step(again).solve_head((X, Y))
+        assert solution.status != cf.Status.rejected
+        rates.append(rate(again))
+    assert rates == sorted(rates)
+    assert rates[-1] <= 1
+
+
+def test_the_rate_multiplies_the_backbones_steps_of_any_optimizer():
+    for tx in (optax.adam(1e-2), optax.contrib.prodigy(), optax.MultiSteps(optax.sgd(0.1), 1)):
+        state = made(tx)
+        slow = state.replace(opt_state=optax.tree.set(state.opt_state, backbone_rate=jnp.asarray(0.25)))
+        moves = [jax.tree.map(jnp.subtract, step(s).params["Dense_0"], state.params["Dense_0"]) for s in (state, slow)]
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-7), moves[1], jax.tree.map(lambda v: v / 4, moves[0])
+        )
+        assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(moves[1]))
+
+
+def test_a_backbone_that_is_not_finite_goes_back_and_a_donated_step_goes_on():
+    state, _ = made(optax.sgd(1e30)).solve_head((X, Y))
+    kept = jax.tree.map(np.asarray, state.params)
+    donated = jax.jit(step, donate_argnums=0)
+    rejections = 0
+    for _ in range(3):
+        state = donated(donated(state))
+        state, solution = state.solve_head((X, Y))
+        rejections += solution.status == cf.Status.rejected
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+    assert rejections == state.figures["rejections"] == 3
+    same(state.params, kept)
+    assert donated._cache_size() <= 2
+
+
+def test_without_anything_to_go_back_to_it_raises():
+    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES["params"]["Dense_0"])
+    for guard in (True, False):
+        state = made(guard=guard)
+        broken = state.replace(params={**state.params, "Dense_0": nan})
+        with pytest.raises(FloatingPointError, match="solve_head"):
+            broken.solve_head((X, Y))
+    same(broken.solve_head((X, Y), throw=False)[0].params, broken.params)
+    assert made(guard=False).figures == {}
+
+
+def test_fields_of_a_subclass_go_back_if_they_are_named():
+    class State(cf.CronosTrainState):
+        average: Any = None
+        seen: Any = None
+        guarded = (*cf.CronosTrainState.guarded, "average")
+
+    state = made(kind=State, average=VARIABLES["params"], seen=jnp.zeros(()))
+    good, _ = state.solve_head((X, Y))
+    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, good.params)
+    bad = good.replace(params={**good.params, "Dense_0": nan["Dense_0"]}, average=nan, seen=jnp.ones(()))
+    back, _ = bad.solve_head((X, Y))
+    same(back.average, VARIABLES["params"])
+    assert float(back.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(1e-2, weight_decay=0.3),
+        optax.contrib.schedule_free_adamw(1e-2),
+        optax.contrib.muon(1e-2),
+        optax.lookahead(optax.adamw(1e-2), 2, 0.5),
+        optax.MultiSteps(optax.adamw(1e-2), 2),
+        optax.contrib.dadapt_adamw(),
+    ],
+    ids=["adamw", "schedule_free", "muon", "lookahead", "MultiSteps", "dadapt"],
+)
+def test_gradients_never_move_the_head(tx):
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+    params = model.init(jax.random.key(0), X)["params"]
+    head = cf.find_head(model, {"params": params}, X)
+    ahead = "lookahead" in tx.update.__qualname__
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=optax.LookaheadParams.init_synced(params) if ahead else params,
+        tx=tx,
+        head=head,
+        solver=cf.Cronos(loss="softmax"),
+    )
+
+    @jax.jit
+    def train_step(state):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(state.apply_fn({"params": params}, X), Y).mean()
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.variables["params"]))
+
+    def heads(state):
+        return [head.read({"params": p}) for p in (state.params if ahead else [state.params])]
+
+    for _ in range(2):
+        state, solution = state.solve_head((X, Y))
+        assert solution.stats.objective < solution.stats.initial_objective
+        for written in heads(state):
+            same(written, solution.params)
+        moved = state
+        for _ in range(4):
+            moved = train_step(moved)
+            same(heads(moved), heads(state))
+        assert not np.array_equal(
+            moved.variables["params"]["layers_0"]["kernel"], state.variables["params"]["layers_0"]["kernel"]
+        )
+        state = moved
+
+
+def test_an_nnx_model_goes_back_whole_but_for_its_random_streams():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder, self.norm = nnx.Linear(5, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.2, rngs=rngs)
+            self.fc1, self.fc2 = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc2(nnx.relu(self.fc1(self.dropout(nnx.relu(self.norm(self.encoder(x)))))))
+
+    model = Net(nnx.Rngs(0))
+    head = cf.nnx.find_head(model, X)
+    optimizer = cf.nnx.CronosOptimizer(model, optax.sgd(1e30), head=head, solver=cf.Cronos(loss="softmax"))
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(X), Y).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    optimizer.solve_head(model, (X, Y))
+    assert optimizer.figures["accepted"]
+
+    def pure(*filters):
+        return jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, *filters)))
+
+    before, streams = pure(nnx.Not(nnx.RngState)), int(model.dropout.rngs.count[...])
+    train_step(model, optimizer)
+    train_step(model, optimizer)
+    assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    solution = optimizer.solve_head(model, (X, Y))
+    assert solution.status == cf.Status.rejected
+    same(pure(nnx.Not(nnx.RngState)), before)
+    assert int(model.dropout.rngs.count[...]) > streams
+    assert int(optimizer.step[...]) == 2
+    assert optimizer.figures["backbone_rate"] == pytest.approx(0.3)
+    train_step(model, optimizer)
+    unguarded = cf.nnx.CronosOptimizer(model, optax.sgd(1.0), head=head, guard=False)
+    assert unguarded.figures == {}
