@@ -31,7 +31,7 @@ _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["beta", "rho", "tol"],
+    data_fields=["beta", "beta_ratio", "rho", "tol"],
     meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters", "class_weight"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Cronos:
         beta: weight decay, ``≥ 0``; None takes a fixed fraction of β_max, the smallest value that makes the solution
             zero. ``"path"`` tries seven from β_max/10 down to β_max/10,000, chooses by the loss on held-out rows, and
             fits all rows with that one.
+        beta_ratio: that fraction, ``≥ 0``; None takes .001, or .005 in ``CronosTrainState``, whose backbone lives on what
+            the head leaves over.
         rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. It adapts by
             itself, except with ``cf.NystromPCG``.
         gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself. The
@@ -87,6 +89,7 @@ class Cronos:
 
     loss: str | Loss = "squared"
     beta: float | Array | str | None = None
+    beta_ratio: float | Array | None = None
     rho: float | Array | None = None
     gates: str = "refreshed"
     linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
@@ -110,6 +113,7 @@ class Cronos:
         _checks.positive_integer("Cronos", "certify_iters", self.certify_iters, least=0)
         if not (isinstance(self.beta, str) and self.beta == "path"):
             _checks.number("beta", self.beta, 'a number ≥ 0, None for the default, or "path"', lambda v: v >= 0)
+        _checks.number("beta_ratio", self.beta_ratio, "a number ≥ 0, or None for the default", lambda v: v >= 0)
         _checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
         _checks.number("tol", self.tol, "a number ≥ 0", lambda v: v >= 0)
 
@@ -355,7 +359,8 @@ def _solve_at_full_precision(
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     assert not isinstance(solver.beta, str)
-    beta = _BETA_RATIO * beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
+    ratio = _BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
+    beta = ratio * beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
     door_beta = beta * basis.scale / total
     rho = jnp.asarray(_RHO if solver.rho is None else solver.rho, rows.X.dtype)
     problem = _Problem(

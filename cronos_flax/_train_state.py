@@ -18,11 +18,16 @@ from cronos_flax._head import Head
 from cronos_flax._solution import Solution, TwoLayer
 
 _STEPS_PER_SOLVE = 3
+_BETA_RATIO = 0.005  # docs/benchmarks/am.md
 
 
 def short_solves(solver: Cronos) -> Cronos:
-    """The solver of an alternation, which solves again and again: a few steps where ``max_iters`` is None."""
-    return solver if solver.max_iters is not None else dataclasses.replace(solver, max_iters=_STEPS_PER_SOLVE)
+    """The solver of an alternation, with what it takes where a setting is None: it solves again and again."""
+    return dataclasses.replace(
+        solver,
+        max_iters=_STEPS_PER_SOLVE if solver.max_iters is None else solver.max_iters,
+        beta_ratio=_BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio,
+    )
 
 
 def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from flax.training.train_state import TrainState
 from rows import keep, kept
 
 import cronos_flax as cf
-from cronos_flax import _cronos, _driver, _guard, _refresh
+from cronos_flax import _driver, _guard, _refresh
 from cronos_flax.data import load_tfds
 
 SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
@@ -98,7 +98,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no revival": {"patch": (_refresh, {"revive": lambda rows, iterate, key: iterate})},
     "beta 1e-3, not scale-free": {"solver": {"beta": 1e-3}},
-    "beta ten times larger": {"patch": (_cronos, {"_BETA_RATIO": 10 * _cronos._BETA_RATIO})},
+    "beta five times smaller": {"solver": {"beta_ratio": 0.001}},
+    "beta five times larger": {"solver": {"beta_ratio": 0.025}},
     "1 step a solve": {"solver": {"max_iters": 1}},
     "10 steps a solve": {"solver": {"max_iters": 10}},
     "solve every 10 steps": {"train": {"solve_every": 10}},
