@@ -209,10 +209,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
                 if like is not None:
                     _check_same(described["leaves"], like, step)
                 target = {
-                    name: jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]))
-                    if like is None
-                    else ocp.utils.to_shape_dtype_struct(like[name])
-                    for name, d in described["leaves"].items()
+                    name: _target(d, None if like is None else like[name]) for name, d in described["leaves"].items()
                 }
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
                 leaves = manager.restore(step, args=args).state
@@ -226,17 +223,27 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
     return leaves, described["extra"]
 
 
+def _target(described: dict[str, Any], like: Any) -> Any:
+    """What Orbax restores a leaf into: where ``like`` is, or into memory."""
+    dtype = jnp.dtype(described["dtype"])
+    if isinstance(like, Array) and like.dtype == dtype:
+        return ocp.utils.to_shape_dtype_struct(like)
+    return np.empty(described["shape"], dtype)
+
+
+def _fits(described: dict[str, Any], leaf: Any) -> bool:
+    """Same shape and dtype; of numbers, which are Python's before a step and arrays after it, the same kind."""
+    dtype = jnp.dtype(described["dtype"])
+    same_dtype = dtype == leaf.dtype or (leaf.ndim == 0 and dtype.kind == leaf.dtype.kind)
+    return same_dtype and tuple(described["shape"]) == leaf.shape
+
+
 def _check_same(described: dict[str, Any], like: dict[str, Any], step: int) -> None:
     """That a checkpoint fits."""
     for name in [*like, *described]:
         have = described.get(name)
         want = like.get(name)
-        is_same = (
-            have is not None
-            and want is not None
-            and (have["shape"], have["dtype"]) == (list(np.shape(want)), str(want.dtype))
-        )
-        if not is_same:
+        if have is None or want is None or not _fits(have, want):
             got = "nothing" if have is None else f"{have['dtype']} of shape {tuple(have['shape'])}"
             expected = "nothing" if want is None else f"{want.dtype} of shape {np.shape(want)}"
             raise _MisfitError(
@@ -253,7 +260,7 @@ def _filled(state: State, leaves: dict[str, Any]) -> State:
         if _is_key(old):
             return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
         if isinstance(old, Array):
-            return new if isinstance(new, Array) else jnp.asarray(new)
+            return new if isinstance(new, Array) else jnp.asarray(new, old.dtype)
         return new if isinstance(old, np.ndarray) else type(old)(np.asarray(new).item())
 
     return jax.tree_util.tree_map_with_path(fill, state)

@@ -53,8 +53,6 @@ class Cronos:
         beta: weight decay, ``≥ 0``; None takes a fixed fraction of β_max, the smallest value that makes the solution
             zero. ``"path"`` tries seven from β_max/10 down to β_max/10,000, chooses by the loss on held-out rows, and
             fits all rows with that one.
-        beta_ratio: that fraction, ``≥ 0``; None takes .001, or .005 in ``CronosTrainState``, whose backbone lives on what
-            the head leaves over.
         rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. It adapts by
             itself, except with ``cf.NystromPCG``.
         gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself. The
@@ -70,6 +68,8 @@ class Cronos:
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the program of its final gates, to
             say by ``stats.lower_bound`` how good it is among the networks with these gates; 0 for none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``.
+        beta_ratio: the fraction of β_max that ``beta=None`` takes, ``≥ 0``; None means .001, or .005 in
+            ``CronosTrainState``, whose backbone lives on what the head leaves over.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -89,7 +89,6 @@ class Cronos:
 
     loss: str | Loss = "squared"
     beta: float | Array | str | None = None
-    beta_ratio: float | Array | None = None
     rho: float | Array | None = None
     gates: str = "refreshed"
     linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
@@ -97,6 +96,7 @@ class Cronos:
     tol: float | Array = 1e-3
     certify_iters: int = 0
     class_weight: str | None = None
+    beta_ratio: float | Array | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):

@@ -217,6 +217,10 @@ def train(
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
         source = _Arrays.of(*data, batch_size, solve_rows, key)
     else:
+        if isinstance(data, Iterator):
+            raise ValueError(
+                "train: `data` must be re-iterable, got an iterator, which can be read only once. Give a list."
+            )
         source = _Batches(data, unpack)
     callbacks, solves = tuple(callbacks), isinstance(state, CronosTrainState)
     step, score = _gradient_step(loss, train_kwargs or {}), _scoring(state, loss, eval_kwargs)
@@ -285,9 +289,7 @@ def train(
             run.step, run.batch = run.step + 1, run.batch + 1
         sum_up()
         if not run.batch:
-            raise ValueError(
-                "train: `data` must have a batch in every epoch, got none. Is it an iterator? Give a list."
-            )
+            raise ValueError("train: `data` must have at least one batch, got none.")
         if solves and run.epoch == epochs - 1:
             solve()
         mean_loss = run.loss_sum / run.batch

@@ -216,7 +216,8 @@ BAD = {
     "solve_every": (lambda: train(solve_every="often"), "`solve_every`"),
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
     "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
-    "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "Is it an iterator"),
+    "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),
+    "no batches": (lambda: train(plain(), data=[], loss="softmax"), "at least one batch"),
     "targets": (lambda: train(data=(X, np.ones((300, 3), "float32"))), "targets"),
     "x": (lambda: train(data=(X[:, :3], Y)), "the model takes"),
 }

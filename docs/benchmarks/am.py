@@ -5,8 +5,8 @@
     python docs/benchmarks/am.py --out am.jsonl            # the tables of what is there
 
 A run is one ``cf.train``, with 1,000 training images held out for validation; test splits are not touched. Its row is
-written when it is done, and a row that is there is not run again. Rows of one case ran side by side on ``--jobs`` cores,
-one core each, so their seconds compare with each other only.
+written when it is done, and a row that is there is not run again. Rows of one case ran side by side on ``--jobs``
+cores, one core each, so their seconds compare with each other only.
 """
 
 import argparse
@@ -209,9 +209,8 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
         grid = [r for r in guarded if (r["data"], r["seed"], r["optimizer"]) == (data, seed, "adam")]
         if grid:
             finals = [r["final"] for r in grid]
-            print(
-                f"{data}, seed {seed}: median {np.median(finals):.2f}, least {np.median(finals) - min(finals):.2f} under it"
-            )
+            middle = np.median(finals)
+            print(f"{data}, seed {seed}: median {middle:.2f}, the lowest {middle - min(finals):.2f} under it")
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> None:
