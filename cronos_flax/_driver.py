@@ -255,10 +255,11 @@ def train(
 
     def solve() -> None:
         nonlocal state
-        state, solution = solved(state)
+        new, solution = solved(state)
+        state = new
         before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
         run.solved(1 - after / before if before > 0 else 0.0)
-        tell(initial_objective=before, objective=after, **state.figures)
+        tell(initial_objective=before, objective=after, **new.figures)
 
     def save() -> None:
         nonlocal saved_at
@@ -271,13 +272,13 @@ def train(
             save_checkpoint(directory, state, run.step, extra=extra, keep=_KEEP)
         saved_at = run.step
 
+    losses: list[Array] = []  # of this epoch, not in its sum yet: steps are not waited for
+
+    def sum_up() -> None:
+        run.loss_sum = sum(map(float, losses), run.loss_sum)
+        losses.clear()
+
     while run.epoch < epochs:
-        losses = []
-
-        def sum_up(losses: list[Array] = losses) -> None:
-            run.loss_sum = sum(map(float, losses), run.loss_sum)
-            losses.clear()
-
         for batch in source.epoch(run.epoch, run.batch):
             if save_every is not None and run.step % save_every == 0 and run.batch:
                 sum_up()
@@ -361,7 +362,7 @@ def _rows_of(out: Any, batch: Batch, output: Any, loss: Loss) -> tuple[Array, Ar
     out = selected(out, output)
     leading, C = out.shape[:-1], out.shape[-1]
     outputs = out.reshape(-1, C).astype(jnp.promote_types(out.dtype, jnp.float32))
-    y = loss.targets(flat_targets(batch.y, leading, C), C).astype(outputs.dtype)
+    y = loss.targets(jnp.asarray(flat_targets(batch.y, leading, C)), C).astype(outputs.dtype)
     if batch.weight is None:
         return outputs, y, jnp.ones(len(outputs), outputs.dtype)
     weight = batch.weight.reshape(batch.weight.shape + (1,) * (len(leading) - batch.weight.ndim))

@@ -93,7 +93,7 @@ class Guard:
         new = rate * _LOWER if not accepted else jnp.maximum(rate, jnp.minimum(rate * _RAISE, _HIGHEST))
         parts = parts if accepted else self.kept
         parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=new)}
-        guard = self.replace(
+        guard = self.replace(  # type: ignore[attr-defined]
             # The state's parts may be donated by the user's step, so what is kept shares nothing with them.
             kept=copied(parts) if accepted else parts,
             best=jnp.minimum(self.best, stats.objective.astype(self.best.dtype)) if accepted else self.best,

@@ -152,18 +152,14 @@ class CronosTrainState(TrainState):
         return {} if self.guard is None else self.guard.figures
 
     def _parts_with(self, network: TwoLayer | None) -> dict[str, Any]:
-        """The guarded parts, with this head."""
-
-        def write(params: Any) -> Any:
-            return self.head.write({"params": params}, network)["params"]
-
+        """The guarded parts, with this head; None for the present one."""
         parts = {name: getattr(self, name) for name in self.guarded}
-        if network is not None:
-            old = self.params
-            parts["params"] = (
-                optax.LookaheadParams(*map(write, old)) if isinstance(old, optax.LookaheadParams) else write(old)
-            )
-        return parts
+        if network is None:
+            return parts
+        ahead = isinstance(self.params, optax.LookaheadParams)
+        old = self.params if ahead else (self.params,)
+        new = [self.head.write({"params": params}, network)["params"] for params in old]
+        return parts | {"params": optax.LookaheadParams(*new) if ahead else new[0]}
 
     def solve_head(
         self,

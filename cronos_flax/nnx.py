@@ -583,6 +583,6 @@ class CronosOptimizer(nnx.Optimizer):
         guard, changed, solution = solve_guarded(guard, head.read(model), rows, how.solver, parts, key, callback, throw)
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))
-        if guard is not None:
+        if self.guard is not None:
             self.guard.set_value(guard)
         return solution

@@ -53,7 +53,7 @@ def main() -> None:
     for epoch in range(args.epochs):
         for rows in rng.permutation(len(x)).reshape(-1, 50):
             state = train_step(state, x[rows], y[rows])
-        accuracy = (model.apply({"params": state.params}, x_test).argmax(axis=1) == y_test).mean()
+        accuracy = (state.apply_fn({"params": state.params}, x_test).argmax(axis=1) == y_test).mean()
         print(f"epoch {epoch + 1}: {accuracy:.4f}")
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     for epoch in range(args.epochs):
         for rows in rng.permutation(len(x)).reshape(-1, 50):
             state = train_step(state, x[rows], y[rows])
-        logits = model.apply({"params": state.params, **state.model_state}, x_test, train=False)
+        logits = state.apply_fn({"params": state.params, **state.model_state}, x_test, train=False)
         print(f"epoch {epoch + 1}: {(logits.argmax(axis=1) == y_test).mean():.4f}")
 
 
