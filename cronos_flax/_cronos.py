@@ -1,8 +1,8 @@
 """``Cronos.solve``: the one entry point of the solver, and its one ``jit``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ _MAX_ITERS = 500
 _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["beta", "beta_ratio", "rho", "tol"],
     meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters", "class_weight"],
@@ -179,11 +179,13 @@ class Cronos:
         solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
         key = jax.random.key(0) if key is None else key
         if callback is None and not isinstance(features, Source):
-            return _solve(solver, features, y, weight, start, key, None, hidden=m)
+            run = _compiled(solver, features, y, weight, start, key)
+            return run(solver, features, y, weight, start, key, None, hidden=m)
         source = features if isinstance(features, Source) else None
         with _host.opened(source, callback and _host.Progress(callback)) as (number, progress):
             rows = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            return jax.block_until_ready(_solve(solver, rows, y, weight, start, key, progress, hidden=m))
+            run = _compiled(solver, rows, y, weight, start, key)
+            return jax.block_until_ready(run(solver, rows, y, weight, start, key, progress, hidden=m))
 
     def _solve_on_path(
         self,
@@ -272,7 +274,7 @@ def _biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
     return network.bias1 is not None, network.bias2 is not None
 
 
-@partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
+@functools.partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
 def _beta_max(
     X: Float[Array, "n p"],
     y: Float[Array, "n C"],
@@ -325,7 +327,24 @@ class _Ended(NamedTuple):
     state_of: Callable[[TwoLayer], Any]
 
 
-@partial(jax.jit, static_argnames=("hidden",))
+def _compiled(*arguments: Any) -> Callable[..., Solution]:
+    """The solve as it is called from Python, or as part of a program that is being traced."""
+    # Inside jit even a constant is traced.
+    is_traced = not all(map(_checks.concrete, (*jax.tree.leaves(arguments), jnp.zeros(()))))
+    return jax.jit(_solve, static_argnames="hidden") if is_traced else _solve_compiled_by_itself()
+
+
+@functools.cache
+def _solve_compiled_by_itself() -> Callable[..., Solution]:
+    # To compile the solve's many small kernels XLA's fusion emitters for the CPU take 400 MB more, for no speed.
+    options: dict[str, Any] | None = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # an XLA that has no such option
+        options = None
+    return jax.jit(_solve, static_argnames="hidden", compiler_options=options)
+
+
 def _solve(
     solver: Cronos,
     features: Float[Array, "n p"] | Blocks,
