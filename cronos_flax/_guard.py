@@ -9,6 +9,7 @@ is part of the optimizer's state, and what is kept are copies, so a train step c
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -28,6 +29,7 @@ from cronos_flax._solution import Solution, Stats, Status, TwoLayer
 _TOLERANCE = 0.01  # that the loss may be above the best, as a fraction of the loss of the best constant
 _LOWER, _RAISE = 0.3, 1.2  # what the rate is multiplied by when a solve fails, and when it passes
 _HIGHEST = 1.0  # rate that solves which pass lead to
+_WIDER, _MOST_TRIES = 8.0, 2  # what the tolerance grows by with failures in a row, where statistics drift; how often
 
 
 class RateState(NamedTuple):
@@ -60,6 +62,8 @@ class Guard:
         accepted: whether the last solve passed.
         solves: how many there were.
         rejections: how many did not pass.
+        row: how many of these since the last that did.
+        drifts: whether features change without the optimizer's doing, as running statistics make them.
     """
 
     kept: Any
@@ -67,12 +71,15 @@ class Guard:
     accepted: Bool[Array, ""]
     solves: Int[Array, ""]
     rejections: Int[Array, ""]
+    row: Int[Array, ""]
+    drifts: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, parts: dict[str, Any]) -> Self:
+    def of(cls, parts: dict[str, Any], drifts: bool) -> Self:
         """The guard of a state that has not been solved yet."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(copied(parts), jnp.full((), jnp.inf, jnp.float32), jnp.ones((), bool), zero, zero + 0)
+        solves, rejections, row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        best = jnp.full((), jnp.inf, jnp.float32)
+        return cls(copied(parts), best, jnp.ones((), bool), solves, rejections, row, drifts)
 
     def judge(self, parts: dict[str, Any], stats: Stats) -> tuple[Self, dict[str, Any]]:
         """Decide on the state after a solve.
@@ -85,21 +92,31 @@ class Guard:
             The guard from now on, and the parts to go on with: those given, or, if the loss is not finite or too far
             above the best, copies of those kept.
         """
-        # A comparison with NaN is false.
-        accepted = bool(stats.objective <= self.best + _TOLERANCE * stats.null_loss) and bool(
-            jnp.isfinite(stats.objective)
-        )
+        objective, row = float(stats.objective), int(self.row)
+        excess = (objective - float(self.best)) / float(stats.null_loss)
+        # Running statistics that have not settled, as at the start, or that go back with the rest, make losses worse
+        # at any rate: then it is their doing if a solve fails again, and only what is hopeless is still refused.
+        tries = min(row + (_MOST_TRIES if int(self.solves) <= 1 else 0), _MOST_TRIES) if self.drifts else 0
+        accepted = math.isfinite(objective) and excess <= _TOLERANCE * _WIDER**tries
+        comparable = excess <= _TOLERANCE
         rate = optax.tree.get(parts["opt_state"], "backbone_rate")
-        new = rate * _LOWER if not accepted else jnp.maximum(rate, jnp.minimum(rate * _RAISE, _HIGHEST))
+        if not accepted:
+            rate = rate * _LOWER
+        elif not comparable:
+            rate = rate / _LOWER**row
+        else:
+            rate = jnp.maximum(rate, jnp.minimum(rate * _RAISE, _HIGHEST))
         parts = parts if accepted else self.kept
-        parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=new)}
+        parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=rate)}
+        best = objective if not comparable else min(objective, float(self.best))
         guard = self.replace(  # type: ignore[attr-defined]
             # The state's parts may be donated by the user's step, so what is kept shares nothing with them.
             kept=copied(parts) if accepted else parts,
-            best=jnp.minimum(self.best, stats.objective.astype(self.best.dtype)) if accepted else self.best,
+            best=jnp.asarray(best, self.best.dtype) if accepted else self.best,
             accepted=jnp.asarray(accepted),
             solves=self.solves + 1,
             rejections=self.rejections + (not accepted),
+            row=jnp.zeros((), jnp.int32) if accepted else self.row + 1,
         )
         return guard, parts if accepted else copied(parts)
 

@@ -138,7 +138,9 @@ class CronosTrainState(TrainState):
         solver = short_solves(checked(head, Head, solver, "CronosTrainState"))
         tx = backbone_only(at_backbone_rate(tx) if hasattr(tx, "update") else tx, head)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
-        return state.replace(guard=Guard.of(state._parts_with(None))) if guard else state
+        if not guard:
+            return state
+        return state.replace(guard=Guard.of(state._parts_with(None), drifts=bool(jax.tree.leaves(state.model_state))))
 
     @property
     def variables(self) -> dict[str, Any]:

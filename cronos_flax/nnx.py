@@ -524,7 +524,9 @@ class CronosOptimizer(nnx.Optimizer):
             )
         super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
         self.solving = nnx.static(_Solving(head, solver))
-        self.guard = GuardState(Guard.of(self._parts(model))) if guard else None
+        others = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+        made = Guard.of(self._parts(model), drifts=bool(jax.tree.leaves(others))) if guard else None
+        self.guard = None if made is None else GuardState(made)
 
     @property
     def figures(self) -> dict[str, float]:

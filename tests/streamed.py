@@ -1,6 +1,6 @@
 """Fits a head on 20,000 images streamed through a convolutional backbone; prints the peak of memory, in MiB.
 
-That is from before the fit, without the features themselves: with the pass, the compilation of the solve, and the solve.
+Counted from before the fit, without the features: the pass, the compilation of the solve, and the solve.
 """
 
 # ruff: noqa: T201

