@@ -228,6 +228,7 @@ def train(
     settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
 
     run, saved_at = _Run(step=int(state.step)), None
+    state = state.replace(step=jnp.asarray(state.step))  # Flax starts with a Python number
     if directory is not None:
         state, saved_at, extra = restored(directory, state)
         if saved_at is not None:

@@ -43,4 +43,5 @@ def test_five_lines_make_an_ordinary_loop_cronos_am(name, tmp_path):
     path = tmp_path / f"{name}.py"
     path.write_text(source)
     ordinary, solved = accuracies(ROOT / "examples" / "loops" / f"{name}.py"), accuracies(path)
-    assert min(ordinary[-1], solved[-1]) > 0.85
+    assert solved[-1] > 0.85
+    assert solved[-1] > ordinary[-1] - 0.05
