@@ -336,7 +336,7 @@ def _compiled(*arguments: Any) -> Callable[..., Solution]:
 
 @functools.cache
 def _solve_compiled_by_itself() -> Callable[..., Solution]:
-    # To compile the solve's many small kernels XLA's fusion emitters for the CPU take 400 MB more, for no speed.
+    # XLA's fusion emitters for the CPU take much memory to compile many small kernels; tests/streamed.py prints it.
     options: dict[str, Any] | None = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()

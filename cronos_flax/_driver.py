@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 from jax import Array
 
@@ -23,7 +22,7 @@ from cronos_flax._find import selected
 from cronos_flax._guard import copied
 from cronos_flax._losses import LOSSES, Logistic, Loss, Softmax, loss_of
 from cronos_flax._solution import Solution
-from cronos_flax._train_state import CronosTrainState
+from cronos_flax._train_state import CronosTrainState, module_params
 
 State = TypeVar("State", bound=TrainState)
 Row = dict[str, float]
@@ -398,8 +397,7 @@ def _gradient_step(loss: Loss, kwargs: Mapping[str, Any]) -> Callable[[Any, Batc
             outputs, y, weight = _rows_of(out, batch, _output_of(state), loss)
             return weight @ loss.value(outputs, y) / jnp.sum(weight), updates
 
-        params = state.params.fast if isinstance(state.params, optax.LookaheadParams) else state.params
-        (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
         structure = jax.tree.structure(collections)
         changed = {"model_state": jax.tree.unflatten(structure, jax.tree.leaves(updates))} if mutable else {}
         return state.apply_gradients(grads=grads, **changed), value
@@ -428,7 +426,7 @@ def _scoring(
         return weight @ loss.value(outputs, y), weight @ hits.astype(weight.dtype), jnp.sum(weight), labelled
 
     def score(state: Any, rows: Iterable[Batch]) -> dict[str, float]:
-        params = state.params.fast if isinstance(state.params, optax.LookaheadParams) else state.params
+        params = module_params(state.params)
         each = [sums(params, _collections(state), batch) for batch in rows]
         total, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
         figures = {"validation_loss": float(total.sum() / count.sum())}

@@ -18,7 +18,7 @@ from cronos_flax._head import Head
 from cronos_flax._solution import Solution, TwoLayer
 
 _STEPS_PER_SOLVE = 3
-_BETA_RATIO = 0.005  # docs/benchmarks/am.md
+_BETA_RATIO = 0.005
 
 
 def short_solves(solver: Cronos) -> Cronos:
@@ -85,6 +85,11 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def module_params(params: Any) -> Any:
+    """What the module is applied with; of ``optax.LookaheadParams`` the fast ones."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
 class CronosTrainState(TrainState):
     """Flax's ``TrainState``, with a head that is solved for rather than stepped.
 
@@ -144,9 +149,8 @@ class CronosTrainState(TrainState):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the module is applied with; of ``optax.LookaheadParams`` the fast ones."""
-        params = self.params.fast if isinstance(self.params, optax.LookaheadParams) else self.params
-        return {"params": params, **self.model_state}
+        """What the module is applied with."""
+        return {"params": module_params(self.params), **self.model_state}
 
     @property
     def figures(self) -> dict[str, float]:

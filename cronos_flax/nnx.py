@@ -497,8 +497,7 @@ class CronosOptimizer(nnx.Optimizer):
         head: from :func:`find_head`.
         solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
             ``max_iters`` is None, each solve takes a few steps only.
-        guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures``
-            says what was decided.
+        guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures`` says what was decided.
             All Variables of the model are guarded, but for the state of its random streams.
         wrt: what the optimizer moves, as for ``nnx.Optimizer``; the head is left out of it.
 

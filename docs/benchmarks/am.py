@@ -202,6 +202,13 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
         cells = [[r["final"] for r in mine if np.isclose(r["rate"], rate)] for rate in RATES]
         if mine:
             print(f"| {data} | {method}, {optimizer} | " + " | ".join(spread(c) if c else "" for c in cells) + " |")
+    for data in SETS:
+        solved, plain = (
+            [r["seconds"] for r in rows if (r["data"], r["method"], r["optimizer"]) == (data, method, "adam")]
+            for method in ("CRONOS-AM", "plain")
+        )
+        if solved and plain:
+            print(f"{data}: median time, CRONOS-AM over plain: {np.median(solved) / np.median(plain):.2f}")
     guarded = [r for r in rows if r["method"] == "CRONOS-AM"]
     collapsed = [r for r in guarded if r["live"] <= 1 or r["final"] < r["after_first_solve"]]
     print(f"\ncollapsed (a dead head, or an end below the first solve): {len(collapsed)} of {len(guarded)}")
