@@ -5,8 +5,10 @@ beside the leaves, with the leaf's name, shape and dtype; and all of that has a 
 """
 
 import contextlib
+import gc
 import json
 import logging
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -134,16 +136,19 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Orbax logs of damage, page upon page: it is said in one warning."""
+    """Without what Orbax says of damage, page upon page: it is said in one warning."""
     logger = logging.getLogger("absl")
-    level = logger.level
+    level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+            gc.collect()  # reads that were given up: they complain when they are collected
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
@@ -193,6 +198,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         _DamagedError: if it is not what was saved.
         ValueError: if it is, but is not of the form of ``like``.
     """
+    leaves, damage = {}, ""
     with _quiet():
         try:
             with _manager(directory) as manager:
@@ -216,7 +222,9 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         except (_DamagedError, _MisfitError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many
-            raise _DamagedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            damage = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if damage:
+        raise _DamagedError(damage)
     wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
     if wrong:
         raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")

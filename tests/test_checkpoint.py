@@ -94,7 +94,6 @@ def test_the_newest_that_is_sound_is_restored_and_a_stray_directory_is_no_checkp
     assert (tmp_path / "99.damaged").is_dir()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads, on damage
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     for step in (1, 2):
         cf.save_checkpoint(tmp_path, made(step), step)
@@ -116,7 +115,6 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     assert noticed > 10
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_file_cut_short_or_gone_is_noticed(tmp_path):
     for step in (1, 2):
         cf.save_checkpoint(tmp_path, made(step), step)
