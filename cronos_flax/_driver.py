@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ _DENSE_EPOCHS, _THEN_EVERY = 5, 3  # a solve before each of the first epochs, th
 _GAIN_LOW, _GAIN_HIGH = 0.02, 0.1  # relative decrease of a solve below which the next one may wait, or must not
 _LONGEST = 8  # epochs between solves
 _KEEP = 3  # checkpoints
+_KEPT_COMPILED = 16  # steps and scorings of other losses and models
 
 
 @dataclasses.dataclass
@@ -45,6 +46,8 @@ class _Run:
         solve_at: the epoch of the next solve, for ``solve_every="stale"``.
         interval: epochs between solves, likewise.
         seconds: training time, solves included.
+        solve_seconds: that the last solve took.
+        epoch_seconds: that the last epoch took, and a solve after it.
         history: rows so far.
     """
 
@@ -55,6 +58,8 @@ class _Run:
     solve_at: int = 0
     interval: int = 1
     seconds: float = 0.0
+    solve_seconds: float = 0.0
+    epoch_seconds: float = 0.0
     history: list[Row] = dataclasses.field(default_factory=list)
 
     def solve_is_due(self, solve_every: int | str | None) -> bool:
@@ -67,8 +72,9 @@ class _Run:
             return self.epoch >= self.solve_at
         return self.epoch < _DENSE_EPOCHS or (self.epoch - _DENSE_EPOCHS) % _THEN_EVERY == _THEN_EVERY - 1
 
-    def solved(self, gain: float) -> None:
-        """When to solve next, after a solve that lowered the loss by this fraction."""
+    def solved(self, gain: float, seconds: float) -> None:
+        """When to solve next, after a solve that lowered the loss by this fraction and took so long."""
+        self.solve_seconds = seconds
         if gain > _GAIN_HIGH:
             self.interval = max(self.interval // 2, 1)
         elif gain < _GAIN_LOW:
@@ -148,6 +154,7 @@ def train(
     eval_kwargs: Mapping[str, Any] | None = None,
     key: Array | None = None,
     callbacks: Iterable[Callable[[Row], Any]] = (),
+    seconds: float | None = None,
     directory: str | Path | None = None,
     save_every: int | None = None,
     compile_first: bool = False,
@@ -171,20 +178,24 @@ def train(
         solve_rows: for arrays, how many rows a solve takes, at random; None for all.
         loss: whose mean over rows the gradients are of; None for that of ``state.solver``.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
-        validation: rows for the figures after each epoch, in the form of ``data``.
+        validation: rows for the figures after each epoch, in the form of ``data``; or a dict of several such, by the
+            names that go before their figures. Where a state has ``eval_params`` (an average, or what
+            ``optax.contrib.schedule_free_eval_params`` gives), these are what is validated.
         train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``. Collections in
             ``state.model_state`` are mutable there, and there is an rng ``"dropout"``.
         eval_kwargs: keyword arguments of ``apply_fn`` for validation, such as ``{"train": False}``; None for those that
             the head was found with.
         key: of the order of the rows, dropout and solves; None for a fixed one.
         callbacks: functions that are called with each row of the history as it is made.
+        seconds: training time after which to end early: with the last epoch that leaves time for no other.
         directory: where checkpoints of this run go, and where it goes on from.
         save_every: steps between checkpoints; None saves after each epoch.
-        compile_first: compile before the clock starts, by a step and a solve whose results are thrown away.
+        compile_first: compile before the clock starts, by a step and a solve whose results are thrown away; the first
+            row of the history then has the ``compile_seconds`` that it took.
 
     Returns:
         The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective`` and
-        ``state.figures``), and one for each epoch (``loss``, the mean over its batches, and ``validation_loss``
+        ``state.figures``), and one for each epoch (``loss``, the mean over its batches, ``validation_loss``
         and, where there are labels, ``validation_accuracy``). Every row has ``step``, ``epoch`` and ``seconds``, the
         training time with solves and without validation and checkpoints.
 
@@ -210,6 +221,8 @@ def train(
         True
     """
     loss = _loss_for(state, loss)
+    if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+        raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
     _check(epochs=epochs, batch_size=batch_size, save_every=save_every, solve_every=solve_every, solve_rows=solve_rows)
     key = jax.random.key(0) if key is None else key
     source: _Arrays | _Batches
@@ -222,7 +235,8 @@ def train(
             )
         source = _Batches(data, unpack)
     callbacks, solves = tuple(callbacks), isinstance(state, CronosTrainState)
-    step, score = _gradient_step(loss, train_kwargs or {}), _scoring(state, loss, eval_kwargs)
+    step, score = _gradient_step(loss, _Keywords(train_kwargs or {})), scoring(state, loss, eval_kwargs, unpack)
+    scored = validation if isinstance(validation, Mapping) else {"validation": validation}
     settings = {"batch_size": batch_size, "solve_every": solve_every, "solve_rows": solve_rows, "loss": repr(loss)}
     settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
 
@@ -238,11 +252,15 @@ def train(
         rows, how = source.to_solve(run.step)
         return state.solve_head(rows, unpack=how, key=jax.random.fold_in(key, run.step))
 
-    if compile_first:
+    def compiled() -> float:
+        """Seconds that it takes to compile, and to do once, what an epoch does."""
+        began = time.perf_counter()
         for batch in itertools.islice(source.epoch(run.epoch, run.batch), 1):
             jax.block_until_ready(step(copied(state), batch, key))
         jax.block_until_ready(solved(state)[0].params if solves else state.params)
+        return time.perf_counter() - began
 
+    compile_seconds = compiled() if compile_first else None
     clock = _Clock(run.seconds)
 
     def tell(**figures: float) -> None:
@@ -255,10 +273,11 @@ def train(
 
     def solve() -> None:
         nonlocal state
+        began = clock.seconds
         new, solution = solved(state)
         state = new
         before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
-        run.solved(1 - after / before if before > 0 else 0.0)
+        run.solved(1 - after / before if before > 0 else 0.0, clock.seconds - began)
         tell(initial_objective=before, objective=after, **new.figures)
 
     def save() -> None:
@@ -278,7 +297,13 @@ def train(
         run.loss_sum = sum(map(float, losses), run.loss_sum)
         losses.clear()
 
-    while run.epoch < epochs:
+    def time_is_up() -> bool:
+        return seconds is not None and run.epoch_seconds > 0 and clock.seconds + run.epoch_seconds > seconds
+
+    if compile_seconds is not None:
+        tell(compile_seconds=compile_seconds)
+    while run.epoch < epochs and not time_is_up():
+        began = clock.seconds
         for batch in source.epoch(run.epoch, run.batch):
             if save_every is not None and run.step % save_every == 0 and run.batch:
                 sum_up()
@@ -291,13 +316,17 @@ def train(
         sum_up()
         if not run.batch:
             raise ValueError("train: `data` must have at least one batch, got none.")
-        if solves and run.epoch == epochs - 1:
+        jax.block_until_ready(state)
+        run.epoch_seconds = clock.seconds - began + run.solve_seconds
+        if solves and (run.epoch == epochs - 1 or time_is_up()):
             solve()
         mean_loss = run.loss_sum / run.batch
         run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
         jax.block_until_ready(state)
+        figures: Row = {}
         with clock.stopped():
-            figures = {} if validation is None else score(state, batches(validation, unpack))
+            for name, rows in scored.items() if validation is not None else ():
+                figures |= {f"{name}_{figure}": value for figure, value in score(state, rows).items()}
         tell(loss=mean_loss, **figures)
         save()
     return state, run.history
@@ -377,10 +406,28 @@ def _collections(state: TrainState) -> Any:
     return getattr(state, "model_state", {})
 
 
-def _gradient_step(loss: Loss, kwargs: Mapping[str, Any]) -> Callable[[Any, Batch, Array], tuple[Any, Array]]:
+class _Keywords(dict):
+    """Keyword arguments that hash: by value where values do, else by identity."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        try:
+            return hash(frozenset(self.items()))
+        except TypeError:
+            return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            hash(frozenset(self.items()))
+        except TypeError:
+            return self is other
+        return dict.__eq__(self, other)
+
+
+@functools.lru_cache(maxsize=_KEPT_COMPILED)  # so that a sweep compiles once
+def _gradient_step(loss: Loss, kwargs: _Keywords) -> Callable[[Any, Batch, Array], tuple[Any, Array]]:
     """One step of the optimizer on the mean loss of a batch, as in any Flax loop."""
 
-    @partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, batch: Batch, key: Array) -> tuple[Any, Array]:
         collections = _collections(state)
         mutable = list(collections)
@@ -405,18 +452,36 @@ def _gradient_step(loss: Loss, kwargs: Mapping[str, Any]) -> Callable[[Any, Batc
     return step
 
 
-def _scoring(
-    state: TrainState, loss: Loss, kwargs: Mapping[str, Any] | None
-) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """Mean loss and, where there are labels, accuracy in [0, 1]."""
+def scoring(
+    state: TrainState, loss: Loss, kwargs: Mapping[str, Any] | None, unpack: Callable[[Any], tuple] | None = None
+) -> Callable[[Any, Any], Row]:
+    """A function of a state and rows: their mean loss and, where there are labels, accuracy in [0, 1]."""
     if kwargs is None:
         kwargs = state.head.kwargs if isinstance(state, CronosTrainState) else {}
-    kwargs = {name: value for name, value in kwargs.items() if name != "mutable"}
+    kwargs = _Keywords({name: value for name, value in kwargs.items() if name != "mutable"})
+    sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
+
+    def score(state: Any, rows: Any) -> Row:
+        params = getattr(state, "eval_params", None)
+        params = module_params(state.params) if params is None else params
+        each = [sums(params, _collections(state), batch) for batch in batches(rows, unpack)]
+        total, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
+        figures = {"loss": float(total.sum() / count.sum())}
+        if labelled.all():
+            figures["accuracy"] = float(hits.sum() / count.sum())
+        return figures
+
+    return score
+
+
+@functools.lru_cache(maxsize=_KEPT_COMPILED)
+def _sums(apply_fn: Callable, output: Any, loss: Loss, kwargs: _Keywords) -> Callable[..., tuple[Array, ...]]:
+    """Of a batch: the sums of losses, of rows that are right, and of weights; and whether there are labels."""
 
     @jax.jit
     def sums(params: Any, collections: Any, batch: Batch) -> tuple[Array, Array, Array, Array]:
-        out = state.apply_fn({"params": params, **collections}, *batch.args, **{**kwargs, **batch.kwargs})
-        outputs, y, weight = _rows_of(out, batch, _output_of(state), loss)
+        out = apply_fn({"params": params, **collections}, *batch.args, **{**kwargs, **batch.kwargs})
+        outputs, y, weight = _rows_of(out, batch, output, loss)
         if outputs.shape[1] > 1:
             hits = jnp.argmax(outputs, axis=1) == jnp.argmax(y, axis=1)
         else:
@@ -425,13 +490,4 @@ def _scoring(
         labelled = takes_labels | jnp.all(jnp.abs(y) == 1)
         return weight @ loss.value(outputs, y), weight @ hits.astype(weight.dtype), jnp.sum(weight), labelled
 
-    def score(state: Any, rows: Iterable[Batch]) -> dict[str, float]:
-        params = module_params(state.params)
-        each = [sums(params, _collections(state), batch) for batch in rows]
-        total, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
-        figures = {"validation_loss": float(total.sum() / count.sum())}
-        if labelled.all():
-            figures["validation_accuracy"] = float(hits.sum() / count.sum())
-        return figures
-
-    return score
+    return sums

@@ -1,6 +1,7 @@
 """CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -85,6 +86,12 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@functools.lru_cache(maxsize=16)  # of another state it is the same one, and a jitted step is not compiled again
+def _routed(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
+    """``tx`` for the backbone, at a rate that the guard sets."""
+    return backbone_only(at_backbone_rate(tx) if hasattr(tx, "update") else tx, head)
+
+
 def module_params(params: Any) -> Any:
     """What the module is applied with; of ``optax.LookaheadParams`` the fast ones."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
@@ -141,7 +148,7 @@ class CronosTrainState(TrainState):
             ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
         """
         solver = short_solves(checked(head, Head, solver, "CronosTrainState"))
-        tx = backbone_only(at_backbone_rate(tx) if hasattr(tx, "update") else tx, head)
+        tx = _routed(tx, head)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
         if not guard:
             return state

@@ -97,6 +97,39 @@ def test_solves_are_where_the_schedule_says():
     assert gaps[-1] > gaps[0]
 
 
+def test_seconds_end_a_run_early_and_with_a_solve():
+    for seconds, epochs in ((1e-9, 1), (1e9, 3)):
+        state, history = train(seconds=seconds)
+        assert int(state.step) == 4 * epochs
+        assert [row["epoch"] for row in history if "loss" in row][-1] == epochs
+        assert "objective" in history[-2]
+        _, plain_history = train(plain(), loss="softmax", seconds=seconds)
+        assert [row["epoch"] for row in plain_history][-1] == epochs
+
+
+def test_several_sets_of_rows_are_validated_by_name_and_compilation_is_told():
+    state, history = train(validation={"held": (X[256:], Y[256:]), "fit": (X[:256], Y[:256])}, compile_first=True)
+    assert history[0]["compile_seconds"] > 0
+    assert history[0]["step"] == history[0]["epoch"] == 0
+    for name, rows in (("held", slice(256, None)), ("fit", slice(256))):
+        hits = np.asarray(MODEL.apply({"params": state.params}, X[rows])).argmax(axis=1) == Y[rows]
+        assert history[-1][f"{name}_accuracy"] == pytest.approx(float(np.mean(hits)))
+
+
+def test_a_state_may_have_other_parameters_to_evaluate():
+    class Averaged(TrainState):
+        @property
+        def eval_params(self):
+            return PARAMS
+
+    state = Averaged.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.adam(1e-2))
+    _, history = train(state, loss="softmax", validation=(X[256:], Y[256:]))
+    losses = {row["validation_loss"] for row in history}
+    expected = optax.softmax_cross_entropy_with_integer_labels(MODEL.apply({"params": PARAMS}, X[256:]), Y[256:]).mean()
+    assert len(losses) == 1
+    assert losses.pop() == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_batches_of_dicts_with_weights_and_keyword_arguments():
     class Masked(nn.Module):
         @nn.compact
@@ -214,6 +247,7 @@ BAD = {
     "epochs": (lambda: train(epochs=0), "`epochs`"),
     "batch_size": (lambda: train(batch_size=0.5), "`batch_size`"),
     "solve_every": (lambda: train(solve_every="often"), "`solve_every`"),
+    "seconds": (lambda: train(seconds=0), "`seconds` must be"),
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
     "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
     "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),
