@@ -15,7 +15,8 @@ ORDER = [
     "_types", "_host", "_blocks", "_solution", "_losses", "_basis", "_program", "_nystrom", "_linsolve", "_anderson",
     "_admm", "_weights", "_refresh", "_path", "_checks",
     "_cronos", "_features", "_find", "_fit", "_head", "_graft", "_guard", "_train_state", "_checkpoint", "_driver",
-    "nnx", "data", "__init__",
+    "nnx", "data", "__init__", "datasets", "models", "baselines", "compare", "tables", "plots", "progress", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

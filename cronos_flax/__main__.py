@@ -1,0 +1,8 @@
+"""``python -m cronos_flax``: the command line."""
+
+import sys
+
+from cronos_flax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,487 @@
+"""The comparison: baselines that are what Optax has, rows that survive a kill, choice by validation rows only."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cronos_flax import plots, tables
+from cronos_flax.baselines import BASELINES, BaselineState, linear_probe, optimizer
+from cronos_flax.cli import main
+from cronos_flax.compare import Run, Settings, Task, check_method, grid, kept, rows_of, sweep
+from cronos_flax.datasets import EMBEDDED, Split, load, targets_for
+from cronos_flax.models import MODELS, model_of
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("seconds", "compile_seconds")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task.of(Settings("wine", model="two-layer", epochs=3, batch_size=32))
+
+
+def command(*args):
+    return [sys.executable, "-m", "cronos_flax", *map(str, args)]
+
+
+def untimed(rows):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+# Optax's own examples call these as here; a rate of None is that of the grid.
+BY_HAND = {
+    "adam": lambda rate: optax.adam(learning_rate=rate),
+    "adamw": lambda rate: optax.adamw(learning_rate=rate, weight_decay=1e-4),
+    "sgd": lambda rate: optax.sgd(learning_rate=rate, momentum=0.9),
+    "yogi": lambda rate: optax.yogi(learning_rate=rate),
+    "muon": lambda rate: optax.contrib.muon(learning_rate=rate),
+    "dadapt_adamw": lambda rate: optax.contrib.dadapt_adamw(learning_rate=rate, weight_decay=1e-4),
+    "prodigy": lambda rate: optax.contrib.prodigy(learning_rate=rate),
+    "mechanize": lambda rate: optax.contrib.mechanize(optax.adamw(learning_rate=rate, weight_decay=1e-4)),
+    "schedule_free_adamw": lambda rate: optax.contrib.schedule_free_adamw(learning_rate=rate, weight_decay=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_the_ordinary_optax_loop(task, name):
+    rate = grid(name, 7)[3]
+    rows = rows_of(task, Run(name, rate, 0))
+    data, tx = task.split(0), BY_HAND[name](rate)
+    params = task.model.module.init(jax.random.key(0), data.x[:1])["params"]
+    opt_state = tx.init(params)
+    seed = int(jax.random.bits(jax.random.key(0)))
+
+    def loss(params, x, y):
+        logits = task.model.module.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    def step(params, opt_state, x, y):
+        updates, opt_state = tx.update(jax.grad(loss)(params, x, y), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for epoch in range(3):
+        order = np.random.default_rng((seed, 0, epoch)).permutation(len(data.y))
+        for i in range(0, len(order) - 31, 32):
+            params, opt_state = step(params, opt_state, data.x[order[i : i + 32]], data.y[order[i : i + 32]])
+        averaged = name == "schedule_free_adamw"
+        scored = optax.contrib.schedule_free_eval_params(opt_state, params) if averaged else params
+        assert rows[epoch]["test_loss"] == pytest.approx(float(loss(scored, data.x_test, data.y_test)), rel=1e-4)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_minimises_a_parabola_somewhere_in_its_grid(name):
+    goal = jnp.asarray([[1.0, -2.0], [0.5, 3.0]])
+
+    def ends(rate):
+        state = BaselineState.create(
+            apply_fn=None,
+            params={"w": jnp.full((2, 2), 0.1)},
+            tx=optimizer(name, rate),
+            evaluate=BASELINES[name].evaluate,
+        )
+
+        @jax.jit
+        def run(state):
+            def step(_, state):
+                return state.apply_gradients(grads=jax.grad(lambda p: jnp.sum((p["w"] - goal) ** 2))(state.params))
+
+            return jax.lax.fori_loop(0, 2000, step, state.replace(step=jnp.asarray(0)))
+
+        state = run(state)
+        params = state.params if state.eval_params is None else state.eval_params
+        return float(jnp.max(jnp.abs(params["w"] - goal)))
+
+    assert min(ends(rate) for rate in grid(name, 7)) < 0.05
+
+
+def test_the_linear_probe_is_scikit_learns_and_cannot_do_what_is_not_linear():
+    x = np.random.default_rng(0).normal(size=(400, 2)).astype("float32")
+    straight, crossed = (x[:, 0] > 0).astype(int), (x[:, 0] * x[:, 1] > 0).astype(int)
+    hits = [
+        np.mean(linear_probe(x[:300], y[:300], 10.0, regression=False)(x[300:]).argmax(axis=1) == y[300:])
+        for y in (straight, crossed)
+    ]
+    assert hits[0] > 0.95
+    assert hits[1] < 0.7
+    outputs = linear_probe(x, 2 * x[:, 0] + 1, 1e6, regression=True)(x)
+    np.testing.assert_allclose(outputs[:, 0], 2 * x[:, 0] + 1, atol=1e-3)
+
+
+def test_methods_that_solve_learn_and_say_what_they_did(task):
+    for method in ("cronos-am", "cronos", "linear-probe", "cronos-am:sgd"):
+        run = Run(method, grid(method, 3)[len(grid(method, 3)) // 2], 0)
+        rows = rows_of(task, run)
+        assert rows[-1]["test_accuracy"] > 0.8, method
+        assert {"train_loss", "validation_loss", "validation_accuracy", "compile_seconds"} <= set(rows[-1])
+        if method.startswith("cronos-am"):
+            assert rows[-1]["epoch"] == 3
+            assert rows[-1]["rejections"] >= 0
+        assert rows_of(task, run)[-1]["test_loss"] == rows[-1]["test_loss"]
+
+
+def test_seeds_share_what_is_compiled(task):
+    rows_of(task, Run("cronos-am", None, 1))
+    compiled = []
+
+    def listen(event, _, **kwargs):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        rows_of(task, Run("cronos-am", None, 2))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 0
+
+
+def test_regression_is_scored_by_its_loss(tmp_path):
+    settings = Settings("diabetes", model="two-layer", epochs=2)
+    rows = sweep(settings, [Run("cronos-am", None, 0), Run("adam", 1e-2, 0), Run("linear-probe", 1.0, 0)], tmp_path)
+    assert all(row["test_loss"] > 0 and "test_accuracy" not in row for row in rows)
+    text = tables.table(rows)
+    assert "minus the loss" in text
+    plots.draw(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_grids():
+    assert grid("adam", 7) == [3.16e-05, 0.0001, 0.000316, 0.001, 0.00316, 0.01, 0.0316]
+    assert grid("prodigy", 3) == [0.0316, 1, 31.6]
+    assert grid("cronos-am", 7) == [None]
+    assert grid("cronos-am:adam", 2, (1e-4, 1e-2)) == [1e-4, 1e-2]
+    drawn = grid("sgd", 5, random=1)
+    assert drawn == sorted(drawn) == grid("sgd", 5, random=1) != grid("sgd", 5, random=2)
+    assert all(10**-3.5 <= rate <= 10**-0.5 for rate in drawn)
+    assert check_method("cronos-am:muon") == "cronos-am:muon"
+    with pytest.raises(ValueError, match=r"`methods` must be of cronos-am.*got 'lbfgs'"):
+        check_method("lbfgs")
+
+
+def test_a_run_that_fails_is_a_row_and_not_the_end(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, 4)).astype("float32")
+    np.savez(tmp_path / "huge.npz", x=x * 5e37, y=(x[:, 0] > 0).astype(int))
+    settings = Settings(str(tmp_path / "huge.npz"), model="two-layer", epochs=1, scaling="none")
+    with np.errstate(over="ignore"):
+        rows = sweep(settings, [Run("cronos-am", None, 0), Run("adam", 1e-3, 0)], tmp_path / "out")
+    assert "error" in rows[0]
+    assert rows[1]["epoch"] == 1
+    text = tables.table(rows)
+    assert "* failed: cronos-am, rate None, seed 0: " in text
+    plots.draw(rows, tmp_path / "curves.png")
+    assert untimed(kept(tmp_path / "out" / "results.jsonl")) == untimed(rows)
+
+
+def test_a_line_that_was_not_finished_is_passed_over_and_its_run_done_again(tmp_path):
+    settings = Settings("wine", model="two-layer", epochs=2)
+    runs = [Run("adam", 1e-3, 0), Run("adam", 1e-2, 0)]
+    rows = sweep(settings, runs, tmp_path)
+    path = tmp_path / "results.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-40])
+    assert len(kept(path)) == 2
+    again = sweep(settings, runs, tmp_path)
+    assert untimed(again) == untimed(rows)
+    assert untimed(map(json.loads, path.read_text().splitlines())) == untimed(rows)
+    with pytest.raises(ValueError, match=r"holds a comparison with epochs=2, and this one has 3"):
+        sweep(Settings("wine", model="two-layer", epochs=3), runs, tmp_path)
+
+
+def checks(method, rate, seed, figures):
+    return [
+        {
+            "method": method, "rate": rate, "seed": seed, "epoch": epoch, "seconds": float(epoch),
+            "compile_seconds": 0.5, "validation_accuracy": validation, "test_accuracy": test,
+            "dataset": "toy", "model": "mlp", "loss": None, "epochs": len(figures), "budget": None, "batch_size": 1,
+            "scaling": "none", "versions": {}, "device": "cpu", "cores": 1,
+        }
+        for epoch, (validation, test) in enumerate(figures, 1)
+    ]  # fmt: skip
+
+
+def test_cells_and_checks_are_chosen_by_validation_rows_and_reported_by_test_rows():
+    rows = [
+        *checks("cronos-am", None, 0, [(0.5, 0.6), (0.8, 0.7)]),
+        *checks("cronos-am", None, 1, [(0.9, 0.8), (0.7, 0.9)]),
+        *checks("adam", 0.1, 0, [(0.6, 0.1), (0.7, 0.2)]),
+        *checks("adam", 0.1, 1, [(0.6, 0.5), (0.6, 0.9)]),
+        *checks("adam", 0.2, 0, [(0.3, 1.0), (0.3, 1.0)]),
+        *checks("adam", 0.2, 1, [(0.3, 1.0), (0.3, 1.0)]),
+    ]
+    ours, adam = tables.summaries(rows)
+    assert adam.rates == (0.1, 0.2)
+    assert adam.test(tables.peak) == {0: 20.0, 1: 50.0}
+    assert adam.test(tables.last) == {0: 20.0, 1: 90.0}
+    assert ours.test(tables.peak) == {0: 70.0, 1: 80.0}
+    assert adam.finals() == pytest.approx([65.0, 30.0])
+    assert tables.default_target([ours, adam]) == pytest.approx(65.0)
+    assert tables.time_to(65.0, adam.best[0]) == 2.0
+    assert tables.time_to(65.0, adam.best[1]) is None
+    (line,) = [line for line in tables.table(rows).splitlines() if line.startswith("| adam")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["adam", "0.1 of 2", f"35.00 ± {np.std([20, 50], ddof=1):.2f}"]
+    assert cells[5] == "65.00 / 47.50 / 30.00"
+    assert cells[6] == "2.00 (1 of 2)"
+    assert cells[-1] == "+40.00 ± 10.00"  # of 50 and 30
+
+
+def test_rows_are_held_back_by_seed_and_scaled_by_the_rows_to_fit():
+    digits = load("digits")
+    a, b, c = (Split.of(digits, seed, 200, "standardise") for seed in (0, 0, 1))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(a.y_validation, c.y_validation)
+    np.testing.assert_array_equal(a.y_test, c.y_test)
+    assert len(a.y_validation) == 200
+    assert len(a.y) + len(a.y_validation) + len(a.y_test) == 1797
+    assert abs(a.x.mean()) < 1e-3
+    assert a.x.std() == pytest.approx(1, abs=1e-3)
+    assert np.all(np.bincount(a.y_validation) >= 18)  # stratified
+    assert Split.of(digits, 0, 200, "unit").x.max() == pytest.approx(1)
+    assert len(Split.of(digits, 0, 200, "none", rows=50).y) == 50
+    with pytest.raises(ValueError, match="must leave rows to fit"):
+        Split.of(digits, 0, 2000, "none")
+    for name in EMBEDDED:
+        assert load(name).num_classes == {"digits": 10, "wine": 3, "breast_cancer": 2, "diabetes": None}[name]
+
+
+def test_targets_for_each_loss():
+    y = np.array([0, 2, 1])
+    assert targets_for("softmax", y, 3)[1] == 3
+    signs, outputs = targets_for("hinge", y, 3)
+    assert outputs == 3
+    np.testing.assert_array_equal(signs.argmax(axis=1), y)
+    assert targets_for("logistic", np.array([0, 1]), 2)[1] == 1
+    assert targets_for("squared", np.array([0, 1]), 2)[1] == 1
+    assert targets_for("huber", np.array([0.5]), None)[1] == 1
+    with pytest.raises(ValueError, match="two classes"):
+        targets_for("logistic", y, 3)
+    with pytest.raises(ValueError, match="without classes"):
+        targets_for("softmax", np.array([0.5]), None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_have_a_head(name):
+    settings = Settings("digits", model=name, epochs=1)
+    assert Task.of(settings).head.outputs == 10
+
+
+FACTORY = """
+import flax.linen as nn, jax.numpy as jnp
+
+class Net(nn.Module):
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x))
+        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
+        return nn.Dense(self.outputs)(nn.relu(nn.Dense(8)(x)))
+
+def nothing(outputs):
+    return jnp.tanh
+"""
+
+
+def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monkeypatch):
+    (tmp_path / "own_model.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    x = np.random.default_rng(0).normal(size=(300, 4)).astype("float32")
+    np.savez("own.npz", x=x, y=(x[:, 0] > 0).astype(int), x_test=x[:50], y_test=(x[:50, 0] > 0).astype(int))
+    methods = "cronos-am,cronos,linear-probe,adam"
+    args = ["compare", "--dataset", "own.npz", "--model", "own_model:Net", "--methods", methods, "--epochs", "8"]
+    args += ["--batch-size", "32", "--seeds", "1", "--rates", "2", "--out", "out", "--quiet"]
+    assert main(args) == 0
+    last = {(r["method"], r["rate"]): r for r in kept(Path("out/results.jsonl")) if r.get("end")}
+    assert not [row for row in last.values() if "error" in row]
+    assert max(row["test_accuracy"] for row in last.values()) > 0.9
+    with pytest.raises(ValueError, match=r"must return a flax.linen.Module"):
+        model_of("own_model:nothing", 2)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        model_of("own_model:Nothing", 2)
+
+
+@pytest.mark.slow
+def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path):
+    args = command("compare", "--dataset", "digits", "--methods", "cronos-am,adam,sgd", "--seeds", 2, "--epochs", 2)
+    done = subprocess.run(
+        [*args, "--rates", "3", "--out", tmp_path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "[14/14]" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
+    rows = kept(tmp_path / "results.jsonl")
+    assert len({(r["method"], r["rate"], r["seed"]) for r in rows}) == 14
+    needed = {"seconds", "versions", "device", "train_loss", "validation_loss", "test_accuracy", "batch_size"}
+    assert all(needed <= set(row) for row in rows)
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {method} |" in table for method in ("cronos-am", "adam", "sgd"))
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    again = subprocess.run(
+        [*args, "--rates", "3", "--out", tmp_path, "--quiet"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert kept(tmp_path / "results.jsonl") == rows
+
+
+@pytest.mark.slow
+def test_killed_three_times_a_sweep_ends_with_the_rows_of_an_unbroken_one(tmp_path):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(out):
+        args = ["--dataset", "wine", "--model", "two-layer", "--methods", "cronos-am,adam,sgd", "--rates", "4"]
+        args = command("compare", *args, "--seeds", 2, "--epochs", 20, "--batch-size", 8, "--out", tmp_path / out)
+        return subprocess.Popen(
+            args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=os.environ | cache
+        )
+
+    assert start("compiles").wait(300) == 0
+    began = time.monotonic()
+    assert start("whole").wait(300) == 0
+    whole, rng, kills = time.monotonic() - began, random.Random(1), 0
+    while kills < 3:
+        run = start("broken")
+        try:
+            run.wait(rng.uniform(0.3, 0.9) * whole)
+            break  # the rest went by faster than the whole: nothing is left to kill
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            kills += 1
+    run = start("broken")
+    time.sleep(0.25 * whole)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(300) in (0, 130, -signal.SIGINT)
+    assert start("broken").wait(300) == 0
+    same = [untimed(kept(tmp_path / out / "results.jsonl")) for out in ("whole", "broken")]
+    assert same[0] == same[1]
+    assert kills > 0
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_have_the_same_figures_and_no_times(tmp_path):
+    settings, runs = (
+        Settings("wine", model="two-layer", epochs=2),
+        [Run("adam", r, s) for r in (1e-3, 1e-2) for s in (0, 1)],
+    )
+    alone, beside = sweep(settings, runs, tmp_path / "1"), sweep(settings, runs, tmp_path / "2", jobs=2)
+    assert all(row["seconds"] is None for row in beside)
+
+    def ordered(rows):
+        return sorted(untimed(rows), key=lambda r: (r["rate"], r["seed"], r["epoch"]))
+
+    for a, b in zip(ordered(alone), ordered(beside), strict=True):
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
+    text = tables.table(beside)
+    assert "| – |" in text
+
+
+def test_train_goes_on_where_it_stopped(tmp_path, capsys):
+    args = ["train", "--dataset", "wine", "--model", "two-layer", "--batch-size", "32", "--out", str(tmp_path)]
+    assert main([*args, "--epochs", "2"]) == 0
+    assert "epoch 2: training loss" in capsys.readouterr().out
+    assert main([*args, "--epochs", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 4" in out
+    assert "epoch 2" not in out
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_info_prints_versions_devices_and_the_head(capsys):
+    assert main(["info", "--dataset", "digits", "--model", "cnn"]) == 0
+    out = capsys.readouterr().out
+    assert jax.__version__ in out
+    assert "Dense_0" in out
+    assert "16" in out
+
+
+BAD = {
+    "no command": ([], "COMMAND"),
+    "method": (["compare", "--methods", "adam,lbfgs", "--out", "OUT"], "got 'lbfgs'"),
+    "no such set": (["compare", "--dataset", "mnist", "--out", "OUT"], "`data_dir` is needed"),
+    "not prepared": (["compare", "--dataset", "mnist", "--data-dir", ".", "--out", "OUT"], "download_and_prepare"),
+    "no file": (["compare", "--dataset", "none.npz", "--out", "OUT"], "No such file"),
+    "model": (["compare", "--model", "vgg", "--out", "OUT"], "`model` must be one of mlp"),
+    "module": (["compare", "--model", "nothere:Net", "--out", "OUT"], "cannot be imported"),
+    "loss": (["compare", "--loss", "logistic", "--out", "OUT"], "for two classes"),
+    "epochs": (["compare", "--epochs", "0", "--out", "OUT"], "must be an integer ≥ 1, got '0'"),
+    "two budgets": (["compare", "--epochs", "1", "--seconds", "1", "--out", "OUT"], "not allowed with"),
+    "range": (["compare", "--rate-range", "1", "0.1", "--out", "OUT"], "LOW < HIGH"),
+    "jobs": (["compare", "--seconds", "1", "--jobs", "2", "--out", "OUT"], "`--jobs`"),
+    "rows": (["compare", "--rows", "99999", "--out", "OUT"], "must leave rows to fit"),
+    "out": (["compare", "--out", "FILE/x"], "cannot be written to"),
+    "no out": (["compare"], "--out"),
+    "train optimizer": (["train", "--optimizer", "lion", "--out", "OUT"], "must be one of adam"),
+    "info model": (["info", "--model", "nothere:Net"], "cannot be imported"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_options_fail_at_once_with_the_remedy(case, tmp_path, capsys):
+    args, message = BAD[case]
+    (tmp_path / "file").write_text("")
+    args = [a.replace("OUT", str(tmp_path / "out")).replace("FILE", str(tmp_path / "file")) for a in args]
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_options_of_the_process_too(tmp_path):
+    done = subprocess.run(
+        command("compare", "--dataset", "none", "--out", tmp_path / "out"),
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "`data_dir` is needed" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((4, 2))}, "must have the arrays x and y"),
+        ({"x": np.zeros((4, 2)), "y": np.zeros(3, int)}, "must have shape"),
+        ({"x": np.full((4, 2), np.nan), "y": np.zeros(4, int)}, "must be finite"),
+        ({"x": np.zeros((4, 2)), "y": np.full(4, -1)}, "integers ≥ 0"),
+        ({"x": np.zeros((4, 2)), "y": np.zeros(4, int), "x_test": np.zeros((1, 2))}, "both of x_test and y_test"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0, int)}, "must have shape"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(str(tmp_path / "bad.npz"))
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bad.npz").write_text("no arrays")
+    with pytest.raises(ValueError, match=r"must be an \.npz file"):
+        load(str(tmp_path / "bad.npz"))
+
+
+def test_tfds_sets(tfds_dir):
+    data = load("fashion_mnist", tfds_dir)
+    assert data.x.shape == (60000, 28, 28, 1)
+    assert data.x_test.shape == (10000, 28, 28, 1)
+    assert data.num_classes == 10
