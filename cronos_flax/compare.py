@@ -22,7 +22,8 @@ import numpy as np
 
 from cronos_flax._cronos import Cronos
 from cronos_flax._driver import scoring, train
-from cronos_flax._head import Head, find_head, fit_head
+from cronos_flax._fit import fit
+from cronos_flax._head import Head, find_head
 from cronos_flax._losses import loss_of
 from cronos_flax._train_state import CronosTrainState
 from cronos_flax.baselines import BASELINES, BaselineState, linear_probe, optimizer
@@ -35,6 +36,7 @@ ALTERNATION, FROZEN, PROBE = "cronos-am", "cronos", "linear-probe"
 METHODS = (ALTERNATION, FROZEN, PROBE, *BASELINES)
 _BACKBONE, _BACKBONE_RATE = "adam", 1e-3  # of CRONOS-AM as it comes
 _PROBE_DECADES = (-3.0, 3.0)
+_ITERATIONS, _MOST_SOLVES = 10, 50  # of the solver between two checks of a frozen backbone, and how often
 _SAMPLE = 64  # rows that the head is found with
 _NO_LIMIT = 10**6  # epochs, where seconds are the limit
 VERSIONS = ("cronos_flax", "jax", "flax", "optax", "numpy")
@@ -119,13 +121,24 @@ class Task:
 
     @functools.cached_property
     def head(self) -> Head:
-        """Of the model; found once, so that what is compiled for one seed serves all.
+        """Of the model as it is evaluated; found once, so that what is compiled for one seed serves all.
 
         Raises:
             ValueError: if the model has none; the message says why and what to do.
         """
         x = self.split(0).x[:_SAMPLE]
         return find_head(self.model.module, self.model.init(0, x), x, **self.model.eval_kwargs)
+
+    @functools.cached_property
+    def head_in_training(self) -> Head:
+        """With running statistics, of the model as it is trained: solves see the features that gradients see."""
+        x = self.split(0).x[:_SAMPLE]
+        variables = self.model.init(0, x)
+        collections = [name for name in variables if name != "params"]
+        if not (collections and self.model.train_kwargs):
+            return self.head
+        kwargs = {"mutable": collections, "rngs": {"dropout": jax.random.key(0)}, **self.model.train_kwargs}
+        return find_head(self.model.module, variables, x, **kwargs)
 
 
 def grid(method: str, rates: int, span: tuple[float, float] | None = None, random: int | None = None) -> list[Any]:
@@ -179,13 +192,14 @@ def rows_of(
         directory: where a run that takes gradient steps keeps checkpoints, and goes on from.
 
     Returns:
-        A row for each check: ``epoch``, ``seconds``, ``train_loss`` (the mean over the epoch's steps), losses and
-        accuracies on the rows to choose by (``validation_``) and to report (``test_``), ``compile_seconds``.
+        A row for each check: ``epoch`` (of a frozen backbone, steps of the solver), ``seconds``, ``train_loss`` (the
+        mean over the epoch's steps), losses and accuracies on the rows to choose by (``validation_``) and to report
+        (``test_``), ``compile_seconds``.
     """
     if run.method == PROBE:
         return _probed(task, run)
     if run.method == FROZEN:
-        return _frozen(task, run)
+        return _frozen(task, run, watch)
     return _trained(task, run, watch, directory)
 
 
@@ -199,7 +213,7 @@ def _trained(task: Task, run: Run, watch: Callable[[Row], Any], directory: Path 
     if run.method.startswith(ALTERNATION):
         backbone = (_BACKBONE, _BACKBONE_RATE) if name == ALTERNATION else (name, run.rate)
         tx = optimizer(*backbone)
-        state = CronosTrainState.create(**common, tx=tx, head=task.head, solver=Cronos(loss=task.loss))
+        state = CronosTrainState.create(**common, tx=tx, head=task.head_in_training, solver=Cronos(loss=task.loss))
     else:
         state = BaselineState.create(**common, tx=optimizer(name, run.rate), evaluate=BASELINES[name].evaluate)
     told = _Checks()
@@ -236,31 +250,49 @@ class _Checks:
         return {**self._before, "train_loss": row["loss"], **{k: v for k, v in row.items() if k != "loss"}}
 
 
-def _frozen(task: Task, run: Run) -> list[Row]:
-    """A head that is solved for on the features of the backbone as it is."""
-    model, data = task.model, task.split(run.seed)
-    variables, seconds = model.init(run.seed, data.x[:1]), []
-    for _ in range(2):  # the first compiles
-        began = time.perf_counter()
-        fitted, solution = fit_head(task.head, variables, (data.x, data.y), solver=Cronos(loss=task.loss))
-        jax.block_until_ready(fitted)
-        seconds.append(time.perf_counter() - began)
+def _frozen(task: Task, run: Run, watch: Callable[[Row], Any]) -> list[Row]:
+    """A head that is solved for on the features of the backbone as it is, to the end or to the end of the time."""
+    settings, model, data = task.settings, task.model, task.split(run.seed)
+    variables, key = model.init(run.seed, data.x[:1]), jax.random.key(run.seed)
     state = BaselineState.create(
         apply_fn=model.module.apply,
-        params=fitted["params"],
+        params=variables["params"],
         tx=optimizer(_BACKBONE, _BACKBONE_RATE),
-        model_state={name: tree for name, tree in fitted.items() if name != "params"},
+        model_state={name: tree for name, tree in variables.items() if name != "params"},
     )
     score = scoring(state, loss_of(task.loss), model.eval_kwargs)
-    row = {"epoch": 0, "seconds": seconds[1], "compile_seconds": max(seconds[0] - seconds[1], 0.0)}
-    row["objective"] = float(solution.stats.objective)
-    for name, x, y in (
-        ("train", data.x, data.y),
-        ("validation", data.x_validation, data.y_validation),
-        ("test", data.x_test, data.y_test),
-    ):
-        row |= {f"{name}_{figure}": value for figure, value in score(state, (x, y)).items()}
-    return [row]
+    network, solver = task.head.read(variables), Cronos(loss=task.loss, max_iters=_ITERATIONS, tol=0.0)
+
+    def timed(do: Callable[[], Any]) -> tuple[Any, float]:
+        began = time.perf_counter()
+        return jax.block_until_ready(do()), time.perf_counter() - began
+
+    def features() -> Any:
+        return task.head.gather(variables, (data.x, data.y), None, None)
+
+    def solved(network: Any, rows: Any, number: int) -> Any:
+        return fit(network, rows, solver, jax.random.fold_in(key, number), None, throw=True)
+
+    _, compiling = timed(lambda: solved(network, features(), 0))
+    rows, seconds = timed(features)
+    checks: list[Row] = []
+    for number in range(1, _MOST_SOLVES + 1):
+        (new, solution), taken = timed(functools.partial(solved, network, rows, number))
+        network, seconds = network if new is None else new, seconds + taken
+        state = state.replace(params=task.head.write(variables, network)["params"])
+        before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
+        check = {"epoch": _ITERATIONS * number, "seconds": seconds, "compile_seconds": compiling, "objective": after}
+        for name, x, y in (
+            ("train", data.x, data.y),
+            ("validation", data.x_validation, data.y_validation),
+            ("test", data.x_test, data.y_test),
+        ):
+            check |= {f"{name}_{figure}": value for figure, value in score(state, (x, y)).items()}
+        checks.append(check)
+        watch(check)
+        if before - after < Cronos.tol * before or (settings.budget and seconds + taken > settings.budget):
+            break
+    return checks
 
 
 def _probed(task: Task, run: Run) -> list[Row]:
