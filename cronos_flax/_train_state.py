@@ -152,7 +152,9 @@ class CronosTrainState(TrainState):
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
         if not guard:
             return state
-        return state.replace(guard=Guard.of(state._parts_with(None), drifts=bool(jax.tree.leaves(state.model_state))))
+        # A head that was found with mutable collections sees what a training step sees, not the running statistics.
+        drifts = bool(jax.tree.leaves(state.model_state)) and not head.kwargs.get("mutable")
+        return state.replace(guard=Guard.of(state._parts_with(None), drifts=drifts))
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cronos_flax.compare import FROZEN, Row
 from cronos_flax.tables import Summary, curves, score, summaries
@@ -38,9 +38,12 @@ def draw(rows: list[Row], path: Path) -> None:
     if timed:
         axes[1].set_xlabel("training time, s")
         axes[1].set_xscale("log")
+        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes[1].xaxis.set_minor_formatter(NullFormatter())
     stepped = [row["epoch"] for m in methods if m.method != FROZEN for run in curves(m) for row in run]
     if stepped:  # of a frozen backbone the checks are steps of the solver, and there may be many more
-        axes[0].set_xlim(0, 1.05 * max(stepped))
+        axes[0].set_xlim(0, 1.02 * max(stepped))
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.grid(alpha=0.3)
