@@ -36,8 +36,8 @@ ALTERNATION, FROZEN, PROBE = "cronos-am", "cronos", "linear-probe"
 METHODS = (ALTERNATION, FROZEN, PROBE, *BASELINES)
 _BACKBONE, _BACKBONE_RATE = "adam", 1e-3  # of CRONOS-AM as it comes
 _PROBE_DECADES = (-3.0, 3.0)
-_ITERATIONS, _MOST_SOLVES = 5, 100  # of the solver between two checks of a frozen backbone, and how often
-_STAGNATION = 5e-4  # relative decrease of the loss in that many steps that ends it
+_ITERATIONS, _MOST_SOLVES = 10, 50  # of the solver between two checks of a frozen backbone, and how often
+_STAGNATION = 1e-3  # relative decrease of the loss in that many steps that ends it
 _SAMPLE = 64  # rows that the head is found with
 _NO_LIMIT = 10**6  # epochs, where seconds are the limit
 VERSIONS = ("cronos_flax", "jax", "flax", "optax", "numpy")
@@ -269,7 +269,7 @@ def _frozen(task: Task, run: Run, watch: Callable[[Row], Any]) -> list[Row]:
         return jax.block_until_ready(do()), time.perf_counter() - began
 
     def features() -> Any:
-        return task.head.gather(variables, (data.x, data.y), None, None)
+        return jax.device_put(task.head.gather(variables, (data.x, data.y), None, None))
 
     def solved(network: Any, rows: Any, number: int) -> Any:
         return fit(network, rows, solver, jax.random.fold_in(key, number), None, throw=True)

@@ -13,6 +13,7 @@ from conftest import random_network, random_problem, random_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cronos_flax as cf
 from cronos_flax import _admm, _anderson, _basis, _linsolve, _losses, _nystrom, _program, _refresh, _weights
 
 seeds = st.integers(0, 10_000)
@@ -341,3 +342,20 @@ def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
     assert np.linalg.norm(matrix @ x - rhs) / np.linalg.norm(rhs) < 1e-2
     again, _ = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
     np.testing.assert_allclose(matrix @ again, rhs, atol=1e-8)
+
+
+@pytest.mark.parametrize("where", ["memory", "blocks"])
+def test_beta_max_of_many_rows_is_that_of_all_rows(where, monkeypatch):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(20_000, 6)).astype("float32")
+    y = np.abs(X[:, 0]) + 0.3 * rng.normal(size=20_000).astype("float32")
+    X_given = X if where == "memory" else [X[:7000], X[7000:]]
+
+    def largest():
+        return float(cf.Cronos(max_iters=1, beta_ratio=1.0).solve(X_given, y, hidden=2).stats.beta)
+
+    some = largest()
+    monkeypatch.setattr(_program, "_ASCENT_ROWS", 20_000)
+    jax.clear_caches()
+    assert some == pytest.approx(largest(), rel=0.02)
+    jax.clear_caches()
