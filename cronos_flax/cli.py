@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"cronos-flax needs {error.name}: {_EXTRA}", file=sys.stderr)
         return 2
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS and Orbax talk by it
     parser, commands = _parsers()
     args = parser.parse_args(argv)
     try:
@@ -206,7 +208,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax import plots, tables
-    from cronos_flax.compare import FROZEN, PROBE, Run, Task, check_method, grid, sweep
+    from cronos_flax.compare import FROZEN, PROBE, Run, Task, by_run, check_method, grid, sweep
     from cronos_flax.progress import Progress
 
     if args.epochs is None and args.seconds is None:
@@ -232,7 +234,8 @@ def _compare(args: argparse.Namespace) -> int:
         _ = task.head
     with Progress(len(runs), quiet=args.quiet) as progress:
         rows = sweep(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
-    rows = [row for row in rows if Run(row["method"], row["rate"], row["seed"]) in set(runs)]
+    done = by_run(rows)  # of which there may be more than are asked for, and in another order
+    rows = [row for run in runs for row in done[run]]
     text = tables.table(rows, args.target)
     (args.out / "table.md").write_text(text)
     plots.draw(rows, args.out / "curves.png")

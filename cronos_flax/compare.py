@@ -333,6 +333,14 @@ def kept(path: Path) -> list[Row]:
     return [row for row in rows if _run_of(row) in ended]
 
 
+def by_run(rows: Iterable[Row]) -> dict[Run, list[Row]]:
+    """Rows by the run that they are of."""
+    runs: dict[Run, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(_run_of(row), []).append(row)
+    return runs
+
+
 def sweep(
     settings: Settings,
     runs: Iterable[Run],
@@ -373,14 +381,12 @@ def sweep(
     fresh = path.with_suffix(".new")
     fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fresh.replace(path)
-    done: dict[Run, list[Row]] = {}
-    for row in rows:
-        done.setdefault(_run_of(row), []).append(row)
-    runs = list(runs)
+    done, missing = by_run(rows), []
     for run in runs:
         if run in done:
             watch("before", run, done[run])
-    missing = [run for run in runs if run not in done]
+        else:
+            missing.append(run)
     with path.open("a") as file:
         for run, new in _done(settings, missing, jobs, watch, task):
             file.write("".join(json.dumps(row) + "\n" for row in new))

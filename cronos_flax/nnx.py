@@ -264,7 +264,8 @@ def find_head(
         paths: the paths of hidden and output layer, such as ``("fc1", "layers/2")``, instead of a search; they are
             proved all the same.
         eval_mode: features are taken as after ``model.eval()``, whatever mode the model is in: no dropout, running
-            averages in norms. False takes the mode that the model is in now.
+            averages in norms. False takes the mode that the model is in now; with BatchNorm, alternations need that of
+            ``model.train()``.
         **kwargs: its keyword arguments.
 
     Returns:
@@ -524,7 +525,9 @@ class CronosOptimizer(nnx.Optimizer):
         super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
         self.solving = nnx.static(_Solving(head, solver))
         others = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
-        made = Guard.of(self._parts(model), drifts=bool(jax.tree.leaves(others))) if guard else None
+        # In the mode of training the head sees what a training step sees, not the running statistics.
+        drifts = bool(jax.tree.leaves(others)) and head.eval_mode
+        made = Guard.of(self._parts(model), drifts=drifts) if guard else None
         self.guard = None if made is None else GuardState(made)
 
     @property

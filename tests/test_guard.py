@@ -203,6 +203,28 @@ def test_running_statistics_that_settle_are_not_held_against_the_backbone():
     assert rate(state) > 0.5
 
 
+def test_a_head_found_in_training_is_solved_for_on_the_features_of_training():
+    head = cf.find_head(MODEL, VARIABLES, X, train=True, mutable=["batch_stats"])
+    state = cf.CronosTrainState.create(
+        apply_fn=MODEL.apply,
+        params=VARIABLES["params"],
+        tx=optax.adam(1e-2),
+        head=head,
+        solver=cf.Cronos(loss="softmax"),
+        model_state={"batch_stats": VARIABLES["batch_stats"]},
+    )
+    assert made().guard.drifts
+    assert not state.guard.drifts
+    solved, solution = state.solve_head((X, Y))
+    same(solved.model_state, state.model_state)
+    logits, _ = MODEL.apply(solved.variables, X, train=True, mutable=["batch_stats"])
+    network = head.read(solved.variables)
+    penalty = sum(float(jnp.sum(kernel**2)) for kernel in (network.kernel1, network.kernel2))
+    loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean())
+    # What is left is the hidden bias, on the scale of the features.
+    assert 0 <= float(solution.stats.objective) - loss - float(solution.stats.beta) / 2 * penalty < 1e-2
+
+
 def test_the_rate_multiplies_the_backbones_steps_of_any_optimizer():
     for tx in (optax.adam(1e-2), optax.contrib.prodigy(), optax.MultiSteps(optax.sgd(0.1), 1)):
         state = made(tx)
@@ -345,3 +367,24 @@ def test_an_nnx_model_goes_back_whole_but_for_its_random_streams():
     train_step(model, optimizer)
     unguarded = cf.nnx.CronosOptimizer(model, optax.sgd(1.0), head=head, guard=False)
     assert unguarded.figures == {}
+
+
+def test_an_nnx_head_found_in_training_leaves_running_statistics_alone():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.inner, self.norm = nnx.Linear(5, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.hidden, self.out = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.hidden(nnx.relu(self.norm(self.inner(x))))))
+
+    model = Model(nnx.Rngs(0))
+    for eval_mode in (True, False):
+        model.train()
+        head = cf.nnx.find_head(model, X, eval_mode=eval_mode)
+        optimizer = cf.nnx.CronosOptimizer(model, optax.adam(1e-3), head=head, solver=cf.Cronos(loss="softmax"))
+        assert optimizer.guard.get_value().drifts == eval_mode
+        mean = np.array(model.norm.mean[...])
+        solution = optimizer.solve_head(model, (X, Y))
+        assert solution.stats.objective < solution.stats.initial_objective
+        np.testing.assert_array_equal(mean, model.norm.mean[...])
