@@ -34,7 +34,8 @@ def draw(rows: list[Row], path: Path) -> None:
             _draw(axes[1], method, "seconds", f"C{i}")
     is_accuracy = any("validation_accuracy" in row for row in rows)
     axes[0].set_ylabel("validation accuracy, %" if is_accuracy else "minus the validation loss")
-    axes[0].set_xlabel("epochs")
+    frozen = any(method.method == FROZEN for method in methods)
+    axes[0].set_xlabel(f"epochs ({FROZEN}: steps of the solver)" if frozen else "epochs")
     if timed:
         axes[1].set_xlabel("training time, s")
         axes[1].set_xscale("log")
@@ -78,11 +79,11 @@ def _draw(ax: Axes, method: Summary, along: str, color: str) -> None:
 
 
 def _on_grid(runs: list[list[Row]], along: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places, and what each run had reached there: its last check until then, or its first."""
+    """Places, and what each run had reached there by its last check; in time, at first what its first check says."""
     places = [[row[along] for row in run] for run in runs]
     scores = [np.asarray([score(row, "validation") for row in run]) for run in runs]
     if along == "epoch":
-        grid = np.arange(1, min(p[-1] for p in places) + 1)
+        grid = np.arange(max(p[0] for p in places), min(p[-1] for p in places) + 1)
     else:
         grid = np.geomspace(np.median([p[0] for p in places]), np.median([p[-1] for p in places]), _POINTS)
     reached = [s[np.maximum(np.searchsorted(p, grid, "right") - 1, 0)] for p, s in zip(places, scores, strict=True)]

@@ -1,11 +1,11 @@
-"""How much ρ matters, the paper's question on Fashion-MNIST: four decades of it, one network of 64 neurons.
+"""How much ρ matters, the paper's question on Fashion-MNIST: four values of it, one network of 64 neurons.
 
     python docs/benchmarks/rho.py --data-dir DIR --out rho.jsonl
 
 Ten classes, squared loss on ±1 targets, β = .001 in sums over rows; pixels standardised by their common mean and
 deviation. The default on all 60,000 rows, 30 steps; the published algorithm (20 iterations of 20 CG steps) on 3,000 of
 them, with a ρ that stays. Every run is a row of the file, written when it is done; rows that are there are not run
-again. Ends with the table, and saves ``rho.png`` beside this file. Test rows are used once, for the accuracies printed.
+again. Ends with the table, and saves ``rho.png`` beside this file. Test rows choose nothing.
 """
 
 import argparse
