@@ -237,6 +237,7 @@ def train(
     callbacks, solves = tuple(callbacks), isinstance(state, CronosTrainState)
     step, score = _gradient_step(loss, _Keywords(train_kwargs or {})), scoring(state, loss, eval_kwargs, unpack)
     scored = validation if isinstance(validation, Mapping) else {"validation": validation}
+    scored = {name: rows for name, rows in scored.items() if rows is not None}
     settings = {"batch_size": batch_size, "solve_every": solve_every, "solve_rows": solve_rows, "loss": repr(loss)}
     settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
 
@@ -322,10 +323,9 @@ def train(
             solve()
         mean_loss = run.loss_sum / run.batch
         run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
-        jax.block_until_ready(state)
         figures: Row = {}
         with clock.stopped():
-            for name, rows in scored.items() if validation is not None else ():
+            for name, rows in scored.items():
                 figures |= {f"{name}_{figure}": value for figure, value in score(state, rows).items()}
         tell(loss=mean_loss, **figures)
         save()

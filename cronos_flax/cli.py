@@ -208,7 +208,8 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax import plots, tables
-    from cronos_flax.compare import FROZEN, PROBE, Run, Task, by_run, check_method, grid, sweep
+    from cronos_flax.baselines import BASELINES
+    from cronos_flax.compare import Run, Task, by_run, check_method, grid, sweep
     from cronos_flax.progress import Progress
 
     if args.epochs is None and args.seconds is None:
@@ -230,7 +231,7 @@ def _compare(args: argparse.Namespace) -> int:
     ]
     task = Task.of(settings)
     task.split(seeds[0])
-    if any(method.startswith("cronos") or method in (FROZEN, PROBE) for method in methods):
+    if not set(methods) <= set(BASELINES):
         _ = task.head
     with Progress(len(runs), quiet=args.quiet) as progress:
         rows = sweep(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)

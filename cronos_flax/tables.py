@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from cronos_flax.compare import ALTERNATION, PROBE, Row
+from cronos_flax.compare import ALTERNATION, FROZEN, PROBE, Row
 
 _NO_SCORE = -np.inf
 
@@ -98,9 +98,9 @@ def table(rows: list[Row], target: float | None = None) -> str:
         "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst",
         "to the target, s", "run, s", "compile, s",
     ]  # fmt: skip
-    reference = next((m for m in methods if m.method == ALTERNATION), None)
+    reference = next((m for name in (ALTERNATION, FROZEN) for m in methods if m.method == name), None)
     if reference is not None:
-        head.append(f"{ALTERNATION} − this")
+        head.append(f"{reference.method} − this")
     lines = [_protocol(rows, target), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in methods:
         cells = [

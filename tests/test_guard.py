@@ -31,12 +31,12 @@ VARIABLES = MODEL.init(jax.random.key(1), X, train=False)
 HEAD = cf.find_head(MODEL, VARIABLES, X, train=False)
 
 
-def made(tx=None, kind=cf.CronosTrainState, **kwargs):
+def made(tx=None, kind=cf.CronosTrainState, head=HEAD, **kwargs):
     return kind.create(
         apply_fn=MODEL.apply,
         params=jax.tree.map(jnp.copy, VARIABLES["params"]),  # a donated step deletes them
         tx=optax.adam(1e-2) if tx is None else tx,
-        head=HEAD,
+        head=head,
         solver=cf.Cronos(loss="softmax"),
         model_state=jax.tree.map(jnp.copy, {"batch_stats": VARIABLES["batch_stats"]}),
         **kwargs,
@@ -205,14 +205,7 @@ def test_running_statistics_that_settle_are_not_held_against_the_backbone():
 
 def test_a_head_found_in_training_is_solved_for_on_the_features_of_training():
     head = cf.find_head(MODEL, VARIABLES, X, train=True, mutable=["batch_stats"])
-    state = cf.CronosTrainState.create(
-        apply_fn=MODEL.apply,
-        params=VARIABLES["params"],
-        tx=optax.adam(1e-2),
-        head=head,
-        solver=cf.Cronos(loss="softmax"),
-        model_state={"batch_stats": VARIABLES["batch_stats"]},
-    )
+    state = made(head=head)
     assert made().guard.drifts
     assert not state.guard.drifts
     solved, solution = state.solve_head((X, Y))
