@@ -194,10 +194,11 @@ def train(
             row of the history then has the ``compile_seconds`` that it took.
 
     Returns:
-        The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective`` and
-        ``state.figures``), and one for each epoch (``loss``, the mean over its batches, ``validation_loss``
-        and, where there are labels, ``validation_accuracy``). Every row has ``step``, ``epoch`` and ``seconds``, the
-        training time with solves and without validation and checkpoints.
+        The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective``,
+        ``solve_seconds``, which it took with its pass for features, and ``state.figures``), and one for each epoch
+        (``loss``, the mean over its batches, ``validation_loss`` and, where there are labels, ``validation_accuracy``).
+        Every row has ``step``, ``epoch`` and ``seconds``, the training time with solves and without validation and
+        checkpoints.
 
     Raises:
         ValueError: for arguments that do not fit, naming the argument, what was expected and what came; also for a
@@ -274,12 +275,13 @@ def train(
 
     def solve() -> None:
         nonlocal state
+        jax.block_until_ready(state)  # steps under way are not the solve's time
         began = clock.seconds
         new, solution = solved(state)
         state = new
         before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
         run.solved(1 - after / before if before > 0 else 0.0, clock.seconds - began)
-        tell(initial_objective=before, objective=after, **new.figures)
+        tell(initial_objective=before, objective=after, solve_seconds=run.solve_seconds, **new.figures)
 
     def save() -> None:
         nonlocal saved_at

@@ -246,7 +246,8 @@ class _Checks:
     def of(self, row: Row) -> Row | None:
         """The check that a row is, or None for one that belongs to the next."""
         if "loss" not in row:
-            self._before |= {name: value for name, value in row.items() if name not in ("step", "epoch", "seconds")}
+            times = ("step", "epoch", "seconds", "solve_seconds")
+            self._before |= {name: value for name, value in row.items() if name not in times}
             return None
         return {**self._before, "train_loss": row["loss"], **{k: v for k, v in row.items() if k != "loss"}}
 

@@ -2,6 +2,7 @@
 
     python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case robust --jobs 2
     python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case ablation --jobs 2
+    python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case profile
     python docs/benchmarks/am.py --out am.jsonl            # the tables of what is there
 
 A run is one ``cf.train``, with 1,000 training images held out for validation; test splits are not touched. Its row is
@@ -14,6 +15,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ RATES = tuple(float(rate) for rate in 10 ** np.arange(-4.5, -1.49, 0.5))
 SEEDS = (21, 22, 23)
 EPOCHS = {SETS[0]: 25, SETS[1]: 25, SETS[2]: 8}
 HELD, BATCH = 1000, 128
+PROFILED_EPOCHS = 50
 OPTIMIZERS = {"adam": optax.adam, "sgd": lambda rate: optax.sgd(rate, momentum=0.9)}
 
 
@@ -181,6 +184,52 @@ def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
     return row
 
 
+def profile(data_dir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the time that experiment #1 takes, and what of it solves and their passes for features take."""
+    x, y, x_held, y_held = load(SETS[0], data_dir, SEEDS[0])
+    model = MLP()
+    params = model.init(jax.random.key(0), x[:1])["params"]
+    head = cf.find_head(model, {"params": params}, x[:64])
+    for batch_size in (BATCH, 1024):
+        state = cf.CronosTrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3), head=head)
+        state, history = cf.train(
+            state,
+            (x, y),
+            epochs=PROFILED_EPOCHS,
+            batch_size=batch_size,
+            validation=(x_held, y_held),
+            compile_first=True,
+        )
+        solves = [row["solve_seconds"] for row in history if "solve_seconds" in row]
+        passes = []
+        for _ in solves:
+            began = time.perf_counter()
+            head.gather(state.variables, (x, y), None, None)
+            passes.append(time.perf_counter() - began)
+        yield {
+            "case": "profile",
+            "batch_size": batch_size,
+            "epochs": PROFILED_EPOCHS,
+            "solves": len(solves),
+            "seconds": history[-1]["seconds"],
+            "solve_seconds": sum(solves),
+            "passes_seconds": sum(passes),
+            "jax": jax.__version__,
+        }
+
+
+def profile_table(rows: list[dict[str, Any]]) -> None:
+    """Where the time of experiment #1 goes."""
+    print("| batch | epochs | training, s | solves | of it in solves | in passes for features | a solve, in epochs |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        solving, passes = r["solve_seconds"], r["passes_seconds"]
+        epoch = (r["seconds"] - solving) / r["epochs"]
+        shares = f"{solving / r['seconds']:.0%} | {passes / r['seconds']:.0%}"
+        run = f"{r['batch_size']} | {r['epochs']} | {r['seconds']:.1f} | {r['solves']}"
+        print(f"| {run} | {shares} | {solving / r['solves'] / epoch:.2f} |")
+
+
 def live(state: cf.CronosTrainState) -> int:
     """Neurons of the head that pass something on."""
     return cf.prune_head(state.head.read(state.variables)).kernel2.shape[0]
@@ -252,20 +301,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie; without it the tables only")
     parser.add_argument("--out", type=Path, default=Path("am.jsonl"))
-    parser.add_argument("--case", choices=("robust", "ablation"), default="robust")
+    parser.add_argument("--case", choices=("robust", "ablation", "profile"), default="robust")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    identity = ("case", *Run._fields)
-    done = {tuple(r[name] for name in identity) for r in kept(args.out)}
-    wanted = [run for run in runs(args.case) if (args.case, *run) not in done] if args.data_dir else []
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.jobs, _one_core, (context.Value("i", 0),)) as pool:
-        for row in pool.imap_unordered(partial(train, data_dir=args.data_dir), wanted):
-            keep(args.out, {"case": args.case, **row})
-    rows = kept(args.out)
-    robust_table([r for r in rows if r["case"] == "robust"])
-    print()
-    ablation_table([r for r in rows if r["case"] == "ablation"])
+    if args.data_dir and args.case == "profile":  # alone, on all cores
+        for row in profile(args.data_dir):
+            keep(args.out, row)
+    elif args.data_dir:
+        done = {tuple(r.get(name) for name in ("case", *Run._fields)) for r in kept(args.out)}
+        wanted = [run for run in runs(args.case) if (args.case, *run) not in done]
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(args.jobs, _one_core, (context.Value("i", 0),)) as pool:
+            for row in pool.imap_unordered(partial(train, data_dir=args.data_dir), wanted):
+                keep(args.out, {"case": args.case, **row})
+    for case, table in (("robust", robust_table), ("ablation", ablation_table), ("profile", profile_table)):
+        if rows := [r for r in kept(args.out) if r["case"] == case]:
+            table(rows)
+            print()
 
 
 if __name__ == "__main__":
