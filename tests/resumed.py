@@ -55,8 +55,8 @@ def main(directory: str) -> None:
         save_every=6,
     )
     for row in history:
-        for name in ("seconds", "solve_seconds"):
-            row.pop(name, None)
+        del row["seconds"]
+        row.pop("solve_seconds", None)
     checksum = zlib.crc32(json.dumps(history).encode())
     for leaf in jax.tree.leaves(state):
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)

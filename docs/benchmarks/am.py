@@ -7,7 +7,7 @@
 
 A run is one ``cf.train``, with 1,000 training images held out for validation; test splits are not touched. Its row is
 written when it is done, and a row that is there is not run again. Rows of one case ran side by side on ``--jobs``
-cores, one core each, so their seconds compare with each other only.
+cores, one core each, so their seconds compare with each other only. ``profile`` runs alone, and adds rows each time.
 """
 
 import argparse
