@@ -195,7 +195,7 @@ def train(
 
     Returns:
         The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective``,
-        ``solve_seconds``, the time of the solve and its pass for features, and ``state.figures``), and one for each epoch
+        ``solve_seconds``, with the pass for features, and ``state.figures``), and one for each epoch
         (``loss``, the mean over its batches, ``validation_loss`` and, where there are labels, ``validation_accuracy``).
         Every row has ``step``, ``epoch`` and ``seconds``, the training time with solves and without validation and
         checkpoints.
