@@ -20,6 +20,7 @@ from cronos_flax._checkpoint import restored, save_checkpoint
 from cronos_flax._features import Batch, batches, flat_targets
 from cronos_flax._find import selected
 from cronos_flax._guard import copied
+from cronos_flax._head import Head
 from cronos_flax._losses import LOSSES, Logistic, Loss, Softmax, loss_of
 from cronos_flax._solution import Solution
 from cronos_flax._train_state import CronosTrainState, module_params
@@ -30,6 +31,9 @@ Row = dict[str, float]
 _DENSE_EPOCHS, _THEN_EVERY = 5, 3  # a solve before each of the first epochs, then before every third
 _GAIN_LOW, _GAIN_HIGH = 0.02, 0.1  # relative decrease of a solve below which the next one may wait, or must not
 _LONGEST = 8  # epochs between solves
+_LEAST_SOLVED = 8_192  # rows of a solve: of fewer, losses are too noisy for the guard to compare
+_SOLVE_BYTES = 2**32  # of memory for a solve
+_NEVER = "never"  # of a state without a head, what ``solve_every`` is
 _KEEP = 3  # checkpoints
 _KEPT_COMPILED = 16  # steps and scorings of other losses and models
 
@@ -64,6 +68,8 @@ class _Run:
 
     def solve_is_due(self, solve_every: int | str | None) -> bool:
         """Before the next step."""
+        if solve_every == _NEVER:
+            return False
         if isinstance(solve_every, int):
             return self.step % solve_every == 0
         if self.batch:
@@ -89,11 +95,10 @@ class _Arrays:
     x: Any
     y: np.ndarray
     batch_size: int
-    solve_rows: int | None
     seed: int
 
     @classmethod
-    def of(cls, x: Any, y: Any, batch_size: int, solve_rows: int | None, key: Array) -> "_Arrays":
+    def of(cls, x: Any, y: Any, batch_size: int, key: Array) -> "_Arrays":
         x, y = jax.tree.map(np.asarray, x), np.asarray(y)
         counts = {len(leaf) if leaf.ndim else 0 for leaf in (*jax.tree.leaves(x), y)}
         if len(counts) != 1 or 0 in counts:
@@ -101,7 +106,7 @@ class _Arrays:
                 "train: `data` = (x, y) must be arrays of equally many rows, at least one, got "
                 f"{jax.tree.map(np.shape, (x, y))}."
             )
-        return cls(x, y, min(batch_size, len(y)), solve_rows, int(jax.random.bits(key)))
+        return cls(x, y, min(batch_size, len(y)), int(jax.random.bits(key)))
 
     def take(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
         return jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]
@@ -113,12 +118,17 @@ class _Arrays:
             x, y = self.take(order[i * self.batch_size : (i + 1) * self.batch_size])
             yield Batch.of((x,), {}, y)
 
-    def to_solve(self, step: int) -> tuple[Any, None]:
+    def to_solve(self, step: int, rows: int | None) -> tuple[Any, None]:
         """What a head solve takes, with its ``unpack``."""
-        if self.solve_rows is None or self.solve_rows >= len(self.y):
+        if rows is None or rows >= len(self.y):
             return (self.x, self.y), None
         rng = np.random.default_rng((self.seed, 1, step))
-        return self.take(np.sort(rng.choice(len(self.y), self.solve_rows, replace=False))), None
+        return self.take(np.sort(rng.choice(len(self.y), rows, replace=False))), None
+
+    def affordable(self, solve_every: int | str | None, head: Head) -> int:
+        """Rows of a solve: no more than the gradient steps between two of them take, and than memory holds."""
+        between = solve_every * self.batch_size if isinstance(solve_every, int) else len(self.y)
+        return min(max(between, _LEAST_SOLVED), max(_SOLVE_BYTES // head.solve_bytes(1), 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +143,9 @@ class _Batches:
         del epoch
         return itertools.islice(batches(self.data, self.unpack), start, None)
 
-    def to_solve(self, step: int) -> tuple[Any, Callable[[Any], tuple] | None]:
+    def to_solve(self, step: int, rows: int | None) -> tuple[Any, Callable[[Any], tuple] | None]:
         """What a head solve takes, with its ``unpack``."""
-        del step
+        del step, rows
         return self.data, self.unpack
 
 
@@ -175,7 +185,8 @@ def train(
         solve_every: when the head is solved for. None: before each of the first five epochs, then before every third.
             An integer: every so many steps. ``"stale"``: before an epoch, after longer and longer intervals while
             solves gain little, and shorter ones when they gain much. In any case also at the end.
-        solve_rows: for arrays, how many rows a solve takes, at random; None for all.
+        solve_rows: for arrays, how many rows a solve takes, at random. None: all, if it is solved by epochs; as many
+            as the steps between two solves take, at least 8,192, if by steps; no more than 4 GB hold (see ``head``).
         loss: whose mean over rows the gradients are of; None for that of ``state.solver``.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
         validation: rows for the figures after each epoch, in the form of ``data``; or a dict of several such, by the
@@ -228,19 +239,20 @@ def train(
     key = jax.random.key(0) if key is None else key
     source: _Arrays | _Batches
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        source = _Arrays.of(*data, batch_size, solve_rows, key)
+        source = _Arrays.of(*data, batch_size, key)
     else:
         if isinstance(data, Iterator):
             raise ValueError(
                 "train: `data` must be re-iterable, got an iterator, which can be read only once. Give a list."
             )
         source = _Batches(data, unpack)
-    callbacks, solves = tuple(callbacks), isinstance(state, CronosTrainState)
-    step, score = _gradient_step(loss, _Keywords(train_kwargs or {})), scoring(state, loss, eval_kwargs, unpack)
     scored = validation if isinstance(validation, Mapping) else {"validation": validation}
-    scored = {name: rows for name, rows in scored.items() if rows is not None}
     settings = {"batch_size": batch_size, "solve_every": solve_every, "solve_rows": solve_rows, "loss": repr(loss)}
     settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
+
+    head = state.head if isinstance(state, CronosTrainState) else None
+    if solve_rows is None and head is not None and isinstance(source, _Arrays):
+        solve_rows = source.affordable(solve_every, head)
 
     run, saved_at = _Run(step=int(state.step)), None
     state = state.replace(step=jnp.asarray(state.step))  # Flax starts with a Python number
@@ -248,90 +260,146 @@ def train(
         state, saved_at, extra = restored(directory, state)
         if saved_at is not None:
             run = _Run(**_of_same_run(extra, settings, directory))
-    state = copied(state)  # this function's own, and donated from here on
+    loop = _Loop(
+        state=copied(state),  # this function's own, and donated from here on
+        run=run,
+        clock=_Clock(run.seconds),
+        source=source,
+        step=_gradient_step(loss, _Keywords(train_kwargs or {})),
+        score=scoring(state, loss, eval_kwargs, unpack),
+        scored={name: rows for name, rows in scored.items() if rows is not None},
+        key=key,
+        solve_every=_NEVER if head is None else solve_every,
+        solve_rows=solve_rows,
+        callbacks=tuple(callbacks),
+        seconds=seconds,
+        directory=directory,
+        settings=settings,
+        save_every=save_every,
+        saved_at=saved_at,
+    )
+    if compile_first:
+        loop.compile()
+    while run.epoch < epochs and not loop.time_is_up():
+        loop.do_epoch(is_last=run.epoch == epochs - 1)
+    return loop.state, run.history
 
-    def solved(state: Any) -> tuple[Any, Solution]:
-        rows, how = source.to_solve(run.step)
-        return state.solve_head(rows, unpack=how, key=jax.random.fold_in(key, run.step))
 
-    def compiled() -> float:
-        """Seconds that it takes to compile, and to do once, what an epoch does."""
+@dataclasses.dataclass
+class _Loop:
+    """A run of :func:`train` in progress; arguments that are not named here are those of that.
+
+    Args:
+        run: where it stands.
+        clock: of the training time.
+        source: of batches, and of rows to solve on.
+        step: what a gradient step is.
+        score: what gives the figures of a state on rows.
+        scored: the validation rows, by name.
+        settings: what a run that goes on must have in common with the one that was saved.
+        saved_at: the step of the newest checkpoint.
+        losses: of this epoch, not in its sum yet: steps are not waited for.
+    """
+
+    state: Any
+    run: _Run
+    clock: "_Clock"
+    source: _Arrays | _Batches
+    step: Callable[[Any, Batch, Array], tuple[Any, Array]]
+    score: Callable[[Any, Any], Row]
+    scored: Mapping[str, Any]
+    key: Array
+    solve_every: int | str | None
+    solve_rows: int | None
+    callbacks: tuple[Callable[[Row], Any], ...]
+    seconds: float | None
+    directory: str | Path | None
+    settings: dict[str, Any]
+    save_every: int | None
+    saved_at: int | None
+    losses: list[Array] = dataclasses.field(default_factory=list)
+
+    def compile(self) -> None:
+        """What an epoch needs, by doing a step and a solve; the state stays as it is."""
         began = time.perf_counter()
-        for batch in itertools.islice(source.epoch(run.epoch, run.batch), 1):
-            jax.block_until_ready(step(copied(state), batch, key))
-        jax.block_until_ready(solved(state)[0].params if solves else state.params)
-        return time.perf_counter() - began
+        for batch in itertools.islice(self.source.epoch(self.run.epoch, self.run.batch), 1):
+            jax.block_until_ready(self.step(copied(self.state), batch, self.key))
+        if self.solve_every != _NEVER:
+            jax.block_until_ready(self.solved()[0].params)
+        compile_seconds = time.perf_counter() - began
+        self.clock = _Clock(self.run.seconds)
+        self.tell(compile_seconds=compile_seconds)
 
-    compile_seconds = compiled() if compile_first else None
-    clock = _Clock(run.seconds)
-
-    def tell(**figures: float) -> None:
-        jax.block_until_ready(state)
-        row = {"step": run.step, "epoch": run.epoch, "seconds": clock.seconds, **figures}
-        run.history.append(row)
-        with clock.stopped():
-            for callback in callbacks:
-                callback(row)
-
-    def solve() -> None:
-        nonlocal state
-        jax.block_until_ready(state)  # steps under way are not the solve's time
-        began = clock.seconds
-        new, solution = solved(state)
-        state = new
-        before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
-        run.solved(1 - after / before if before > 0 else 0.0, clock.seconds - began)
-        tell(initial_objective=before, objective=after, solve_seconds=run.solve_seconds, **new.figures)
-
-    def save() -> None:
-        nonlocal saved_at
-        if directory is None or saved_at == run.step:
-            return
-        jax.block_until_ready(state)
-        with clock.stopped():
-            run.seconds = clock.seconds
-            extra = {"settings": settings, "run": dataclasses.asdict(run)}
-            save_checkpoint(directory, state, run.step, extra=extra, keep=_KEEP)
-        saved_at = run.step
-
-    losses: list[Array] = []  # of this epoch, not in its sum yet: steps are not waited for
-
-    def sum_up() -> None:
-        run.loss_sum = sum(map(float, losses), run.loss_sum)
-        losses.clear()
-
-    def time_is_up() -> bool:
-        return seconds is not None and run.epoch_seconds > 0 and clock.seconds + run.epoch_seconds > seconds
-
-    if compile_seconds is not None:
-        tell(compile_seconds=compile_seconds)
-    while run.epoch < epochs and not time_is_up():
-        began = clock.seconds
-        for batch in source.epoch(run.epoch, run.batch):
-            if save_every is not None and run.step % save_every == 0 and run.batch:
-                sum_up()
-                save()
-            if solves and run.solve_is_due(solve_every):
-                solve()
-            state, value = step(state, batch, key)
-            losses.append(value)
+    def do_epoch(self, is_last: bool) -> None:
+        """Gradient steps on all batches that are left of it, with the solves that are due, and its row."""
+        run, began = self.run, self.clock.seconds
+        for batch in self.source.epoch(run.epoch, run.batch):
+            if self.save_every is not None and run.step % self.save_every == 0 and run.batch:
+                self.save()
+            if run.solve_is_due(self.solve_every):
+                self.solve()
+            self.state, value = self.step(self.state, batch, self.key)
+            self.losses.append(value)
             run.step, run.batch = run.step + 1, run.batch + 1
-        sum_up()
+        self.sum_up()
         if not run.batch:
             raise ValueError("train: `data` must have at least one batch, got none.")
-        jax.block_until_ready(state)
-        run.epoch_seconds = clock.seconds - began + run.solve_seconds
-        if solves and (run.epoch == epochs - 1 or time_is_up()):
-            solve()
+        jax.block_until_ready(self.state)
+        run.epoch_seconds = self.clock.seconds - began + run.solve_seconds
+        if self.solve_every != _NEVER and (is_last or self.time_is_up()):
+            self.solve()
         mean_loss = run.loss_sum / run.batch
         run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
-        figures: Row = {}
-        with clock.stopped():
-            for name, rows in scored.items():
-                figures |= {f"{name}_{figure}": value for figure, value in score(state, rows).items()}
-        tell(loss=mean_loss, **figures)
-        save()
-    return state, run.history
+        with self.clock.stopped():
+            scores = {name: self.score(self.state, rows) for name, rows in self.scored.items()}
+        self.tell(loss=mean_loss, **{f"{name}_{key}": row[key] for name, row in scores.items() for key in row})
+        self.save()
+
+    def solved(self) -> tuple[Any, Solution]:
+        """The state with its head solved for."""
+        rows, unpack = self.source.to_solve(self.run.step, self.solve_rows)
+        return self.state.solve_head(rows, unpack=unpack, key=jax.random.fold_in(self.key, self.run.step))
+
+    def solve(self) -> None:
+        """Solve for the head, and its row."""
+        jax.block_until_ready(self.state)  # steps under way are not the solve's time
+        began = self.clock.seconds
+        self.state, solution = self.solved()
+        before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
+        self.run.solved(1 - after / before if before > 0 else 0.0, self.clock.seconds - began)
+        solve_seconds = self.run.solve_seconds
+        self.tell(initial_objective=before, objective=after, solve_seconds=solve_seconds, **self.state.figures)
+
+    def tell(self, **figures: float) -> None:
+        """A row of the history, also to the callbacks."""
+        jax.block_until_ready(self.state)
+        row = {"step": self.run.step, "epoch": self.run.epoch, "seconds": self.clock.seconds, **figures}
+        self.run.history.append(row)
+        with self.clock.stopped():
+            for callback in self.callbacks:
+                callback(row)
+
+    def save(self) -> None:
+        """A checkpoint, unless there is no place for it, or one of this step."""
+        if self.directory is None or self.saved_at == self.run.step:
+            return
+        self.sum_up()
+        jax.block_until_ready(self.state)
+        with self.clock.stopped():
+            self.run.seconds = self.clock.seconds
+            extra = {"settings": self.settings, "run": dataclasses.asdict(self.run)}
+            save_checkpoint(self.directory, self.state, self.run.step, extra=extra, keep=_KEEP)
+        self.saved_at = self.run.step
+
+    def sum_up(self) -> None:
+        """Wait for the losses of this epoch."""
+        self.run.loss_sum = sum(map(float, self.losses), self.run.loss_sum)
+        self.losses.clear()
+
+    def time_is_up(self) -> bool:
+        """Whether another epoch like the last would take too long."""
+        epoch_seconds = self.run.epoch_seconds
+        return self.seconds is not None and epoch_seconds > 0 and self.clock.seconds + epoch_seconds > self.seconds
 
 
 def _check(**counts: Any) -> None:

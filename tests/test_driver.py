@@ -16,6 +16,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import cronos_flax as cf
+from cronos_flax import _driver
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
@@ -194,6 +195,26 @@ def test_solves_on_some_of_the_rows_are_on_others_each_time():
     assert all(row["objective"] <= row["initial_objective"] for row in history if "objective" in row)
     whole, _ = train(epochs=4)
     assert not np.array_equal(jax.tree.leaves(state.params)[0], jax.tree.leaves(whole.params)[0])
+
+
+def test_solves_between_few_steps_take_no_more_rows_than_the_guard_needs(monkeypatch):
+    seen = []
+    solve_head = cf.CronosTrainState.solve_head
+
+    def watched(self, data, **kwargs):
+        seen.append(len(data[1]))
+        return solve_head(self, data, **kwargs)
+
+    monkeypatch.setattr(cf.CronosTrainState, "solve_head", watched)
+    many = np.tile(X[:256], (40, 1)), np.tile(Y[:256], 40)
+    for solve_every, rows in ((None, 10_240), ("stale", 10_240), (4, 8192), (70, 8960)):
+        seen.clear()
+        train(data=many, epochs=1, batch_size=128, solve_every=solve_every)
+        assert set(seen) == {rows}
+    monkeypatch.setattr(_driver, "_SOLVE_BYTES", 2**20)
+    seen.clear()
+    train(data=many, epochs=1, batch_size=128)
+    assert all(2**19 < HEAD.solve_bytes(rows) <= 2**20 for rows in seen)
 
 
 def test_nothing_is_compiled_anew_after_the_first_alternation():
