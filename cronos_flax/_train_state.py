@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._cronos import Cronos
+from cronos_flax._find import Found
 from cronos_flax._fit import checked
 from cronos_flax._guard import Guard, at_backbone_rate, solve_guarded
 from cronos_flax._head import Head
@@ -22,8 +23,13 @@ _STEPS_PER_SOLVE = 3
 _BETA_RATIO = 0.005
 
 
-def short_solves(solver: Cronos) -> Cronos:
-    """The solver of an alternation, with what it takes where a setting is None: it solves again and again."""
+def short_solves(solver: Cronos, head: Found) -> Cronos:
+    """The solver of an alternation, with what it takes where a setting is None: it solves again and again.
+
+    A module that is nothing but its head does not alternate: there it stays as it is.
+    """
+    if not head.frozen:
+        return solver
     return dataclasses.replace(
         solver,
         max_iters=_STEPS_PER_SOLVE if solver.max_iters is None else solver.max_iters,
@@ -139,7 +145,7 @@ class CronosTrainState(TrainState):
             tx: any Optax optimizer.
             head: from :func:`cronos_flax.find_head`.
             solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
-                ``max_iters`` is None, each solve takes a few steps only.
+                ``max_iters`` is None, each solve takes a few steps only, unless the module is nothing but its head.
             guard: go back to the last good state when a solve ends above the best so far, and lower the backbone's
                 rate. Keeps a copy of parameters, collections and optimizer state. False: every solve is accepted.
             **kwargs: ``model_state`` and the fields of subclasses.
@@ -147,7 +153,7 @@ class CronosTrainState(TrainState):
         Raises:
             ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
         """
-        solver = short_solves(checked(head, Head, solver, "CronosTrainState"))
+        solver = short_solves(checked(head, Head, solver, "CronosTrainState"), head)
         tx = _routed(tx, head)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
         if not guard:

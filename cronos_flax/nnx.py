@@ -497,7 +497,7 @@ class CronosOptimizer(nnx.Optimizer):
         tx: any Optax optimizer.
         head: from :func:`find_head`.
         solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
-            ``max_iters`` is None, each solve takes a few steps only.
+            ``max_iters`` is None, each solve takes a few steps only, unless the model is nothing but its head.
         guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures`` says what was decided.
             All Variables of the model are guarded, but for the state of its random streams.
         wrt: what the optimizer moves, as for ``nnx.Optimizer``; the head is left out of it.
@@ -516,7 +516,7 @@ class CronosOptimizer(nnx.Optimizer):
         guard: bool = True,
         wrt: Any = nnx.Param,
     ) -> None:
-        solver = short_solves(checked(head, Head, solver, "CronosOptimizer"))
+        solver = short_solves(checked(head, Head, solver, "CronosOptimizer"), head)
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise ValueError(
                 f"CronosOptimizer: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "

@@ -258,3 +258,24 @@ def test_an_nnx_loop_moves_the_backbone_by_gradients_and_the_head_by_solves(tx):
         cf.nnx.CronosOptimizer(model, tx, head=None)
     with pytest.raises(ValueError, match="widths"):
         head.write(model, jax.tree.map(lambda v: v[..., :1], head.read(model)))
+
+
+def test_a_module_that_is_nothing_but_its_head_is_solved_as_far_as_fit_head_does():
+    x = jax.random.normal(jax.random.key(0), (200, 5))
+    y = (x[:, 0] * x[:, 1] > 0).astype(int)
+    model, solver = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), cf.Cronos(loss="softmax")
+    variables = model.init(jax.random.key(1), x)
+    head, key = cf.find_head(model, variables, x), jax.random.key(2)
+    _, expected = cf.fit_head(head, variables, (x, y), solver=solver, key=key)
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-2), head=head, solver=solver
+    )
+    state, solution = state.solve_head((x, y), key=key)
+    np.testing.assert_array_equal(solution.stats.objective, expected.stats.objective)
+    assert int(solution.stats.iterations) > 10
+    gradients = jax.tree.map(jnp.ones_like, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.apply_gradients(grads=gradients).params, state.params)
+
+    bare = nnx.Sequential(nnx.Linear(5, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+    optimizer = cf.nnx.CronosOptimizer(bare, optax.adam(1e-2), head=cf.nnx.find_head(bare, x), solver=solver)
+    assert int(optimizer.solve_head(bare, (x, y)).stats.iterations) > 10
