@@ -1,6 +1,7 @@
 """CRONOS-AM over backbone rates that are too low, right and far too high: does it hold, and what does each part do.
 
     python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case robust --jobs 2
+    python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case defaults --jobs 2
     python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case ablation --jobs 2
     python docs/benchmarks/am.py --data-dir DIR --out am.jsonl --case profile
     python docs/benchmarks/am.py --out am.jsonl            # the tables of what is there
@@ -12,12 +13,12 @@ cores, one core each, so their seconds compare with each other only. ``profile``
 
 import argparse
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,10 +35,11 @@ from cronos_flax import _driver, _guard, _refresh
 from cronos_flax.data import load_tfds
 
 SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
+LARGE_BATCH = "cifar pixels/255, batch 1024"
 RATES = tuple(float(rate) for rate in 10 ** np.arange(-4.5, -1.49, 0.5))
-SEEDS = (21, 22, 23)
-EPOCHS = {SETS[0]: 25, SETS[1]: 25, SETS[2]: 8}
-HELD, BATCH = 1000, 128
+SEEDS, CHOOSING_SEEDS = (21, 22, 23), (31, 32, 33)
+EPOCHS = {SETS[0]: 25, SETS[1]: 25, SETS[2]: 8, LARGE_BATCH: 50}
+HELD, BATCH, BATCHES = 1000, 128, {LARGE_BATCH: 1024}
 PROFILED_EPOCHS = 50
 OPTIMIZERS = {"adam": optax.adam, "sgd": lambda rate: optax.sgd(rate, momentum=0.9)}
 
@@ -64,10 +66,13 @@ class CNN(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
 
 
+cached = functools.cache(load_tfds)
+
+
 def load(name: str, data_dir: Path, seed: int) -> tuple[np.ndarray, ...]:
     """Rows to fit and rows held out of the training split: ``x, y, x_held, y_held``."""
     source = "fashion_mnist" if name == SETS[2] else "cifar10_airplane_automobile"
-    images, labels = load_tfds(source, "train", data_dir)
+    images, labels = cached(source, "train", data_dir)
     order = np.random.default_rng(seed).permutation(len(images))
     held, fit = order[:HELD], order[HELD:][: 6000 if name == SETS[2] else None]
     x = images.astype("float32") / 255
@@ -102,13 +107,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no revival": {"patch": (_refresh, {"revive": lambda rows, iterate, key: iterate})},
     "beta 1e-3, not scale-free": {"solver": {"beta": 1e-3}},
-    "beta five times smaller": {"solver": {"beta_ratio": 0.001}},
-    "beta five times larger": {"solver": {"beta_ratio": 0.025}},
     "1 step a solve": {"solver": {"max_iters": 1}},
     "10 steps a solve": {"solver": {"max_iters": 10}},
+    "5 steps of ADMM on the gates that are there": {"solver": {"gates": "fixed", "max_iters": 5}},
     "solve every 10 steps": {"train": {"solve_every": 10}},
     "solve before every epoch": {"patch": (_driver, {"_DENSE_EPOCHS": 1000})},
     "solve when stale": {"train": {"solve_every": "stale"}},
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    f"beta ratio {ratio}, {steps} a solve": {"solver": {"beta_ratio": ratio, "max_iters": steps}}
+    for ratio, steps in ((0.002, 3), (0.005, 3), (0.01, 3), (0.02, 1), (0.02, 3), (0.05, 3))
 }
 
 
@@ -130,14 +138,20 @@ def runs(case: str) -> Iterator[Run]:
             yield Run(data, "CRONOS-AM", optimizer, rate, seed)
         for seed, data, rate in itertools.product(SEEDS, SETS, RATES):
             yield Run(data, "plain", "adam", rate, seed)
+    elif case == "defaults":
+        for seed, variant, data, rate in itertools.product(
+            CHOOSING_SEEDS, CHOICES, (*SETS, LARGE_BATCH), (RATES[1], RATES[3])
+        ):
+            yield Run(data, "CRONOS-AM", "adam", rate, seed, variant)
     else:
-        for variant, seed, data, rate in itertools.product(VARIANTS, SEEDS[:2], SETS, (RATES[3], RATES[5])):
+        columns = (*itertools.product(SETS, (RATES[3], RATES[5])), (LARGE_BATCH, RATES[3]))
+        for seed, variant, (data, rate) in itertools.product(SEEDS[:2], VARIANTS, columns):
             yield Run(data, "CRONOS-AM", "adam", rate, seed, variant)
 
 
 def train(run: Run, data_dir: Path) -> dict[str, Any]:
     """Do a run; its row."""
-    how = VARIANTS[run.variant]
+    how = {**VARIANTS, **CHOICES}[run.variant]
     module, changes = how.get("patch", (_guard, {}))
     if changes:  # what is compiled does not know of them
         jax.clear_caches()
@@ -170,7 +184,7 @@ def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
         state,
         (x, y),
         epochs=EPOCHS[run.data],
-        batch_size=BATCH,
+        batch_size=BATCHES.get(run.data, BATCH),
         loss=loss,
         validation=(x_held, y_held),
         key=key,
@@ -259,8 +273,9 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
         if solved and plain:
             print(f"{data}: median time, CRONOS-AM over plain: {np.median(solved) / np.median(plain):.2f}")
     guarded = [r for r in rows if r["method"] == "CRONOS-AM"]
-    collapsed = [r for r in guarded if r["live"] <= 1 or r["final"] < r["after_first_solve"]]
-    print(f"\ncollapsed (a dead head, or an end below the first solve): {len(collapsed)} of {len(guarded)}")
+    print(
+        f"\ncollapsed (a dead head, or an end below the first solve): {sum(map(collapsed, guarded))} of {len(guarded)}"
+    )
     for data, seed in itertools.product(SETS, SEEDS):
         grid = [r for r in guarded if (r["data"], r["seed"], r["optimizer"]) == (data, seed, "adam")]
         if grid:
@@ -269,23 +284,43 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
             print(f"{data}, seed {seed}: median {middle:.2f}, the lowest {middle - min(finals):.2f} under it")
 
 
-def ablation_table(rows: list[dict[str, Any]]) -> None:
-    """Final validation accuracy of each variant, by set and rate, and seconds relative to the default's."""
-    rates = sorted({r["rate"] for r in rows})
-    print("| variant | " + " | ".join(f"{data}, {rate:.0e}" for data in SETS for rate in rates) + " | time |")
-    print("|---" * (len(SETS) * len(rates) + 2) + "|")
-    for variant in VARIANTS:
-        mine = [r for r in rows if r["variant"] == variant]
-        cells = [[r["final"] for r in mine if r["data"] == d and r["rate"] == rate] for d in SETS for rate in rates]
-        ratio = [
-            r["seconds"] / s["seconds"]
-            for r in mine
-            for s in rows
-            if s["variant"] == "default" and all(r[k] == s[k] for k in ("data", "rate", "seed"))
+def variants_table(rows: list[dict[str, Any]], default: str) -> None:
+    """Final validation accuracy of each variant, by set and rate, and over all of them the difference from the default.
+
+    That is the mean over seeds, with its standard error; then runs that collapsed, and the median ratio of times.
+    """
+    there = dict.fromkeys((r["data"], r["rate"]) for r in rows)
+    columns = sorted(there, key=lambda column: (list(EPOCHS).index(column[0]), column[1]))
+    print(
+        "| variant | "
+        + " | ".join(f"{data}, {rate:.0e}" for data, rate in columns)
+        + " | difference | collapsed | time |"
+    )
+    print("|---" * (len(columns) + 4) + "|")
+
+    def by_run(variant: str) -> dict[tuple, dict[str, Any]]:
+        return {(r["seed"], r["data"], r["rate"]): r for r in rows if r["variant"] == variant}
+
+    reference = by_run(default)
+    for variant in sorted({r["variant"] for r in rows}, key=list(VARIANTS | CHOICES).index):
+        mine = by_run(variant)
+        cells = [[r["final"] for (_, *column), r in mine.items() if tuple(column) == c] for c in columns]
+        both = [run for run in mine if run in reference]
+        gains = [
+            np.mean([mine[run]["final"] - reference[run]["final"] for run in both if run[0] == seed])
+            for seed in sorted({run[0] for run in both})
         ]
-        if mine:
-            line = " | ".join(spread(c) if c else "" for c in cells)
-            print(f"| {variant} | {line} | {np.median(ratio):.2f} |" if ratio else f"| {variant} | {line} | |")
+        error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
+        time = np.median([mine[run]["seconds"] / reference[run]["seconds"] for run in both])
+        line = " | ".join(spread(c) if c else "" for c in cells)
+        print(
+            f"| {variant} | {line} | {np.mean(gains):+.2f}{error} | {sum(map(collapsed, mine.values()))} | {time:.2f} |"
+        )
+
+
+def collapsed(row: dict[str, Any]) -> bool:
+    """A dead head, or an end below the first solve."""
+    return row["live"] <= 1 or row["final"] < row["after_first_solve"]
 
 
 def _one_core(counter: Any) -> None:
@@ -301,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie; without it the tables only")
     parser.add_argument("--out", type=Path, default=Path("am.jsonl"))
-    parser.add_argument("--case", choices=("robust", "ablation", "profile"), default="robust")
+    parser.add_argument("--case", choices=("robust", "defaults", "ablation", "profile"), default="robust")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     if args.data_dir and args.case == "profile":  # alone, on all cores
@@ -312,9 +347,15 @@ def main() -> None:
         wanted = [run for run in runs(args.case) if (args.case, *run) not in done]
         context = multiprocessing.get_context("spawn")
         with context.Pool(args.jobs, _one_core, (context.Value("i", 0),)) as pool:
-            for row in pool.imap_unordered(partial(train, data_dir=args.data_dir), wanted):
+            for row in pool.imap_unordered(functools.partial(train, data_dir=args.data_dir), wanted):
                 keep(args.out, {"case": args.case, **row})
-    for case, table in (("robust", robust_table), ("ablation", ablation_table), ("profile", profile_table)):
+    tables = {
+        "robust": robust_table,
+        "defaults": functools.partial(variants_table, default="beta ratio 0.005, 3 a solve"),
+        "ablation": functools.partial(variants_table, default="default"),
+        "profile": profile_table,
+    }
+    for case, table in tables.items():
         if rows := [r for r in kept(args.out) if r["case"] == case]:
             table(rows)
             print()
