@@ -290,7 +290,9 @@ def test_state_continues_a_refreshed_solve(digits):
     second = short.solve(X, y, state=first.state)
     whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
     assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
-    assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=0.02)
+    # Samples are drawn anew, so it need not be the same way; but it must get as far, and on some machines gets further.
+    assert float(second.stats.objective) < 1.02 * float(whole.stats.objective)
+    assert float(second.stats.objective) < 0.9 * float(first.stats.objective)
 
 
 @pytest.mark.parametrize("linear_solver", [cf.Structured(), cf.NystromPCG()])
