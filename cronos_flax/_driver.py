@@ -186,7 +186,7 @@ def train(
             An integer: every so many steps. ``"stale"``: before an epoch, after longer and longer intervals while
             solves gain little, and shorter ones when they gain much. In any case also at the end.
         solve_rows: for arrays, how many rows a solve takes, at random. None: all, if it is solved by epochs; as many
-            as the steps between two solves take, at least 8,192, if by steps; no more than 4 GB hold (see ``head``).
+            as the steps between two solves take, at least 8,192, if by steps. Never more than a solve in 4 GB takes.
         loss: whose mean over rows the gradients are of; None for that of ``state.solver``.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
         validation: rows for the figures after each epoch, in the form of ``data``; or a dict of several such, by the

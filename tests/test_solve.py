@@ -286,13 +286,13 @@ def test_state_continues_a_refreshed_solve(digits):
     X, labels = digits
     y = cf.signed_targets(labels, 10)
     short = cf.Cronos(beta=1e-4, max_iters=10, tol=0.0)
-    first = short.solve(X, y, hidden=32)
-    second = short.solve(X, y, state=first.state)
-    whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
-    assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
-    # Samples are drawn anew, so it need not be the same way; but it must get as far, and on some machines gets further.
-    assert float(second.stats.objective) < 1.02 * float(whole.stats.objective)
-    assert float(second.stats.objective) < 0.9 * float(first.stats.objective)
+    with jax.enable_x64(True):  # the way is the same but for rounding, which in float32 grows to per cents
+        X, y = X.astype("float64"), np.asarray(y, "float64")
+        first = short.solve(X, y, hidden=32)
+        second = short.solve(X, y, state=first.state)
+        whole = dataclasses.replace(short, max_iters=20).solve(X, y, hidden=32)
+        assert float(second.stats.initial_objective) == pytest.approx(float(first.stats.objective), rel=1e-5)
+        assert float(second.stats.objective) == pytest.approx(float(whole.stats.objective), rel=1e-6)
 
 
 @pytest.mark.parametrize("linear_solver", [cf.Structured(), cf.NystromPCG()])
