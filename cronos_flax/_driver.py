@@ -49,6 +49,7 @@ class _Run:
         loss_sum: of their losses.
         solve_at: the epoch of the next solve, for ``solve_every="stale"``.
         interval: epochs between solves, likewise.
+        solved_at: the step of the last solve.
         seconds: training time, solves included.
         solve_seconds: that the last solve took.
         epoch_seconds: that the last epoch took, and a solve after it.
@@ -61,6 +62,7 @@ class _Run:
     loss_sum: float = 0.0
     solve_at: int = 0
     interval: int = 1
+    solved_at: int = -1
     seconds: float = 0.0
     solve_seconds: float = 0.0
     epoch_seconds: float = 0.0
@@ -68,8 +70,6 @@ class _Run:
 
     def solve_is_due(self, solve_every: int | str | None) -> bool:
         """Before the next step."""
-        if solve_every == _NEVER:
-            return False
         if isinstance(solve_every, int):
             return self.step % solve_every == 0
         if self.batch:
@@ -80,7 +80,7 @@ class _Run:
 
     def solved(self, gain: float, seconds: float) -> None:
         """When to solve next, after a solve that lowered the loss by this fraction and took so long."""
-        self.solve_seconds = seconds
+        self.solved_at, self.solve_seconds = self.step, seconds
         if gain > _GAIN_HIGH:
             self.interval = max(self.interval // 2, 1)
         elif gain < _GAIN_LOW:
@@ -182,16 +182,16 @@ def train(
             :func:`cronos_flax.fit_head`, taken in the order in which they come.
         epochs: passes through the data, of the whole run.
         batch_size: rows of a step, for arrays; rows that do not fill a batch are left out of the epoch.
-        solve_every: when the head is solved for. None: before each of the first five epochs, then before every third.
-            An integer: every so many steps. ``"stale"``: before an epoch, after longer and longer intervals while
-            solves gain little, and shorter ones when they gain much. In any case also at the end.
+        solve_every: when the head is solved for. None: at the start, after each of the first four epochs, and then
+            after every third. An integer: every so many steps. ``"stale"``: after an epoch, at longer and longer
+            intervals while solves gain little, and shorter ones when they gain much. In any case also at the end.
         solve_rows: for arrays, how many rows a solve takes, at random. None: all, if it is solved by epochs; as many
             as the steps between two solves take, at least 8,192, if by steps. Never more than a solve in 4 GB takes.
         loss: whose mean over rows the gradients are of; None for that of ``state.solver``.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
-        validation: rows for the figures after each epoch, in the form of ``data``; or a dict of several such, by the
-            names that go before their figures. Where a state has ``eval_params`` (an average, or what
-            ``optax.contrib.schedule_free_eval_params`` gives), these are what is validated.
+        validation: rows for the figures after each epoch, and after the solve that follows it, in the form of ``data``;
+            or a dict of several such, by the names that go before their figures. Where a state has ``eval_params`` (an
+            average, or what ``optax.contrib.schedule_free_eval_params`` gives), these are what is validated.
         train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``. Collections in
             ``state.model_state`` are mutable there, and there is an rng ``"dropout"``.
         eval_kwargs: keyword arguments of ``apply_fn`` for validation, such as ``{"train": False}``; None for those that
@@ -228,7 +228,7 @@ def train(
         ... )
         >>> state, history = cf.train(state, (x[:500], y[:500]), epochs=3, validation=(x[500:], y[500:]))
         >>> [row["epoch"] for row in history if "objective" in row]  # solves
-        [0, 1, 2, 2]
+        [0, 1, 2, 3]
         >>> history[-1]["validation_accuracy"] > 0.7
         True
     """
@@ -336,8 +336,7 @@ class _Loop:
         for batch in self.source.epoch(run.epoch, run.batch):
             if self.save_every is not None and run.step % self.save_every == 0 and run.batch:
                 self.save()
-            if run.solve_is_due(self.solve_every):
-                self.solve()
+            self.solve_if_due()
             self.state, value = self.step(self.state, batch, self.key)
             self.losses.append(value)
             run.step, run.batch = run.step + 1, run.batch + 1
@@ -346,10 +345,10 @@ class _Loop:
             raise ValueError("train: `data` must have at least one batch, got none.")
         jax.block_until_ready(self.state)
         run.epoch_seconds = self.clock.seconds - began + run.solve_seconds
-        if self.solve_every != _NEVER and (is_last or self.time_is_up()):
-            self.solve()
         mean_loss = run.loss_sum / run.batch
         run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
+        # Before validation, which is then of a head that fits its backbone.
+        self.solve_if_due(anyway=is_last or self.time_is_up())
         with self.clock.stopped():
             scores = {name: self.score(self.state, rows) for name, rows in self.scored.items()}
         self.tell(loss=mean_loss, **{f"{name}_{key}": row[key] for name, row in scores.items() for key in row})
@@ -360,8 +359,12 @@ class _Loop:
         rows, unpack = self.source.to_solve(self.run.step, self.solve_rows)
         return self.state.solve_head(rows, unpack=unpack, key=jax.random.fold_in(self.key, self.run.step))
 
-    def solve(self) -> None:
-        """Solve for the head, and its row."""
+    def solve_if_due(self, anyway: bool = False) -> None:
+        """Solve for the head, and its row; not twice at the same step, and never without a head."""
+        if self.solve_every == _NEVER or self.run.solved_at == self.run.step:
+            return
+        if not (anyway or self.run.solve_is_due(self.solve_every)):
+            return
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
         self.state, solution = self.solved()
