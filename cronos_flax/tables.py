@@ -96,8 +96,11 @@ def table(rows: list[Row], target: float | None = None) -> str:
     target = default_target(methods) if target is None else target
     head = [
         "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst",
-        "to the target, s", "run, s", "compile, s",
+        "to the target, s", "run, s", "compile, s", "epochs",
     ]  # fmt: skip
+    solving = any("solves" in row for row in rows)
+    if solving:
+        head.append("solves (rejected)")
     reference = next((m for name in (ALTERNATION, FROZEN) for m in methods if m.method == name), None)
     if reference is not None:
         head.append(f"{reference.method} − this")
@@ -113,6 +116,8 @@ def table(rows: list[Row], target: float | None = None) -> str:
             _times(target, method),
             _seconds(last(checks).get("seconds") for checks in method.best.values()),
             _seconds(last(checks).get("compile_seconds") for checks in method.best.values()),
+            _epochs(method),
+            *([_solves(method)] if solving else []),
         ]
         if reference is not None:
             cells.append("" if method is reference else _difference(reference, method))
@@ -138,8 +143,8 @@ def _protocol(rows: list[Row], target: float) -> str:
         f"Scores are {what}, mean ± standard deviation over seeds. For each method the cell (rate) and, in each run, "
         "the check (epoch) of the peak are chosen by validation rows; test rows only report. Grid: mean validation "
         f"score at the end, over all of the method's rates. Target: validation score {_number(target)}, in the best "
-        "cell. Seconds are training time, without compilation and validation. Differences are paired by seed, of tests "
-        "at the peak, ± standard error."
+        "cell. Seconds are training time, without compilation and validation. Times, epochs and solves are means over "
+        "the best cell's runs. Differences are paired by seed, of tests at the peak, ± standard error."
     )
 
 
@@ -186,6 +191,22 @@ def _times(target: float, method: Summary) -> str:
 def _seconds(values: Iterable[float | None]) -> str:
     there = [value for value in values if value is not None]
     return f"{np.mean(there):.2f}" if there else "–"
+
+
+def _epochs(method: Summary) -> str:
+    """Of runs that take gradient steps."""
+    if method.method in (FROZEN, PROBE):
+        return "–"
+    return f"{np.mean([last(checks)['epoch'] for checks in method.best.values()]):.1f}"
+
+
+def _solves(method: Summary) -> str:
+    """Head solves, and how many of them the guard rejected."""
+    ends = [last(checks) for checks in method.best.values()]
+    if not all("solves" in end for end in ends):
+        return "–"
+    solves, rejected = (np.mean([end[name] for end in ends]) for name in ("solves", "rejections"))
+    return f"{solves:.1f} ({rejected:.1f})"
 
 
 def _difference(reference: Summary, method: Summary) -> str:

@@ -222,6 +222,8 @@ def test_cells_and_checks_are_chosen_by_validation_rows_and_reported_by_test_row
         *checks("adam", 0.2, 0, [(0.3, 1.0), (0.3, 1.0)]),
         *checks("adam", 0.2, 1, [(0.3, 1.0), (0.3, 1.0)]),
     ]
+    rows[1] |= {"solves": 2, "rejections": 0}
+    rows[3] |= {"solves": 2, "rejections": 1}
     ours, adam = tables.summaries(rows)
     assert adam.rates == (0.1, 0.2)
     assert adam.test(tables.peak) == {0: 20.0, 1: 50.0}
@@ -231,8 +233,13 @@ def test_cells_and_checks_are_chosen_by_validation_rows_and_reported_by_test_row
     assert tables.default_target([ours, adam]) == pytest.approx(65.0)
     assert tables.time_to(65.0, adam.best[0]) == 2.0
     assert tables.time_to(65.0, adam.best[1]) is None
-    (line,) = [line for line in tables.table(rows).splitlines() if line.startswith("| adam")]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    (own, cells) = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.table(rows).splitlines()
+        if line.startswith(("| cronos-am", "| adam"))
+    )
+    assert own[9:11] == ["2.0", "2.0 (0.5)"]
+    assert cells[9:11] == ["2.0", "–"]
     assert cells[:3] == ["adam", "0.1 of 2", f"35.00 ± {np.std([20, 50], ddof=1):.2f}"]
     assert cells[5] == "65.00 / 47.50 / 30.00"
     assert cells[6] == "2.00 (1 of 2)"
