@@ -47,9 +47,9 @@ class _Run:
         epoch: epochs done.
         batch: batches of the next epoch done.
         loss_sum: of their losses.
-        solve_at: the epoch of the next solve, for ``solve_every="stale"``.
+        next_solve_epoch: the epoch of the next solve, for ``solve_every="stale"``.
         interval: epochs between solves, likewise.
-        solved_at: the step of the last solve.
+        last_solve_step: the step of the last solve.
         seconds: training time, solves included.
         solve_seconds: that the last solve took.
         epoch_seconds: that the last epoch took, and a solve after it.
@@ -60,9 +60,9 @@ class _Run:
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
-    solve_at: int = 0
+    next_solve_epoch: int = 0
     interval: int = 1
-    solved_at: int = -1
+    last_solve_step: int = -1
     seconds: float = 0.0
     solve_seconds: float = 0.0
     epoch_seconds: float = 0.0
@@ -75,17 +75,17 @@ class _Run:
         if self.batch:
             return False
         if solve_every == "stale":
-            return self.epoch >= self.solve_at
+            return self.epoch >= self.next_solve_epoch
         return self.epoch < _DENSE_EPOCHS or (self.epoch - _DENSE_EPOCHS) % _THEN_EVERY == _THEN_EVERY - 1
 
     def solved(self, gain: float, seconds: float) -> None:
         """When to solve next, after a solve that lowered the loss by this fraction and took so long."""
-        self.solved_at, self.solve_seconds = self.step, seconds
+        self.last_solve_step, self.solve_seconds = self.step, seconds
         if gain > _GAIN_HIGH:
             self.interval = max(self.interval // 2, 1)
         elif gain < _GAIN_LOW:
             self.interval = min(self.interval * 2, _LONGEST)
-        self.solve_at = self.epoch + self.interval
+        self.next_solve_epoch = self.epoch + self.interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +280,9 @@ def train(
     )
     if compile_first:
         loop.compile()
-    while run.epoch < epochs and not loop.time_is_up():
-        loop.do_epoch(is_last=run.epoch == epochs - 1)
+    over = run.epoch >= epochs or loop.time_is_up()
+    while not over:
+        over = loop.do_epoch(epochs)
     return loop.state, run.history
 
 
@@ -330,8 +331,12 @@ class _Loop:
         self.clock = _Clock(self.run.seconds)
         self.tell(compile_seconds=compile_seconds)
 
-    def do_epoch(self, is_last: bool) -> None:
-        """Gradient steps on all batches that are left of it, with the solves that are due, and its row."""
+    def do_epoch(self, epochs: int) -> bool:
+        """Gradient steps on all batches that are left of it, with the solves that are due, and its row.
+
+        Returns:
+            Whether it was the last, for which the head is always solved.
+        """
         run, began = self.run, self.clock.seconds
         for batch in self.source.epoch(run.epoch, run.batch):
             if self.save_every is not None and run.step % self.save_every == 0 and run.batch:
@@ -347,12 +352,15 @@ class _Loop:
         run.epoch_seconds = self.clock.seconds - began + run.solve_seconds
         mean_loss = run.loss_sum / run.batch
         run.epoch, run.batch, run.loss_sum = run.epoch + 1, 0, 0.0
-        # Before validation, which is then of a head that fits its backbone.
-        self.solve_if_due(anyway=is_last or self.time_is_up())
+        # Solves come before validation, which is then of a head that fits its backbone.
+        self.solve_if_due()
+        is_last = run.epoch >= epochs or self.time_is_up()
+        self.solve_if_due(anyway=is_last)
         with self.clock.stopped():
             scores = {name: self.score(self.state, rows) for name, rows in self.scored.items()}
         self.tell(loss=mean_loss, **{f"{name}_{key}": row[key] for name, row in scores.items() for key in row})
         self.save()
+        return is_last
 
     def solved(self) -> tuple[Any, Solution]:
         """The state with its head solved for."""
@@ -361,7 +369,7 @@ class _Loop:
 
     def solve_if_due(self, anyway: bool = False) -> None:
         """Solve for the head, and its row; not twice at the same step, and never without a head."""
-        if self.solve_every == _NEVER or self.run.solved_at == self.run.step:
+        if self.solve_every == _NEVER or self.run.last_solve_step == self.run.step:
             return
         if not (anyway or self.run.solve_is_due(self.solve_every)):
             return
