@@ -289,16 +289,14 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
 def variants_table(rows: list[dict[str, Any]], default: str) -> None:
     """Final validation accuracy of each variant, by set and rate, and over all of them the difference from the default.
 
-    That is the mean over seeds, with its standard error; then runs that collapsed, and the median ratio of times.
+    That is the mean over seeds, with its standard error; then of the runs those that collapsed, and those that are the
+    default's to the bit; of all their solves those that were rejected; and the median ratio of times.
     """
     there = dict.fromkeys((r["data"], r["rate"]) for r in rows)
     columns = sorted(there, key=lambda column: (list(EPOCHS).index(column[0]), column[1]))
-    print(
-        "| variant | "
-        + " | ".join(f"{data}, {rate:.0e}" for data, rate in columns)
-        + " | difference | collapsed | time |"
-    )
-    print("|---" * (len(columns) + 4) + "|")
+    names = [f"{data.removeprefix('cifar ').removeprefix('fashion_mnist ')}, {rate:.0e}" for data, rate in columns]
+    print("| variant |", " | ".join(names), "| difference | collapsed | the same | solves rejected | time |")
+    print("|---" * (len(columns) + 6) + "|")
 
     def by_run(variant: str) -> dict[tuple, dict[str, Any]]:
         return {(r["seed"], r["data"], r["rate"]): r for r in rows if r["variant"] == variant}
@@ -315,9 +313,12 @@ def variants_table(rows: list[dict[str, Any]], default: str) -> None:
         error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
         time = np.median([mine[run]["seconds"] / reference[run]["seconds"] for run in both])
         line = " | ".join(spread(c) if c else "" for c in cells)
-        print(
-            f"| {variant} | {line} | {np.mean(gains):+.2f}{error} | {sum(map(collapsed, mine.values()))} | {time:.2f} |"
-        )
+        same = sum(mine[run]["objective"] == reference[run]["objective"] for run in both)
+        rejected, solves = (sum(r.get(name, 0) for r in mine.values()) for name in ("rejections", "solves"))
+        share = f"{rejected / solves:.0%}" if solves else "–"  # without a guard
+        counts = f"{sum(map(collapsed, mine.values()))} | {same} | {share}"
+        gain = "" if variant == default else f"{np.mean(gains):+.2f}{error}"
+        print(f"| {variant} | {line} | {gain} | {counts} | {time:.2f} |")
 
 
 def collapsed(row: dict[str, Any]) -> bool:
