@@ -23,7 +23,7 @@ from cronos_flax._types import Activations, Bias, Directions, Features, Gates, N
 
 _ASCENT_STARTS = 8
 _ASCENT_STEPS = 10
-_ASCENT_ROWS = 8192
+_ASCENT_ROWS = 2048  # of more than twice as many
 _ASCENT_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
