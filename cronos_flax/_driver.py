@@ -28,8 +28,9 @@ from cronos_flax._train_state import CronosTrainState, module_params
 State = TypeVar("State", bound=TrainState)
 Row = dict[str, float]
 
-_LONGEST = 10  # epochs between solves
+_DENSE_EPOCHS, _THEN_EVERY = 5, 3  # a solve before each of the first epochs, then before every third
 _GAIN_LOW, _GAIN_HIGH = 0.02, 0.1  # relative decrease of a solve below which the next one may wait, or must not
+_LONGEST = 8  # epochs between solves
 _LEAST_SOLVED = 8_192  # rows of a solve: of fewer, losses are too noisy for the guard to compare
 _SOLVE_BYTES = 2**32  # of memory for a solve
 _NEVER = "never"  # of a state without a head, what ``solve_every`` is
@@ -46,7 +47,7 @@ class _Run:
         epoch: epochs done.
         batch: batches of the next epoch done.
         loss_sum: of their losses.
-        next_solve_epoch: the epoch before which the next solve is due, where ``solve_every`` is no number.
+        next_solve_epoch: the epoch of the next solve, for ``solve_every="stale"``.
         interval: epochs between solves, likewise.
         last_solve_step: the step of the last solve.
         seconds: training time, solves included.
@@ -71,19 +72,20 @@ class _Run:
         """Before the next step."""
         if isinstance(solve_every, int):
             return self.step % solve_every == 0
-        return not self.batch and self.epoch >= self.next_solve_epoch
+        if self.batch:
+            return False
+        if solve_every == "stale":
+            return self.epoch >= self.next_solve_epoch
+        return self.epoch < _DENSE_EPOCHS or (self.epoch - _DENSE_EPOCHS) % _THEN_EVERY == _THEN_EVERY - 1
 
-    def solved(self, solve_every: int | str | None, gain: float, accepted: bool, seconds: float) -> None:
+    def solved(self, gain: float, seconds: float) -> None:
         """When to solve next, after a solve that lowered the loss by this fraction and took so long."""
         self.last_solve_step, self.solve_seconds = self.step, seconds
-        longer = min(2 * self.interval, _LONGEST)
-        if solve_every == "stale":
-            shorter = max(self.interval // 2, 1)
-            self.interval = shorter if gain > _GAIN_HIGH else longer if gain < _GAIN_LOW else self.interval
-            self.next_solve_epoch = self.epoch + self.interval
-        else:
-            wait, self.interval = (self.interval, longer) if accepted else (1, 2)
-            self.next_solve_epoch = self.epoch + wait
+        if gain > _GAIN_HIGH:
+            self.interval = max(self.interval // 2, 1)
+        elif gain < _GAIN_LOW:
+            self.interval = min(self.interval * 2, _LONGEST)
+        self.next_solve_epoch = self.epoch + self.interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +182,9 @@ def train(
             :func:`cronos_flax.fit_head`, taken in the order in which they come.
         epochs: passes through the data, of the whole run.
         batch_size: rows of a step, for arrays; rows that do not fill a batch are left out of the epoch.
-        solve_every: when the head is solved for. None: at the start, then after 1, 2, 4, 8, 10, 10, … epochs, and so
-            from 1 again after a solve that the guard rejects. An integer: every so many steps. ``"stale"``: after an
-            epoch, at longer and longer intervals while solves gain little, and shorter ones when they gain much. In any
-            case also at the end.
+        solve_every: when the head is solved for. None: at the start, after each of the first four epochs, and then
+            after every third. An integer: every so many steps. ``"stale"``: after an epoch, at longer and longer
+            intervals while solves gain little, and shorter ones when they gain much. In any case also at the end.
         solve_rows: for arrays, how many rows a solve takes, at random. None: all, if it is solved by epochs; as many
             as the steps between two solves take, at least 8,192, if by steps. Never more than a solve in 4 GB takes.
         loss: whose mean over rows the gradients are of; None for that of ``state.solver``.
@@ -227,7 +228,7 @@ def train(
         ... )
         >>> state, history = cf.train(state, (x[:500], y[:500]), epochs=3, validation=(x[500:], y[500:]))
         >>> [row["epoch"] for row in history if "objective" in row]  # solves
-        [0, 1, 3]
+        [0, 1, 2, 3]
         >>> history[-1]["validation_accuracy"] > 0.7
         True
     """
@@ -376,10 +377,9 @@ class _Loop:
         began = self.clock.seconds
         self.state, solution = self.solved()
         before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
-        gain, figures = 1 - after / before if before > 0 else 0.0, self.state.figures
-        accepted = bool(figures.get("accepted", True))
-        self.run.solved(self.solve_every, gain, accepted, self.clock.seconds - began)
-        self.tell(initial_objective=before, objective=after, solve_seconds=self.run.solve_seconds, **figures)
+        self.run.solved(1 - after / before if before > 0 else 0.0, self.clock.seconds - began)
+        solve_seconds = self.run.solve_seconds
+        self.tell(initial_objective=before, objective=after, solve_seconds=solve_seconds, **self.state.figures)
 
     def tell(self, **figures: float) -> None:
         """A row of the history, also to the callbacks."""

@@ -55,7 +55,7 @@ def test_it_trains_and_tells_and_leaves_the_state_given_alone():
     assert rows == history
     assert all(isinstance(value, int | float | bool) for row in rows for value in row.values())
     solves, epochs = ([row for row in rows if name in row] for name in ("objective", "loss"))
-    assert [row["step"] for row in solves] == [0, 4, 12]
+    assert [row["step"] for row in solves] == [0, 4, 8, 12]
     assert [row["step"] for row in epochs] == [4, 8, 12]
     assert all(row["objective"] <= row["initial_objective"] for row in solves)
     assert 0 < sum(row["solve_seconds"] for row in solves) < rows[-1]["seconds"]
@@ -92,21 +92,11 @@ def test_solves_are_where_the_schedule_says():
     def steps(**kwargs):
         return [row["step"] for row in train(**kwargs)[1] if "objective" in row]
 
-    assert steps(epochs=38) == [4 * epoch for epoch in (0, 1, 3, 7, 15, 25, 35, 38)]
+    assert steps(epochs=10) == [0, 4, 8, 12, 16, 28, 40]
     assert steps(epochs=2, solve_every=3) == [0, 3, 6, 8]
     stale = steps(epochs=16, solve_every="stale", state=made(optax.sgd(1e-9)))
     gaps = np.diff(stale[:-1])
     assert gaps[-1] > gaps[0]
-
-
-def test_a_rejected_solve_is_followed_by_another_after_an_epoch():
-    _, rows = train(made(optax.sgd(30.0)), epochs=16)
-    solves = [row for row in rows if "objective" in row]
-    waits = np.diff([row["epoch"] for row in solves])[:-1]
-    rejected = np.asarray([not row["accepted"] for row in solves])[:-2]
-    assert 0 < rejected.sum() < len(rejected)
-    assert all(waits[rejected.nonzero()] == 1)
-    assert waits.max() > 1
 
 
 def test_seconds_end_a_run_early_and_with_a_solve():
