@@ -33,6 +33,7 @@ from rows import keep, kept
 import cronos_flax as cf
 from cronos_flax import _driver, _guard, _refresh
 from cronos_flax.data import load_tfds
+from cronos_flax.models import MLP
 
 SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
 LARGE_BATCH = "cifar pixels/255, batch 1024"
@@ -42,17 +43,6 @@ EPOCHS = {SETS[0]: 25, SETS[1]: 25, SETS[2]: 8, LARGE_BATCH: 50}
 HELD, BATCH, BATCHES = 1000, 128, {LARGE_BATCH: 1024}
 PROFILED_EPOCHS = 50
 OPTIMIZERS = {"adam": optax.adam, "sgd": lambda rate: optax.sgd(rate, momentum=0.9)}
-
-
-class MLP(nn.Module):
-    """That of the published experiment #1, bias-free, 3072-256-256-20-1."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Outputs ``(n, 1)``."""
-        for width in (256, 256, 20):
-            x = nn.relu(nn.Dense(width, use_bias=False)(x))
-        return nn.Dense(1, use_bias=False)(x)
 
 
 def pooled(x: jax.Array) -> jax.Array:
@@ -173,7 +163,7 @@ def train(run: Run, data_dir: Path) -> dict[str, Any]:
 def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
     x, y, x_held, y_held = load(run.data, data_dir, run.seed)
     is_cnn = run.data == SETS[2]
-    model, loss = (CNN(), "softmax") if is_cnn else (MLP(), "squared")
+    model, loss = (CNN(), "softmax") if is_cnn else (MLP(1), "squared")
     variables, key = model.init(jax.random.key(run.seed), x[:1]), jax.random.key(run.seed)
     made = {"apply_fn": model.apply, "params": variables["params"], "tx": OPTIMIZERS[run.optimizer](run.rate)}
     state: Any
@@ -209,7 +199,7 @@ def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
 def profile(data_dir: Path) -> Iterator[dict[str, Any]]:
     """Rows of the time that experiment #1 takes, and what of it solves and their passes for features take."""
     x, y, x_held, y_held = load(SETS[0], data_dir, SEEDS[0])
-    model = MLP()
+    model = MLP(1)
     params = model.init(jax.random.key(0), x[:1])["params"]
     head = cf.find_head(model, {"params": params}, x[:64])
     for batch_size in (BATCH, 1024):
