@@ -1,0 +1,58 @@
+"""Differences between CRONOS-AM and other methods of a comparison, paired by seed: ``python paired.py results.jsonl``.
+
+What the text of am.md says beyond the table of ``cronos-flax compare``, from the same rows. Prints Markdown: points, ±
+the standard error over seeds, against each method's best cell, its best at the end and, where there is one, that at 1.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cronos_flax.compare import ALTERNATION, Row, kept
+from cronos_flax.tables import last, peak, score, summaries
+
+COLUMNS = [("validation", peak), ("test", peak), ("validation", last), ("test", last)]
+Cell = dict[int, list[Row]]
+
+
+def differences(ours: Cell, theirs: Cell) -> list[str]:
+    """One figure a column."""
+
+    def one(split: str, which: Callable[[list[Row]], Row]) -> str:
+        each = [score(which(ours[seed]), split) - score(which(theirs[seed]), split) for seed in ours]
+        return f"{np.mean(each):+.2f} ± {np.std(each, ddof=1) / np.sqrt(len(each)):.2f}"
+
+    return [one(*column) for column in COLUMNS]
+
+
+def at_end(cell: Cell) -> float:
+    """The mean validation score at the end."""
+    return float(np.mean([score(last(checks), "validation") for checks in cell.values()]))
+
+
+def main(path: str) -> None:
+    """Print the table."""
+    methods = summaries(kept(Path(path)))
+    references = [(m, "best", m.best) for m in methods if m.method.startswith(ALTERNATION)]
+    references += [
+        (m, "0.001", dict(zip(m.rates, m.cells, strict=True))[0.001])
+        for m in methods
+        if m.method.startswith(ALTERNATION) and 0.001 in m.rates
+    ]
+    head = ["of", "minus", "validation at peak", "test at peak", "validation at end", "test at end"]
+    lines = [head, ["---"] * len(head)]
+    for ours, which, cell in references:
+        for theirs in methods:
+            cells = dict(zip(theirs.rates, theirs.cells, strict=True))
+            compared = {"best": theirs.best, "best at the end": max(theirs.cells, key=at_end)}
+            compared |= {"at 1": cells[1.0]} if 1.0 in cells else {}
+            for name, other in compared.items():
+                if other is not cell:
+                    lines.append([f"{ours.method}, {which}", f"{theirs.method}, {name}", *differences(cell, other)])
+    sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
