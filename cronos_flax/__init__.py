@@ -1,26 +1,53 @@
 """CRONOS for Flax: convex training of the last two layers of any Flax module."""
 
 from cronos_flax import nnx as nnx
-from cronos_flax._checkpoint import restore_checkpoint as restore_checkpoint
-from cronos_flax._checkpoint import save_checkpoint as save_checkpoint
-from cronos_flax._cronos import Cronos as Cronos
-from cronos_flax._driver import train as train
-from cronos_flax._fit import prune_head as prune_head
-from cronos_flax._graft import graft as graft
-from cronos_flax._graft import graft_variables as graft_variables
-from cronos_flax._guard import Guard as Guard
-from cronos_flax._head import Head as Head
-from cronos_flax._head import find_head as find_head
-from cronos_flax._head import fit_head as fit_head
-from cronos_flax._linsolve import NystromPCG as NystromPCG
-from cronos_flax._linsolve import Structured as Structured
-from cronos_flax._losses import Huber as Huber
-from cronos_flax._losses import Loss as Loss
-from cronos_flax._losses import signed_targets as signed_targets
-from cronos_flax._solution import Solution as Solution
-from cronos_flax._solution import Stats as Stats
-from cronos_flax._solution import Status as Status
-from cronos_flax._solution import TwoLayer as TwoLayer
-from cronos_flax._train_state import CronosTrainState as CronosTrainState
-from cronos_flax._train_state import backbone_only as backbone_only
-from cronos_flax._weights import predict as predict
+from cronos_flax._alternation.checkpoint import restore_checkpoint as restore_checkpoint
+from cronos_flax._alternation.checkpoint import save_checkpoint as save_checkpoint
+from cronos_flax._alternation.guard import Guard as Guard
+from cronos_flax._alternation.train import train as train
+from cronos_flax._alternation.train_state import CronosTrainState as CronosTrainState
+from cronos_flax._alternation.train_state import backbone_only as backbone_only
+from cronos_flax._head.fit import prune_head as prune_head
+from cronos_flax._head.graft import graft as graft
+from cronos_flax._head.graft import graft_variables as graft_variables
+from cronos_flax._head.linen import Head as Head
+from cronos_flax._head.linen import find_head as find_head
+from cronos_flax._head.linen import fit_head as fit_head
+from cronos_flax._solver.cronos import Cronos as Cronos
+from cronos_flax._solver.linear_solvers import NystromPCG as NystromPCG
+from cronos_flax._solver.linear_solvers import Structured as Structured
+from cronos_flax._solver.losses import Huber as Huber
+from cronos_flax._solver.losses import Loss as Loss
+from cronos_flax._solver.losses import signed_targets as signed_targets
+from cronos_flax._solver.solution import Solution as Solution
+from cronos_flax._solver.solution import Stats as Stats
+from cronos_flax._solver.solution import Status as Status
+from cronos_flax._solver.solution import TwoLayer as TwoLayer
+from cronos_flax._solver.weights import predict as predict
+
+__all__ = [
+    "Cronos",
+    "CronosTrainState",
+    "Guard",
+    "Head",
+    "Huber",
+    "Loss",
+    "NystromPCG",
+    "Solution",
+    "Stats",
+    "Status",
+    "Structured",
+    "TwoLayer",
+    "backbone_only",
+    "find_head",
+    "fit_head",
+    "graft",
+    "graft_variables",
+    "nnx",
+    "predict",
+    "prune_head",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "signed_targets",
+    "train",
+]

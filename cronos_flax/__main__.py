@@ -2,7 +2,7 @@
 
 import sys
 
-from cronos_flax.cli import main
+from cronos_flax.compare.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax.data import load_tfds
+from cronos_flax.compare.data import load_tfds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

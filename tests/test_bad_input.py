@@ -9,7 +9,7 @@ import pytest
 from conftest import random_network, random_problem
 
 import cronos_flax as cf
-from cronos_flax.data import load_tfds
+from cronos_flax.compare.data import load_tfds
 
 X, Y = random_problem(0)
 NET = random_network(0)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _blocks, _host
+from cronos_flax._solver import blocks as _blocks
+from cronos_flax._solver import host as _host
 
 
 def cut(X, *at):

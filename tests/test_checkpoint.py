@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import cronos_flax as cf
-from cronos_flax import _checkpoint
+from cronos_flax._alternation import checkpoint as _checkpoint
 
 X = jax.random.normal(jax.random.key(0), (32, 5))
 

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from cronos_flax import plots, tables
-from cronos_flax.baselines import BASELINES, BaselineState, linear_probe, optimizer
-from cronos_flax.cli import main
-from cronos_flax.compare import Run, Settings, Task, check_method, grid, kept, rows_of, sweep
-from cronos_flax.datasets import EMBEDDED, Split, load, targets_for
-from cronos_flax.models import MODELS, model_of
+from cronos_flax.compare import plots, tables
+from cronos_flax.compare.cli import main
+from cronos_flax.compare.data import EMBEDDED, Split, load, targets_for
+from cronos_flax.compare.methods import BASELINES, BaselineState, linear_probe, optimizer
+from cronos_flax.compare.models import MODELS, model_of
+from cronos_flax.compare.sweep import Run, Settings, Task, check_method, grid, kept, rows_of, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "compile_seconds")

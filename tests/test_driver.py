@@ -16,7 +16,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import cronos_flax as cf
-from cronos_flax import _driver
+from cronos_flax._alternation import train as _driver
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _admm, _anderson, _basis, _linsolve, _losses, _nystrom, _program, _refresh, _weights
+from cronos_flax._solver import admm as _admm
+from cronos_flax._solver import anderson as _anderson
+from cronos_flax._solver import coordinates as _basis
+from cronos_flax._solver import linear_solvers as _linsolve
+from cronos_flax._solver import losses as _losses
+from cronos_flax._solver import nystrom as _nystrom
+from cronos_flax._solver import program as _program
+from cronos_flax._solver import refreshed as _refresh
+from cronos_flax._solver import weights as _weights
 
 seeds = st.integers(0, 10_000)
 

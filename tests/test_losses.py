@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _cronos, _losses, _path
+from cronos_flax._solver import cronos as _cronos
+from cronos_flax._solver import losses as _losses
+from cronos_flax._solver import path as _path
 
 LOSSES = list(_losses.LOSSES)
 seeds = st.integers(0, 10_000)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import graphlib
 import io
 import re
 import subprocess
@@ -11,44 +12,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = [
-    "_types", "_host", "_blocks", "_solution", "_losses", "_basis", "_program", "_nystrom", "_linsolve", "_anderson",
-    "_admm", "_weights", "_refresh", "_path", "_checks",
-    "_cronos", "_features", "_find", "_fit", "_head", "_graft", "_guard", "_train_state", "_checkpoint", "_driver",
-    "nnx", "data", "__init__", "datasets", "models", "baselines", "compare", "tables", "plots", "progress", "cli",
-    "__main__",
-]  # fmt: skip
+WINGS = ["_solver", "_head", "_alternation", "compare"]  # each imports from itself and those before it
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cronos_flax":
-            parts = node.module.split(".")[1:]
-            yield from (parts[:1] or [alias.name for alias in node.names])
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("cronos_flax."):
-                    yield alias.name.split(".")[1]
+def modules():
+    """Every module of the package, by the parts of its name, with its syntax tree."""
+    for path in (ROOT / "cronos_flax").rglob("*.py"):
+        parts = path.relative_to(ROOT / "cronos_flax").with_suffix("").parts
+        yield parts[:-1] if parts[-1] == "__init__" else parts, ast.parse(path.read_text())
 
 
-def outside_imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+def imports(tree):
+    """The names that a module imports from, relative to the package, and the packages outside it."""
+    inside, outside = set(), set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, *rest = name.split(".")
+            inside |= {tuple(rest)} if top == "cronos_flax" else set()
+            outside |= {top} - {"cronos_flax"}
+    return inside, outside
 
 
-def test_files_import_only_files_before_them():
-    files = {path.stem: path for path in (ROOT / "cronos_flax").glob("*.py")}
-    assert set(files) == set(ORDER)
-    for position, name in enumerate(ORDER):
-        assert set(imports_of(files[name])) <= set(ORDER[:position]), name
-        packages = set(outside_imports(files[name]))
-        if position < ORDER.index("_head"):
-            assert "flax" not in packages
-        if position < ORDER.index("_guard"):
-            assert "optax" not in packages
+def test_each_wing_imports_from_itself_and_those_before_it():
+    for name, tree in modules():
+        inside, outside = imports(tree)
+        allowed = WINGS[: WINGS.index(name[0]) + 1] if name and name[0] in WINGS else [*WINGS, "nnx"]
+        assert {parts[0] for parts in inside} <= set(allowed), name
+        assert "flax" not in outside or allowed != WINGS[:1], name
+        assert "optax" not in outside or len(allowed) > 2, name
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    files = dict(modules())
+    needs = {name: {part[:2] for part in imports(tree)[0] if part[:2] in files} for name, tree in files.items()}
+    order = graphlib.TopologicalSorter(needs)
+    order.prepare()  # raises CycleError
 
 
 def test_import_is_silent_and_starts_no_device():
@@ -99,7 +100,7 @@ def test_quickstart_refuses_a_missing_data_set():
 
 
 def test_load_tfds_reads_a_real_split(tfds_dir):
-    from cronos_flax.data import load_tfds
+    from cronos_flax.compare.data import load_tfds
 
     images, labels = load_tfds("cifar10_airplane_automobile", "test", tfds_dir)
     assert images.shape == (2000, 32, 32, 3)

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax import _basis, _cronos, _losses, _program
+from cronos_flax._solver import coordinates as _basis
+from cronos_flax._solver import cronos as _cronos
+from cronos_flax._solver import losses as _losses
+from cronos_flax._solver import program as _program
 
 
 def optimum_of(solution, X, y, beta, weight=None, **biases):

@@ -31,9 +31,11 @@ from flax.training.train_state import TrainState
 from rows import keep, kept
 
 import cronos_flax as cf
-from cronos_flax import _driver, _guard, _refresh
-from cronos_flax.data import load_tfds
-from cronos_flax.models import MLP
+from cronos_flax._alternation import guard as _guard
+from cronos_flax._alternation import train as _driver
+from cronos_flax._solver import refreshed as _refresh
+from cronos_flax.compare.data import load_tfds
+from cronos_flax.compare.models import MLP
 
 SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
 LARGE_BATCH = "cifar pixels/255, batch 1024"

@@ -20,7 +20,7 @@ from rows import keep, kept
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax.baselines import BaselineState
+from cronos_flax.compare.methods import BaselineState
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "loops"))
 from resnet import ResNet

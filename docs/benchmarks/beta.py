@@ -20,8 +20,8 @@ from rows import keep, kept
 from sets import Split, score, splits
 
 import cronos_flax as cf
-from cronos_flax import _cronos
-from cronos_flax._losses import loss_of
+from cronos_flax._solver import cronos as _cronos
+from cronos_flax._solver.losses import loss_of
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PATH = "path"  # in the place of a ratio: ``beta="path"``, which looks at the rows to fit only

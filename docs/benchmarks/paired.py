@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cronos_flax.compare import ALTERNATION, Row, kept
-from cronos_flax.tables import last, peak, score, summaries
+from cronos_flax.compare.sweep import ALTERNATION, Row, kept
+from cronos_flax.compare.tables import last, peak, score, summaries
 
 COLUMNS = [("validation", peak), ("test", peak), ("validation", last), ("test", last)]
 Cell = dict[int, list[Row]]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rows import keep, kept
 
 import cronos_flax as cf
-from cronos_flax.datasets import Dataset, load
+from cronos_flax.compare.data import Dataset, load
 
 RHOS = (0.001, 0.01, 0.1, 1.0)
 SEEDS = range(5)

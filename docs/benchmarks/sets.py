@@ -11,7 +11,7 @@ import numpy as np
 from resnet import resnet20_features
 from sklearn import datasets
 
-from cronos_flax.data import load_tfds
+from cronos_flax.compare.data import load_tfds
 
 SMALL = ("digits", "breast_cancer", "wine", "diabetes")
 IMAGES = ("fashion_mnist", "cifar10_airplane_automobile")

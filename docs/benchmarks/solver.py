@@ -32,8 +32,12 @@ from rows import keep, kept
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax import _basis, _cronos, _program, _refresh, _weights
-from cronos_flax.data import load_tfds
+from cronos_flax._solver import coordinates as _basis
+from cronos_flax._solver import cronos as _cronos
+from cronos_flax._solver import program as _program
+from cronos_flax._solver import refreshed as _refresh
+from cronos_flax._solver import weights as _weights
+from cronos_flax.compare.data import load_tfds
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 EPOCHS, BATCH = 10, 128

@@ -1,0 +1,274 @@
+"""Checkpoints by Orbax, with a checksum for every leaf: what was damaged is noticed, and an earlier step restored.
+
+Orbax finds a file that is cut short, but a byte that changed in one restores silently. So every leaf's checksum is kept
+beside the leaves, with the leaf's name, shape and dtype; and all of that has a checksum itself.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+from cronos_flax._solver.checks import positive_integer
+
+State = TypeVar("State")
+
+_FORMAT = "cronos_flax checkpoint 1"
+_ASIDE = "damaged"
+
+
+class _DamagedError(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+class _MisfitError(ValueError):
+    """A checkpoint that is sound, but not what is asked for."""
+
+
+def save_checkpoint(
+    directory: str | Path, state: Any, step: int, *, extra: Any = None, keep: int | None = None
+) -> None:
+    """Save all arrays of a train state, or of any pytree.
+
+    Whatever is in the state is saved: parameters, collections, optimizer, guard, keys. What is not an array (functions,
+    the head, the solver) comes from the state that is given to :func:`restore_checkpoint`. When this returns the
+    checkpoint is whole on the disk; when the process dies before, there is none.
+
+    Args:
+        directory: where checkpoints of this run lie, one directory a step; made if it does not exist.
+        state: a ``CronosTrainState`` or any other pytree of arrays and numbers. For NNX:
+            ``nnx.state((model, optimizer))``.
+        step: the number of the checkpoint, ``≥ 0``.
+        extra: what else to remember, as JSON takes it.
+        keep: how many of the newest to keep; None keeps all.
+
+    Raises:
+        ValueError: if there is a checkpoint of this step already, or an argument does not fit.
+        OSError: if the directory cannot be written to.
+    """
+    positive_integer("save_checkpoint", "step", step, least=0)
+    if keep is not None:
+        positive_integer("save_checkpoint", "keep", keep)
+    directory = Path(directory).absolute()
+    leaves = _named(state)
+    if not leaves:
+        raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
+    try:
+        body = json.dumps({"leaves": {name: _described(leaf) for name, leaf in leaves.items()}, "extra": extra})
+    except TypeError as error:
+        raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
+    meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
+    directory.mkdir(parents=True, exist_ok=True)
+    taken = directory / str(step)
+    if taken.exists():
+        try:
+            _read(directory, step)
+        except _DamagedError:
+            taken.rename(_free(directory, f"{step}.{_ASIDE}"))
+        else:
+            raise ValueError(
+                f"save_checkpoint: `step` {step} is in {directory} already. Give a later step, or another directory."
+            )
+    with _manager(directory, keep) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
+        manager.save(step, args=items, force=True)
+        manager.wait_until_finished()
+
+
+def restore_checkpoint(directory: str | Path, state: State, *, step: int | None = None) -> State:
+    """The newest checkpoint that is what was saved, in the form of ``state``.
+
+    Args:
+        directory: where :func:`save_checkpoint` wrote to.
+        state: a state of the same structure, freshly made; it is not changed, and is returned where the directory
+            holds no checkpoint.
+        step: which checkpoint; None for the newest. One that is damaged is passed over, with a warning, for the newest
+            before it.
+
+    Returns:
+        A state with the arrays of the checkpoint and all else of ``state``.
+
+    Raises:
+        ValueError: if the checkpoint's leaves are not those of ``state`` in name, shape or dtype, if it is of an
+            unknown format, or if none of those that are there can be read.
+    """
+    return restored(directory, state, step=step)[0]
+
+
+def restored(directory: str | Path, state: State, *, step: int | None = None) -> tuple[State, int | None, Any]:
+    """As :func:`restore_checkpoint`; with its step, and its ``extra``."""
+    directory = Path(directory).absolute()
+    steps = [s for s in _steps(directory) if step is None or s <= step]
+    if step is not None and step not in steps:
+        raise ValueError(f"restore_checkpoint: `step` {step} is not in {directory}; there: {steps or 'none'}.")
+    damage = []
+    for candidate in steps:
+        try:
+            leaves, extra = _read(directory, candidate, _named(state))
+        except _DamagedError as error:
+            damage.append(f"step {candidate}: {error}")
+            continue
+        if damage:
+            warnings.warn(
+                f"restore_checkpoint: restored step {candidate} of {directory}; passed over what is damaged: "
+                + "; ".join(damage),
+                stacklevel=3,
+            )
+        return _filled(state, leaves), candidate, extra
+    if damage:
+        raise ValueError(
+            f"restore_checkpoint: none of the checkpoints in {directory} can be read: {'; '.join(damage)}."
+        )
+    return state, None, None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Orbax says of damage, page upon page: it is said in one warning."""
+    logger = logging.getLogger("absl")
+    level, hook = logger.level, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+            gc.collect()  # reads that were given up: they complain when they are collected
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps that are there, the newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
+
+
+def _free(directory: Path, name: str) -> Path:
+    """A path of this name that is not taken."""
+    taken, number = directory / name, 1
+    while taken.exists():
+        number += 1
+        taken = directory / f"{name}.{number}"
+    return taken
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """All leaves by their path, as arrays; of a key, its data."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+    return {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf if isinstance(leaf, Array) else np.asarray(leaf)
+        for name, leaf in leaves.items()
+    }
+
+
+def _described(leaf: Any) -> dict[str, Any]:
+    value = np.asarray(leaf)
+    return {"shape": list(value.shape), "dtype": str(value.dtype), "checksum": zlib.crc32(value.tobytes())}
+
+
+def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
+    """Leaves and ``extra`` of a checkpoint.
+
+    Raises:
+        _DamagedError: if it is not what was saved.
+        ValueError: if it is, but is not of the form of ``like``.
+    """
+    leaves, damage = {}, ""
+    with _quiet():
+        try:
+            with _manager(directory) as manager:
+                meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                stated, body, checksum = meta["format"], meta["body"], meta["checksum"]
+                if checksum != zlib.crc32((stated + body).encode()):
+                    raise _DamagedError("the list of its leaves has another checksum")
+                if stated != _FORMAT:
+                    raise _MisfitError(
+                        f"restore_checkpoint: step {step} of {directory} must be of the format {_FORMAT!r}, got "
+                        f"{stated!r}. It takes the version that wrote it."
+                    )
+                described = json.loads(body)
+                if like is not None:
+                    _check_same(described["leaves"], like, step)
+                target = {
+                    name: _target(d, None if like is None else like[name]) for name, d in described["leaves"].items()
+                }
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                leaves = manager.restore(step, args=args).state
+        except (_DamagedError, _MisfitError):
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many
+            damage = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if damage:
+        raise _DamagedError(damage)
+    wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
+    if wrong:
+        raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")
+    return leaves, described["extra"]
+
+
+def _target(described: dict[str, Any], like: Any) -> Any:
+    """What Orbax restores a leaf into: where ``like`` is, or into memory."""
+    dtype = jnp.dtype(described["dtype"])
+    if isinstance(like, Array) and like.dtype == dtype:
+        return ocp.utils.to_shape_dtype_struct(like)
+    return np.empty(described["shape"], dtype)
+
+
+def _fits(described: dict[str, Any], leaf: Any) -> bool:
+    """Same shape and dtype; of numbers, which are Python's before a step and arrays after it, the same kind."""
+    dtype = jnp.dtype(described["dtype"])
+    same_dtype = dtype == leaf.dtype or (leaf.ndim == 0 and dtype.kind == leaf.dtype.kind)
+    return same_dtype and tuple(described["shape"]) == leaf.shape
+
+
+def _check_same(described: dict[str, Any], like: dict[str, Any], step: int) -> None:
+    """That a checkpoint fits."""
+    for name in [*like, *described]:
+        have = described.get(name)
+        want = like.get(name)
+        if have is None or want is None or not _fits(have, want):
+            got = "nothing" if have is None else f"{have['dtype']} of shape {tuple(have['shape'])}"
+            expected = "nothing" if want is None else f"{want.dtype} of shape {np.shape(want)}"
+            raise _MisfitError(
+                f"restore_checkpoint: `state` must be of the structure that was saved; at {name} it has {expected}, "
+                f"step {step} has {got}. Make it by the same model, optimizer and settings."
+            )
+
+
+def _filled(state: State, leaves: dict[str, Any]) -> State:
+    """``state`` with these leaves."""
+
+    def fill(path: Any, old: Any) -> Any:
+        new = leaves[jax.tree_util.keystr(path)]
+        if _is_key(old):
+            return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+        if isinstance(old, Array):
+            return new if isinstance(new, Array) else jnp.asarray(new, old.dtype)
+        return new if isinstance(old, np.ndarray) else type(old)(np.asarray(new).item())
+
+    return jax.tree_util.tree_map_with_path(fill, state)

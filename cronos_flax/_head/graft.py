@@ -1,0 +1,168 @@
+"""A two-layer head for linen modules that end in a single layer, or in none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._solver.checks import positive_integer
+
+Pool = Callable[..., Any]
+
+
+def _two_layers(x: jax.Array, hidden: int, features: int, parent: nn.Module, **like: Any) -> jax.Array:
+    """``Dense → relu → Dense`` as children of a module."""
+    x = nn.relu(nn.Dense(hidden, parent=parent, name="hidden", **like)(x))
+    return nn.Dense(features, parent=parent, name="output", **like)(x)
+
+
+class Grafted(nn.Module):
+    """A module with a two-layer head; made by :func:`graft`. Its parameters are those of ``backbone``, and of the head.
+
+    Args:
+        backbone: the module.
+        at: path of the layer whose place the head takes; None for a head after the module's output.
+        hidden: number of hidden neurons m.
+        features: number of outputs C; None for as many as the layer had.
+        pool: what is done to the head's input first.
+    """
+
+    backbone: nn.Module
+    at: Path | None
+    hidden: int
+    features: int | None
+    pool: Pool | None
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module is called."""
+
+        def pooled(x: Any) -> Any:
+            return x if self.pool is None else self.pool(x, *args, **kwargs)
+
+        if self.at is None:
+            assert self.features is not None
+            return _two_layers(pooled(self.backbone(*args, **kwargs)), self.hidden, self.features, self)
+        path, called = (*self.backbone.path, *self.at), []
+
+        def swap(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            layer = context.module
+            if context.method_name != "__call__":
+                return call(*inputs, **kwargs)
+            called.append(layer.path)
+            if layer.path != path:
+                return call(*inputs, **kwargs)
+            features = getattr(layer, "features", None) if self.features is None else self.features
+            if not isinstance(features, int):
+                raise ValueError(f"graft: `features` must be given where {type(layer).__name__} is replaced, got None.")
+            like = {name: getattr(layer, name) for name in ("dtype", "precision") if hasattr(layer, name)}
+            like["param_dtype"] = getattr(layer, "param_dtype", jnp.float32)
+            # The head's layers become children of the one that they replace, so lifted transforms hold for them too.
+            return _two_layers(pooled(inputs[0]), self.hidden, features, layer, **like)
+
+        with nn.intercept_methods(swap):
+            out = self.backbone(*args, **kwargs)
+        if path not in called:
+            depth = len(self.backbone.path)
+            there = ", ".join(dict.fromkeys(slashed(p[depth:]) for p in called))
+            raise ValueError(
+                f"graft: `at` must be the path of a layer that is called, got {slashed(self.at)}; {there}."
+            )
+        return out
+
+
+def graft(
+    model: nn.Module,
+    at: str | Path | None = None,
+    *,
+    hidden: int,
+    features: int | None = None,
+    pool: Pool | None = None,
+) -> nn.Module:
+    """A module with the head ``Dense(hidden) → relu → Dense(features)`` in the place of one of its layers.
+
+    Most pretrained models end in one Dense, or in none; this gives them a head that can be solved for. The result is
+    an ordinary module, called as ``model`` is (``__call__`` only). Its variables are those of ``model`` under
+    ``backbone``, with ``hidden`` and ``output`` at the path of the layer that went; :func:`graft_variables` brings
+    pretrained ones over.
+
+    Args:
+        model: any linen module; it is not changed.
+        at: path of the layer to replace, within the module's parameters: ``("fc",)`` or ``"encoder/fc"``. None puts the
+            head after the module's output, ``hidden`` and ``output`` beside ``backbone``.
+        hidden: number of hidden neurons m.
+        features: number of outputs C; None for as many as the layer had.
+        pool: called with the head's input, and then with everything that the module was called with; returns what
+            the head gets instead: the mean over tokens, say, with the mask that is among the arguments.
+
+    Returns:
+        The grafted module.
+
+    Raises:
+        ValueError: for arguments outside their range. Calling the module raises it if nothing is called at ``at``.
+
+    Example:
+        >>> import jax, flax.linen as nn, cronos_flax as cf
+        >>> model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(10)])
+        >>> x = jax.random.normal(jax.random.key(0), (32, 5))
+        >>> pretrained = model.init(jax.random.key(1), x)
+        >>> grafted = cf.graft(model, at="layers_2", hidden=16)
+        >>> variables = cf.graft_variables(grafted, pretrained, jax.random.key(2), x)
+        >>> cf.find_head(grafted, variables, x).hidden_path
+        ('backbone', 'layers_2', 'hidden')
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"graft: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.graft.")
+    positive_integer("graft", "hidden", hidden)
+    if features is not None or at is None:
+        positive_integer("graft", "features", features)
+    if pool is not None and not callable(pool):
+        raise ValueError(f"graft: `pool` must be a function, got {pool!r}.")
+    return Grafted(model.clone(parent=None), None if at is None else as_path("graft: `at`", at), hidden, features, pool)
+
+
+def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Variables of a grafted module: pretrained ones for the backbone, fresh ones for the head.
+
+    Args:
+        grafted: from :func:`graft`.
+        pretrained: the variables of the module that was grafted.
+        rngs: as for ``grafted.init``.
+        *args: as for ``grafted.init``.
+        **kwargs: as for ``grafted.init``.
+
+    Returns:
+        New variables; ``pretrained`` is not changed.
+
+    Raises:
+        ValueError: if ``pretrained`` is not of the module that was grafted.
+    """
+    if not isinstance(grafted, Grafted):
+        raise ValueError(f"graft_variables: `grafted` must come from cf.graft, got {type(grafted).__name__}.")
+    if not isinstance(pretrained, Mapping):
+        raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
+    fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
+    given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
+    replaced = grafted.at
+
+    def is_replaced(path: Path) -> bool:
+        return replaced is not None and path[1 : 1 + len(replaced)] == replaced
+
+    moved = {(path[0], "backbone", *path[1:]): leaf for path, leaf in given.items() if not is_replaced(path)}
+    wanted = {path for path in fresh if path[1] == "backbone" and not is_replaced((path[0], *path[2:]))}
+    wrong = wanted ^ moved.keys() | {p for p in wanted & moved.keys() if _shape(fresh[p]) != _shape(moved[p])}
+    if wrong:
+        names = ", ".join(sorted(slashed((path[0], *path[2:])) for path in wrong)[:5])
+        raise ValueError(
+            "graft_variables: `pretrained` must be the variables of the module that was grafted; missing, left over or "
+            f"of another shape: {names}."
+        )
+    return flax.traverse_util.unflatten_dict(fresh | moved)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return jnp.shape(nn.meta.unbox(leaf))

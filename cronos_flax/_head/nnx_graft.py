@@ -1,0 +1,129 @@
+"""A two-layer head for NNX models that have none."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._head.nnx import LAYERS, module_at
+from cronos_flax._solver.checks import positive_integer
+
+
+class TwoLayerHead(nnx.Module):
+    """``Linear → relu → Linear``.
+
+    Args:
+        in_features: width p of the input.
+        hidden: number of hidden neurons m.
+        features: number of outputs C.
+        pool: what is done to the input first.
+        rngs: for the weights.
+        **settings: of both layers, such as ``dtype``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        features: int,
+        *,
+        pool: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+        **settings: Any,
+    ) -> None:
+        self.hidden = nnx.Linear(in_features, hidden, rngs=rngs, **settings)
+        self.output = nnx.Linear(hidden, features, rngs=rngs, **settings)
+        self.pool = pool
+
+    def __call__(self, x: Any) -> Array:
+        """Outputs ``(..., C)``."""
+        x = x if self.pool is None else self.pool(x)
+        return self.output(nnx.relu(self.hidden(x)))
+
+
+class Grafted(nnx.Module):
+    """A model with a two-layer head after its output; made by :func:`graft`."""
+
+    def __init__(self, backbone: nnx.Module, head: TwoLayerHead) -> None:
+        self.backbone, self.head = backbone, head
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """As the backbone is called."""
+        return self.head(self.backbone(*args, **kwargs))
+
+
+def graft(
+    model: nnx.Module,
+    at: str | Path | None = None,
+    *,
+    hidden: int,
+    features: int | None = None,
+    in_features: int | None = None,
+    pool: Callable[..., Any] | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """A copy of a model with the head ``Linear(hidden) → relu → Linear(features)`` in the place of one of its layers.
+
+    All other Params are those of ``model``; the model itself is not changed.
+
+    Args:
+        model: any NNX model.
+        at: path of the layer to replace, ``("fc",)`` or ``"layers/2"``; None puts the head after the model's output.
+        hidden: number of hidden neurons m.
+        features: number of outputs C; None for as many as the layer had.
+        in_features: width p of the head's input; None for as many as the layer had.
+        pool: called with the head's input first; returns what the head gets instead (the mean over tokens, say).
+        rngs: for the weights of the head.
+
+    Returns:
+        The grafted model.
+
+    Raises:
+        ValueError: if there is nothing at ``at``, or a size is missing.
+
+    Example:
+        >>> import cronos_flax as cf
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 10, rngs=rngs))
+        >>> grafted = cf.nnx.graft(model, at="layers/2", hidden=16, rngs=rngs)
+        >>> grafted.layers[2].output.out_features
+        10
+    """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"graft: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.graft.")
+    positive_integer("graft", "hidden", hidden)
+    if pool is not None and not callable(pool):
+        raise ValueError(f"graft: `pool` must be a function, got {pool!r}.")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"graft: `rngs` must be an nnx.Rngs, got {type(rngs).__name__}.")
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    path = None if at is None else as_path("graft: `at`", at, numbered=True)
+    settings: dict[str, Any] = {}
+    if path:
+        try:
+            old = module_at(copy, path)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            there = ", ".join(slashed(p) for p, module in nnx.iter_modules(copy) if isinstance(module, LAYERS))
+            raise ValueError(
+                f"graft: `at` must be the path of a layer, got {slashed(path)}; there are {there}."
+            ) from None
+        features = getattr(old, "out_features", None) if features is None else features
+        in_features = getattr(old, "in_features", None) if in_features is None else in_features
+        names = ("dtype", "param_dtype", "precision")
+        settings = {name: getattr(old, name) for name in names if hasattr(old, name)}
+    for name, size in (("features", features), ("in_features", in_features)):
+        positive_integer("graft", name, size)
+    assert features is not None
+    assert in_features is not None
+    head = TwoLayerHead(in_features, hidden, features, pool=pool, rngs=rngs, **settings)
+    if not path:
+        return Grafted(copy, head)
+    parent = module_at(copy, path[:-1])
+    if isinstance(parent, nnx.Module) and hasattr(parent, str(path[-1])):
+        setattr(parent, str(path[-1]), head)
+    else:
+        parent[path[-1]] = head
+    return copy

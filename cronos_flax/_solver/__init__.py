@@ -1,0 +1,1 @@
+"""The solver: arrays in, arrays out. Knows no Flax."""

@@ -1,0 +1,198 @@
+"""Features that need not fit into memory: a matrix known by its products, accumulated block by block.
+
+A :class:`Blocks` has what the solver asks of a matrix X: ``X @ U``, ``X.T @ R``, some of its rows, and folds over its
+rows. The blocks are read from the host anew for each of these, one at a time.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from cronos_flax._solver import host
+from cronos_flax._solver.types import RowVector, Scalar
+
+_ROWS = 8192  # of the blocks as they are computed with, however they come
+
+Carry = TypeVar("Carry")
+
+
+class Source:
+    """A re-iterable of arrays ``(nᵢ, p)``, read in order and cut into pieces of equal length.
+
+    Args:
+        blocks: the re-iterable.
+        shape: ``(n, p)`` of the whole.
+        dtype: of the pieces.
+    """
+
+    def __init__(self, blocks: Iterable[Any], shape: tuple[int, int], dtype: np.dtype) -> None:
+        self._blocks, self.shape, self.dtype = blocks, shape, dtype
+        self.rows = min(_ROWS, shape[0])
+        self._lock = threading.Lock()
+        self._next, self._pieces = 0, self._cut()
+
+    def _cut(self) -> Iterator[np.ndarray]:
+        """Pieces of ``rows`` rows; the last one is filled up with zeros."""
+        piece, filled = np.zeros((self.rows, self.shape[1]), self.dtype), 0
+        for block in self._blocks:
+            start = 0
+            while start < len(block):
+                part = block[start : start + self.rows - filled]
+                piece[filled : filled + len(part)] = part
+                start, filled = start + len(part), filled + len(part)
+                if filled == self.rows:
+                    yield piece
+                    piece, filled = np.zeros_like(piece), 0
+        if filled:
+            yield piece
+
+    def piece(self, index: int) -> np.ndarray:
+        """Piece number ``index``; cheap in order."""
+        with self._lock:
+            if index < self._next:
+                self._next, self._pieces = 0, self._cut()
+            for piece in self._pieces:
+                self._next += 1
+                if self._next > index:
+                    return piece
+        raise ValueError(f"solve: the blocks of `X` must hold the same {self.shape[0]} rows at every pass, got fewer.")
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """Single rows, in one pass."""
+        out, order = np.empty((len(index), self.shape[1]), self.dtype), np.argsort(index)
+        start, done = 0, 0
+        for block in self._blocks:
+            end = done + int(np.searchsorted(index[order[done:]], start + len(block)))
+            out[order[done:end]] = block[index[order[done:end]] - start]
+            start, done = start + len(block), end
+        return out
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["number", "scale", "root", "rotation"],
+    meta_fields=["rows", "columns", "piece", "dtype", "hidden_bias"],
+)
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A matrix with the rows ``rootⱼ (xⱼ/scale, 1) rotation`` of a source of raw rows ``xⱼ``.
+
+    Args:
+        number: of the :class:`Source`, while it is open.
+        rows: n.
+        columns: p, of the raw rows.
+        piece: rows that are read at a time.
+        dtype: of everything.
+        scale: None for 1.
+        root: shape ``(n,)``; None for ones.
+        rotation: None for the identity.
+        hidden_bias: whether the constant column is there.
+    """
+
+    number: Int[Array, ""]
+    rows: int
+    columns: int
+    piece: int
+    dtype: Any
+    scale: Scalar | None = None
+    root: RowVector | None = None
+    rotation: Float[Array, "d d"] | None = None
+    hidden_bias: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, d)``."""
+        return self.rows, self.columns + self.hidden_bias
+
+    @property
+    def T(self) -> "_Transposed":
+        """The transpose, of which there are products only."""
+        return _Transposed(self)
+
+    def __matmul__(self, U: Float[Array, "d k"]) -> Float[Array, "n k"]:
+        """``X @ U``."""
+        U = U if self.rotation is None else self.rotation @ U
+        count = -(-self.rows // self.piece)
+        out = jax.lax.map(lambda i: self._read(i) @ U, jnp.arange(count, dtype=jnp.int32))
+        out = out.reshape(count * self.piece, -1)[: self.rows]
+        return out if self.root is None else self.root[:, None] * out
+
+    def __getitem__(self, index: Int[Array, " k"]) -> Float[Array, "k d"]:
+        """Some of the rows, in memory."""
+        raw = self._fetch(_take, index, index.shape[0])
+        root = None if self.root is None else self.root[index]
+        return self._finish(self._extend(raw), root)
+
+    def fold(self, step: Callable[..., Carry], start: Carry, *of_rows: Array) -> Carry:
+        """``step(carry, X piece, pieces of the arrays of_rows)`` over all pieces; rows past the end are zero."""
+        count = -(-self.rows // self.piece)
+        past = count * self.piece - self.rows
+
+        def pieces(array: Array) -> Array:
+            padded = jnp.pad(array, [(0, past), *[(0, 0)] * (array.ndim - 1)])
+            return padded.reshape(count, self.piece, *array.shape[1:])
+
+        root = jnp.ones(self.rows, self.dtype) if self.root is None else self.root
+
+        def body(carry: Carry, inputs: tuple) -> tuple[Carry, None]:
+            index, root, rest = inputs
+            return step(carry, self._finish(self._read(index), root), *rest), None
+
+        indices = jnp.arange(count, dtype=jnp.int32)
+        return jax.lax.scan(body, start, (indices, pieces(root), tuple(map(pieces, of_rows))))[0]
+
+    def _read(self, index: Int[Array, ""]) -> Float[Array, "k d"]:
+        """A piece, not yet weighted and rotated."""
+        return self._extend(self._fetch(_piece, index, self.piece))
+
+    def _fetch(self, call: Callable, index: Array, rows: int) -> Float[Array, "k p"]:
+        """Raw rows; as bits, since callbacks run in a thread where the caller's ``jax.enable_x64`` does not hold."""
+        words = jnp.dtype(self.dtype).itemsize // 4
+        shape = jax.ShapeDtypeStruct((rows, self.columns, words), jnp.uint32)
+        bits = jax.pure_callback(call, shape, self.number, index)
+        return jax.lax.bitcast_convert_type(bits if words > 1 else bits[..., 0], self.dtype)
+
+    def _extend(self, raw: Float[Array, "k p"]) -> Float[Array, "k d"]:
+        X = raw if self.scale is None else raw / self.scale
+        return jnp.concatenate([X, jnp.ones_like(X[:, :1])], axis=1) if self.hidden_bias else X
+
+    def _finish(self, X: Float[Array, "k d"], root: Float[Array, " k"] | None) -> Float[Array, "k d"]:
+        X = X if root is None else root[:, None] * X
+        return X if self.rotation is None else X @ self.rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    """The transpose of a :class:`Blocks`."""
+
+    matrix: Blocks
+
+    def __matmul__(self, R: Float[Array, "n k"]) -> Float[Array, "d k"]:
+        """``X.T @ R``."""
+        start = jnp.zeros((self.matrix.shape[1], R.shape[1]), R.dtype)
+        return self.matrix.fold(lambda total, X, R: total + X.T @ R, start, R)
+
+
+def fold(X: Array | Blocks, step: Callable[..., Carry], start: Carry, *of_rows: Array) -> Carry:
+    """:meth:`Blocks.fold`, also for a matrix in memory."""
+    return X.fold(step, start, *of_rows) if isinstance(X, Blocks) else step(start, X, *of_rows)
+
+
+def _piece(number: Array, index: Array) -> np.ndarray:
+    return _bits(host.called(number, lambda source: source.piece(int(index))))
+
+
+def _take(number: Array, index: Array) -> np.ndarray:
+    return _bits(host.called(number, lambda source: source.take(np.asarray(index))))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint32).reshape(*array.shape, -1)

@@ -1,0 +1,225 @@
+"""Checks of what comes in at the door of the solver: each error names the argument, what was expected and what came.
+
+Values (finiteness, signs) are checked only where there are values: inside ``jit`` and ``vmap`` shapes and dtypes are.
+"""
+
+import dataclasses
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from cronos_flax._solver import admm, path, refreshed
+from cronos_flax._solver.blocks import Source
+from cronos_flax._solver.losses import Logistic, Loss, Softmax
+from cronos_flax._solver.solution import TwoLayer
+
+
+def choice(name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
+    """A setting of :class:`cronos_flax.Cronos` that is one of a few words."""
+    if not (isinstance(value, str) and value in choices):
+        expected = " or ".join([repr(c) for c in choices] + [other] * bool(other))
+        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+
+
+def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
+    bad_type = isinstance(value, (str, bytes, bool, list, tuple))
+    if isinstance(value, (np.ndarray, Array)) and concrete(value):
+        bad_type = value.ndim > 1  # a vector is a batch of solvers, for vmap
+        ok = bool(np.all(np.isfinite(value)) and np.all(fits(np.asarray(value))))
+    else:
+        ok = not isinstance(value, (numbers.Real, np.number)) or (math.isfinite(value) and fits(value))
+    if bad_type or not ok:
+        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+
+
+def positive_integer(where: str, name: str, value: Any, least: int = 1) -> None:
+    """A count."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{where}: `{name}` must be an integer ≥ {least}, got {value!r}.")
+
+
+def concrete(value: Any) -> bool:
+    """Whether a value can be looked at, or is being traced."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _floats(name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str) -> Array:
+    """``value`` as a finite floating array with one of these numbers of dimensions."""
+    if not isinstance(value, (Array, np.ndarray)):
+        value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
+    return _finite(name, value, shapes, ndims)
+
+
+def _finite(name: str, value: Array | np.ndarray, shapes: str, ndims: tuple[int, ...]) -> Array:
+    if value.ndim not in ndims:
+        raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if array.dtype.itemsize < 4:
+        array = array.astype(jnp.float32)
+    if concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+        raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
+    return array
+
+
+def _blocks(X: Iterable[Any]) -> Source:
+    """Features that come in blocks, checked in one pass."""
+    if iter(X) is X:
+        raise ValueError("solve: `X` must be re-iterable, got an iterator, which can be read once only. Give a list.")
+    shape, dtype = None, np.dtype("float32")
+    for block in X:
+        block = np.asarray(block)
+        if block.ndim != 2 or not np.issubdtype(block.dtype, np.floating):
+            raise ValueError(
+                f"solve: the blocks of `X` must be floating arrays (n, p), got {block.dtype} of shape {block.shape}."
+            )
+        if shape is not None and block.shape[1] != shape[1]:
+            raise ValueError(f"solve: the blocks of `X` must have {shape[1]} columns each, got shape {block.shape}.")
+        if not np.all(np.isfinite(block)):
+            raise ValueError("solve: `X` must be finite, got NaN or infinite entries. Remove or impute those rows.")
+        dtype = np.promote_types(dtype, block.dtype)
+        shape = (len(block) if shape is None else shape[0] + len(block)), block.shape[1]
+    return Source(X, shape or (0, 0), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def data(
+    X: Any, y: ArrayLike, num_classes: int | None, outputs: int | None, loss: Loss
+) -> tuple[Array | Source, Array]:
+    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype, as the loss takes them."""
+    in_blocks = not isinstance(X, (Array, np.ndarray, str, bytes)) and isinstance(X, Iterable)
+    if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
+        X = _blocks(X)
+        if not concrete(y):
+            raise ValueError(
+                "solve: `X` in blocks cannot be read inside jit or vmap, got a traced `y`. Call it outside."
+            )
+    else:
+        X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
+    if num_classes is not None:
+        positive_integer("solve", "num_classes", num_classes)
+    y = y if isinstance(y, (Array, np.ndarray)) else np.asarray(y)
+    if y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"solve: `y` must be numbers, got dtype {y.dtype}.")
+    y = _finite("y", y, "(n,) or (n, C)", (1, 2))
+    if X.shape[0] < 2 or X.shape[1] < 1:
+        raise ValueError(f"solve: `X` must have at least 2 rows and 1 column, got shape {X.shape}.")
+    if y.shape[0] != X.shape[0]:
+        raise ValueError(f"solve: `y` must have one row for each of the {X.shape[0]} rows of X, got shape {y.shape}.")
+    try:
+        targets = loss.targets(y, outputs if num_classes is None else num_classes)
+    except ValueError as error:
+        raise ValueError(f"solve: {error}") from None
+    if targets.shape[1] < 1:
+        raise ValueError(f"solve: `y` must have at least one column, got shape {y.shape}.")
+    if num_classes is not None and targets.shape[1] != num_classes:
+        raise ValueError(f"solve: `num_classes` is {num_classes!r}, but `y` has {targets.shape[1]} column(s).")
+    return X, targets.astype(X.dtype)
+
+
+def path_data(X: Array | Source, y: Array, weight: Array) -> path.Data:
+    """Rows that can be chosen from: in memory, not traced, and of positive weight."""
+    if isinstance(X, Source):
+        raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
+    if not all(concrete(value) for value in (X, y, weight)):
+        raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
+    there = np.flatnonzero(weight)
+    if len(there) < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(there)}.')
+    return path.Data(X[there], y[there], weight[there])
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Features and targets."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
+    return value[0], value[1]
+
+
+def same_columns(X: Array | Source, like: Array) -> Array:
+    """Validation features, of as many columns as those to fit."""
+    if isinstance(X, Source) or X.shape[1] != like.shape[1]:
+        raise ValueError(f"solve: `validation` must be (X, y) with X of {like.shape[1]} columns, got {X.shape}.")
+    return X
+
+
+def balanced(loss: Loss, targets: Array) -> Array:
+    """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
+    C = targets.shape[1]
+    if C > 1 and isinstance(loss, Logistic):
+        raise ValueError("solve: `class_weight` needs one label a row, got a logistic loss of several outputs.")
+    if not isinstance(loss, (Softmax, Logistic)) and concrete(targets) and not bool(jnp.all(jnp.abs(targets) == 1)):
+        raise ValueError("solve: `class_weight` needs labels, got targets that are not all ±1 (cf.signed_targets).")
+    threshold = 0.5 if isinstance(loss, Logistic) else 0.0
+    labels = jnp.argmax(targets, axis=1) if C > 1 else (targets[:, 0] > threshold).astype(jnp.int32)
+    counts = jnp.bincount(labels, length=max(C, 2)).astype(targets.dtype)
+    return len(targets) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
+
+
+def sample_weight(value: ArrayLike | None, y: Array) -> Array:
+    """Weights ``(n,)`` in the dtype of y."""
+    if value is None:
+        return jnp.ones(y.shape[0], y.dtype)
+    weight = _floats("sample_weight", value, "(n,)", (1,), "Convert it, e.g. w.astype('float32').")
+    if weight.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"solve: `sample_weight` must have one entry for each of the {y.shape[0]} rows of X, got {weight.shape}."
+        )
+    if concrete(weight) and (bool(jnp.any(weight < 0)) or not bool(jnp.any(weight > 0))):
+        raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
+    return weight.astype(y.dtype)
+
+
+def start(
+    gates: str, shape: tuple[int, int], y: Array, hidden: Any, init: Any, state: Any
+) -> tuple[TwoLayer | refreshed.State | admm.State | None, int]:
+    """The one place to start from, None for a random start; and the number of neurons."""
+    given = [name for name, value in (("hidden", hidden), ("init", init), ("state", state)) if value is not None]
+    if len(given) != 1:
+        got = " and ".join(f"`{name}`" for name in given) or "none of them"
+        raise ValueError(f"solve: give exactly one of `hidden`, `init` and `state`, got {got}.")
+    if hidden is not None:
+        positive_integer("solve", "hidden", hidden)
+        return None, int(hidden)
+    if init is not None:
+        if not isinstance(init, TwoLayer):
+            raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
+        return _network("init", init, shape, y), init.kernel2.shape[0]
+    if not isinstance(state, refreshed.State if gates == "refreshed" else admm.State):
+        raise ValueError(
+            f"solve: `state` must be the state of a solve with gates={gates!r}, got {type(state).__module__}."
+            f"{type(state).__name__}. To start from a network alone pass init=solution.params."
+        )
+    if isinstance(state, admm.State) and state.D.shape[0] != shape[0]:
+        raise ValueError(
+            f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {shape[0]}. "
+            "To go on with other rows pass init=solution.params."
+        )
+    return dataclasses.replace(state, params=_network("state", state.params, shape, y)), state.params.kernel2.shape[0]
+
+
+def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) -> TwoLayer:
+    """The network in the dtype of y, its shapes checked against the data."""
+    m = jnp.shape(network.kernel1)[-1] if jnp.ndim(network.kernel1) == 2 else 0
+    expected = {"kernel1": (features[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
+    for field, shape in expected.items():
+        value = getattr(network, field)
+        if value is None and field.startswith("bias"):
+            continue
+        if value is None or jnp.shape(value) != shape:
+            got = "None" if value is None else jnp.shape(value)
+            raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
+        if concrete(value) and not bool(jnp.all(jnp.isfinite(value))):
+            raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
+    return jax.tree.map(lambda v: jnp.asarray(v, y.dtype), network)

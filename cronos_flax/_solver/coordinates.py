@@ -1,0 +1,187 @@
+"""The coordinates a solve works in: scaled and weighted features; where it pays, their eigenbasis; and the way back.
+
+Features ``x`` (one row) become ``√w · (x/s, 1) Q``, where ``s`` is the root mean squared row norm, the constant carries
+the hidden bias, ``w`` are the sample weights normalised to mean one, and ``Q`` is the identity or the eigenvectors of
+the Gram matrix. Nothing is centred: that would change what weight decay means.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._solver.blocks import Blocks, fold
+from cronos_flax._solver.losses import Loss
+from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root"], meta_fields=["loss", "output_bias"])
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.
+
+    Outputs here are ``√w f``: with rows of X multiplied by √w, so are pre-activations and what F makes of them.
+
+    Args:
+        X: features, scaled and perhaps rotated, rows multiplied by √w; in memory or in blocks.
+        Y: targets, as the loss takes them.
+        root: √w; what the output bias is multiplied by.
+        loss: the loss of one row.
+        output_bias: whether the network has an output bias.
+    """
+
+    X: Features | Blocks
+    Y: Outputs
+    root: RowVector
+    loss: Loss
+    output_bias: bool
+
+    def take(self, index: Int[Array, " k"]) -> "Rows":
+        """Some of the rows."""
+        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index])
+
+    @property
+    def weight(self) -> RowVector:
+        """The weights w of the rows."""
+        return jnp.square(self.root)
+
+    def _unscaled(self, T: Outputs) -> Outputs:
+        return T / jnp.where(self.root > 0, self.root, 1)[:, None]
+
+    def value(self, T: Outputs) -> Scalar:
+        """The weighted loss of outputs T, summed over rows."""
+        return self.weight @ self.loss.value(self._unscaled(T), self.Y)
+
+    def gradient(self, T: Outputs) -> Outputs:
+        """Of :meth:`value`."""
+        return self.root[:, None] * self.loss.gradient(self._unscaled(T), self.Y)
+
+    def curvature(self, T: Outputs, R: Outputs) -> Outputs:
+        """The Hessian of :meth:`value` at T, or what the loss gives in its place, times R."""
+        return self.loss.curvature(self._unscaled(T), self.Y, R)
+
+    def mean_curvature(self, T: Outputs) -> RowVector:
+        """The mean diagonal of each row's curvature."""
+        return self.loss.mean_curvature(self._unscaled(T), self.Y)
+
+    def prox(self, T: Outputs, step: Scalar) -> Outputs:
+        """Of ``step`` times :meth:`value`."""
+        return self.root[:, None] * self.loss.prox(self._unscaled(T), self.Y, step)
+
+    def dual(self, T: Outputs) -> Outputs:
+        """Gradients T of :meth:`value` moved to where their conjugate is finite and the output bias is at its best."""
+        if not self.output_bias:
+            return T
+        return self.root[:, None] * self.loss.balance(self._unscaled(T), self.Y, self.weight)
+
+    def conjugate(self, T: Outputs) -> Scalar:
+        """Of :meth:`value`, at T."""
+        terms = self.loss.conjugate(self._unscaled(T), self.Y)
+        return jnp.sum(jnp.where(self.root > 0, self.weight * terms, 0))
+
+    def mean(self, T: Outputs) -> Float[Array, " C"]:
+        """The constant b nearest to outputs T, that is to say with the least ``‖T − √w b‖``."""
+        return self.root @ T / jnp.sum(self.weight)
+
+    def bias(self, T: Outputs) -> Float[Array, " C"] | None:
+        """:meth:`mean`; None for a network without output bias."""
+        return self.mean(T) if self.output_bias else None
+
+    def constant(self, b: Float[Array, " C"] | None) -> Outputs | Scalar:
+        """The outputs of a bias b alone."""
+        return jnp.zeros((), self.root.dtype) if b is None else jnp.outer(self.root, b)
+
+    def center(self, T: Outputs) -> Outputs:
+        """``P T``: T without what the output bias can make, ``P = I − √w √wᵀ/Σw``; T itself where there is no bias."""
+        return T - self.constant(self.mean(T)) if self.output_bias else T
+
+    def best_constant(self) -> Float[Array, " C"] | None:
+        """The best output bias of a network that is otherwise zero; None where it has none."""
+        return self.loss.constant(self.Y, self.weight) if self.output_bias else None
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "rotation", "eigenvalues"],
+    meta_fields=["hidden_bias"],
+)
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """The linear change between hidden kernels of the user and neurons of the solver.
+
+    Args:
+        scale: s, the root mean squared row norm of the features.
+        hidden_bias: whether the features were extended by a constant column.
+        rotation: Q, orthogonal, shape ``(d, d)``; None is the identity.
+        eigenvalues: λ ≥ 0, the Gram matrix in the basis Q; None where there is no Q.
+    """
+
+    scale: Scalar
+    hidden_bias: bool
+    rotation: Float[Array, "d d"] | None = None
+    eigenvalues: Float[Array, " d"] | None = None
+
+    def lift(self, kernel: Float[Array, "p m"], bias: Float[Array, " m"] | None) -> Neurons:
+        """Neurons with the pre-activations of the hidden layer ``(kernel, bias)``."""
+        neurons = self.scale * kernel
+        if bias is not None:
+            neurons = jnp.concatenate([neurons, bias[None, :]])
+        return neurons if self.rotation is None else self.rotation.T @ neurons
+
+    def lower(self, neurons: Neurons) -> tuple[Float[Array, "p m"], Float[Array, " m"] | None]:
+        """The hidden layer ``(kernel, bias)`` with the pre-activations of these neurons."""
+        if self.rotation is not None:
+            neurons = self.rotation @ neurons
+        if self.hidden_bias:
+            return neurons[:-1] / self.scale, neurons[-1]
+        return neurons / self.scale, None
+
+
+def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVector) -> Scalar:
+    """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero."""
+    zero = jnp.zeros((), weight.dtype)
+    largest = fold(features, lambda largest, X: jnp.maximum(largest, jnp.max(jnp.abs(X))), zero)
+    safe = jnp.where(largest > 0, largest, 1)
+    total = fold(features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(X / safe)), zero, weight)
+    return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
+
+
+def scaled(
+    features: Float[Array, "n p"] | Blocks,
+    targets: Outputs,
+    weight: RowVector,
+    loss: Loss,
+    *,
+    hidden_bias: bool,
+    output_bias: bool,
+) -> tuple[Rows, Basis]:
+    """Rows in the coordinates of this module without rotation, and the change of coordinates.
+
+    Args:
+        features: shape ``(n, p)``, finite.
+        targets: shape ``(n, C)``.
+        weight: shape ``(n,)``, non-negative with mean one.
+        loss: of one row.
+        hidden_bias: add the constant column that carries the hidden bias.
+        output_bias: whether the network has an output bias.
+    """
+    root = jnp.sqrt(weight)
+    scale = root_mean_square_norm(features, weight)
+    X: Features | Blocks
+    if isinstance(features, Blocks):
+        X = dataclasses.replace(features, scale=scale, root=root, hidden_bias=hidden_bias)
+    else:
+        X = features * (root / scale)[:, None]
+        X = jnp.pad(X, ((0, 0), (0, 1))).at[:, -1].set(root) if hidden_bias else X
+    return Rows(X, targets, root, loss, output_bias), Basis(scale, hidden_bias)
+
+
+def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:
+    """The same on the eigenbasis of the Gram matrix, from coordinates without rotation."""
+    X, d = rows.X, rows.X.shape[1]
+    gram = fold(X, lambda gram, X: gram + X.T @ X, jnp.zeros((d, d), X.dtype))
+    eigenvalues, Q = jnp.linalg.eigh(gram)
+    rows = dataclasses.replace(rows, X=dataclasses.replace(X, rotation=Q) if isinstance(X, Blocks) else X @ Q)
+    return rows, dataclasses.replace(basis, rotation=Q, eigenvalues=jnp.maximum(eigenvalues, 0))

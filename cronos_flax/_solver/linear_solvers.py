@@ -1,0 +1,238 @@
+"""Linear systems: preconditioned conjugate gradients, and the two ways to take ADMM's U-step.
+
+Both have one interface: ``prepare`` makes what holds for all iterations of one κ, ``solve`` takes the step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.nystrom import Sketch, sketch, test_matrix
+from cronos_flax._solver.program import Program
+from cronos_flax._solver.types import Activations, Neurons, Outputs, Scalar
+
+Tree = TypeVar("Tree")
+
+_LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
+_ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
+
+
+def conjugate_gradient(
+    operator: Callable[[Tree], Tree],
+    rhs: Tree,
+    *,
+    preconditioner: Callable[[Tree], Tree] = lambda r: r,
+    guess: Tree | None = None,
+    tol: Array | float = 0.0,
+    max_steps: int,
+) -> tuple[Tree, Int[Array, ""]]:
+    """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
+
+    Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
+    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
+    pytrees of arrays.
+    """
+
+    def inner(a: Tree, b: Tree) -> Scalar:
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), start=jnp.zeros((), dtype))
+
+    def add(a: Tree, t: Scalar, b: Tree) -> Tree:
+        return jax.tree.map(lambda a, b: a + t * b, a, b)
+
+    dtype = jax.tree.leaves(rhs)[0].dtype
+    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
+    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
+
+    def unfinished(carry: tuple) -> Array:
+        step, _, _, _, rz = carry
+        return (step < max_steps) & (rz > target)
+
+    def body(carry: tuple) -> tuple:
+        step, x, r, p, rz = carry
+        q = operator(p)
+        length = rz / inner(p, q)
+        x, r = add(x, length, p), add(r, -length, q)
+        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
+        rz_new = inner(r, z)
+        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
+
+    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
+    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
+    z = preconditioner(r)
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
+    return x, steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Structured:
+    """The U-step of ADMM by Woodbury on the eigenbasis (method.md section 2).
+
+    There ``K = I + XᵀX`` is diagonal and the step is one system with ``n·C`` unknowns,
+
+        p = K⁻¹ r,      (κ I + F K⁻¹ F*) z = F p,      U = p − K⁻¹ F* z
+
+    which is solved by one Cholesky factor for all iterations where that is cheaper, and else by conjugate gradients
+    from the last z; for several outputs these are preconditioned by a factor that ignores how the outputs couple.
+
+    Args:
+        max_steps: most conjugate-gradient steps in one iteration of ADMM.
+    """
+
+    max_steps: int = 50
+    accelerated: ClassVar[bool] = True
+    on_eigenbasis: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive("Structured", "max_steps", self.max_steps)
+
+    def plan(self, n: int, d: int, m: int, C: int) -> str:
+        """``"dense"``, ``"preconditioned"`` or ``"plain"``: the cheapest by floating-point operations."""
+
+        def factor(size: int) -> float:
+            return size**3 / 3 + 2 * n * n * (d + m) if size <= _LARGEST_FACTOR else float("inf")
+
+        def conjugate_gradients(steps: int) -> float:
+            return _ITERATIONS * steps * 4 * n * d * m
+
+        costs = {
+            "dense": factor(n * C) + _ITERATIONS * 4 * (n * C) ** 2,
+            "plain": conjugate_gradients(_CG_STEPS),
+        }
+        if C > 1:
+            steps = _CG_STEPS * 2 // 5
+            costs["preconditioned"] = factor(n) + conjugate_gradients(steps) + _ITERATIONS * steps * 4 * n * n * C
+        return min(costs, key=costs.__getitem__)
+
+    def prepare(
+        self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
+    ) -> Float[Array, "N N"] | None:
+        """The Cholesky factor that :meth:`solve` wants, if any; to be renewed when κ changes."""
+        del key
+        X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
+        plan = self.plan(*X.shape, *program.A.shape)
+        if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
+            return None
+        n, C = len(D), len(program.A.T)
+        assert eigenvalues is not None
+        H = (X / (1 + eigenvalues)) @ X.T
+        if plan == "dense":
+            # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
+            E = (D[:, None, :] * program.A.T).reshape(n * C, -1)
+            matrix = ((E @ E.T).reshape(n, C, n, C) * H[:, None, :, None]).reshape(n, -1)
+            matrix = program.rows.center(matrix).reshape(n * C, n * C)
+            matrix = program.rows.center(matrix.T.reshape(n, -1)).reshape(n * C, n * C)
+        else:
+            matrix = H * (D @ D.T) / C
+            matrix = program.rows.center(program.rows.center(matrix).T)
+        return jnp.linalg.cholesky(matrix + kappa * jnp.eye(len(matrix), dtype=X.dtype))
+
+    def solve(
+        self,
+        program: Program,
+        eigenvalues: Float[Array, " d"] | None,
+        kappa: Scalar,
+        prepared: Float[Array, "N N"] | None,
+        rhs: Neurons,
+        z: Outputs,
+        iteration: Int[Array, ""],
+    ) -> tuple[Neurons, Activations, Outputs]:
+        """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call."""
+        assert eigenvalues is not None
+        X = program.rows.X
+        inverse_K = (1 / (1 + eigenvalues))[:, None]
+
+        def inner(z: Outputs) -> Outputs:
+            return kappa * z + program.F(X @ (inverse_K * (X.T @ program.Ft(z))))
+
+        def divide(r: Outputs) -> Outputs:
+            if prepared is None:
+                return r
+            return jax.scipy.linalg.cho_solve((prepared, True), r.reshape(len(prepared), -1)).reshape(r.shape)
+
+        p = inverse_K * rhs
+        Fp = program.F(X @ p)
+        if prepared is not None and len(prepared) == Fp.size:
+            z = divide(Fp)
+        else:
+            # Errors of the U-step must be summable for ADMM to converge, and reach the iterate divided by κ.
+            tol = 0.1 * jnp.minimum(kappa, 1) / (iteration + 1).astype(kappa.dtype) ** 1.2
+            z, _ = conjugate_gradient(inner, Fp, preconditioner=divide, guess=z, tol=tol, max_steps=self.max_steps)
+        U = p - inverse_K * (X.T @ program.Ft(z))
+        return U, X @ U, z
+
+
+@dataclasses.dataclass(frozen=True)
+class NystromPCG:
+    """The U-step, and with it the ADMM, as published: the primal system by Nyström-preconditioned conjugate gradients.
+
+        (I + G*G + κ⁻¹ F*F) U = r
+
+    from a zero start, to the relative tolerance ``1/(k+1)^1.2`` in iteration k = 1, 2, …, with one sketch a solve. ADMM
+    is then neither over-relaxed nor accelerated, and ρ is held.
+
+    Args:
+        rank: rank of the sketch.
+        max_steps: most conjugate-gradient steps in one iteration of ADMM.
+
+    References:
+        Feng, Frangella, Pilanci, arXiv:2411.01088, section 4 and Algorithm 2.
+    """
+
+    rank: int = 20
+    max_steps: int = 20
+    accelerated: ClassVar[bool] = False
+    on_eigenbasis: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _positive("NystromPCG", "rank", self.rank)
+        _positive("NystromPCG", "max_steps", self.max_steps)
+
+    def prepare(self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array) -> Sketch:
+        """The sketch of ``G*G + κ⁻¹ F*F``."""
+        del eigenvalues
+        X, m = program.rows.X, program.A.shape[0]
+        shape = X.shape[1], m
+
+        def operator(vectors: Array) -> Array:
+            return jax.lax.map(lambda v: self._product(program, kappa, v.reshape(shape)).ravel(), vectors.T).T
+
+        size = shape[0] * m
+        return sketch(operator, test_matrix(size, self.rank, key, X.dtype))
+
+    @staticmethod
+    def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:
+        """``(G*G + κ⁻¹ F*F) V``; the signs of G square to one."""
+        Z = program.rows.X @ V
+        return program.rows.X.T @ (Z + program.Ft(program.F(Z)) / kappa)
+
+    def solve(
+        self,
+        program: Program,
+        eigenvalues: Float[Array, " d"] | None,
+        kappa: Scalar,
+        prepared: Sketch,
+        rhs: Neurons,
+        z: Outputs,
+        iteration: Int[Array, ""],
+    ) -> tuple[Neurons, Activations, Outputs]:
+        """As :meth:`Structured.solve`; the inner solution is handed through unused."""
+        del eigenvalues
+        U, _ = conjugate_gradient(
+            lambda V: V + self._product(program, kappa, V),
+            rhs,
+            preconditioner=lambda R: prepared.precondition(1.0, R.ravel()).reshape(R.shape),
+            tol=1 / (iteration + 2).astype(kappa.dtype) ** 1.2,
+            max_steps=self.max_steps,
+        )
+        return U, program.rows.X @ U, z
+
+
+def _positive(where: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: `{name}` must be a positive integer, got {value!r}.")

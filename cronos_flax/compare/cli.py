@@ -1,0 +1,283 @@
+"""The command line: ``cronos-flax compare | train | info``, the same as ``python -m cronos_flax``."""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_EXTRA = "pip install 'cronos_flax[examples]'"
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """With defaults in the help, and text that keeps its lines."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=_Help, **kwargs)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 130 after an interrupt. Wrong arguments exit with 2, as argparse does.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        print(f"cronos-flax needs {error.name}: {_EXTRA}", file=sys.stderr)
+        return 2
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS and Orbax talk by it
+    parser, commands = _parsers()
+    args = parser.parse_args(argv)
+    try:
+        return {"compare": _compare, "train": _train, "info": _info}[args.command](args)
+    except (ValueError, OSError) as error:
+        _refuse(commands[args.command], error)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where this one stopped.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _refuse(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
+    """Exit as for any wrong option, the message wrapped."""
+    said = textwrap.fill(str(error), 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    parser.exit(2, f"{parser.prog}: error:\n{said}\n")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    from cronos_flax.compare.data import EMBEDDED, SCALINGS
+    from cronos_flax.compare.models import MODELS
+    from cronos_flax.compare.sweep import METHODS
+
+    parser = _Parser(prog="cronos-flax", description="Convex training of the last two layers of Flax modules.")
+    version = importlib.metadata.version("cronos_flax")
+    parser.add_argument("--version", action="version", version=f"cronos_flax {version}")
+    kinds = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    task = _Parser(add_help=False)
+    data = task.add_argument_group("data and model")
+    data.add_argument(
+        "--dataset", default="digits", metavar="NAME",
+        help=f"{', '.join(EMBEDDED)}; a file.npz with x, y (and x_test, y_test); or the name of a prepared TFDS set",
+    )  # fmt: skip
+    data.add_argument("--data-dir", metavar="DIR", help="where prepared TFDS sets lie")
+    data.add_argument(
+        "--model", default="mlp", metavar="NAME",
+        help=f"{', '.join(MODELS)}; or module:factory, a function of the number of outputs that returns a linen "
+        "module, or a module and its variables",
+    )  # fmt: skip
+    data.add_argument(
+        "--loss", choices=("softmax", "squared", "logistic", "huber", "hinge"),
+        help="softmax where there are classes, else squared, if not given",
+    )  # fmt: skip
+    data.add_argument("--scaling", choices=SCALINGS, default="standardise", help="of the inputs")
+    data.add_argument("--rows", type=_positive, metavar="N", help="fit on N rows only")
+    data.add_argument(
+        "--validation", type=_positive_float, default=0.2, metavar="N",
+        help="rows of the training split held back to choose by; below 1, which part of it",
+    )  # fmt: skip
+    data.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="rows of a gradient step")
+
+    compare = kinds.add_parser(
+        "compare", parents=[task], help="CRONOS-AM against tuned optimizers, on your model and data",
+        description="Compare methods over grids of rates and over seeds, at equal budgets. Leaves\n"
+        "results.jsonl, table.md and curves.png in DIR; the same command goes on where it\nwas stopped.",
+        epilog="methods:\n" + "\n".join(_method_lines(METHODS)),
+    )  # fmt: skip
+    runs = compare.add_argument_group("runs")
+    runs.add_argument("--methods", default="cronos-am,adam,sgd", metavar="LIST", help="separated by commas; see below")
+    runs.add_argument("--seeds", type=_positive, default=3, metavar="N", help="of split, weights and order of the rows")
+    runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="they are N, N+1, …")
+    budget = runs.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=_positive, metavar="N", help="of each run; 10 if --seconds is not given")
+    budget.add_argument("--seconds", type=_positive_float, metavar="S", help="of training, in place of epochs")
+    runs.add_argument("--rates", type=_positive, default=7, metavar="N", help="rates in each method's grid")
+    runs.add_argument(
+        "--rate-range", type=_positive_float, nargs=2, metavar=("LOW", "HIGH"),
+        help="of all optimizers; without it what is usual for each, three decades",
+    )  # fmt: skip
+    runs.add_argument("--random-rates", type=int, metavar="SEED", help="draw the rates instead of spacing them")
+    runs.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N",
+        help="runs side by side, a core each; with more than 1 times are not kept",
+    )  # fmt: skip
+    shown = compare.add_argument_group("output")
+    shown.add_argument("--target", type=float, metavar="SCORE", help="validation accuracy in %%, for times to it")
+    _add_output(shown)
+
+    train = kinds.add_parser(
+        "train", parents=[task], help="one run of CRONOS-AM",
+        description="Train by CRONOS-AM. Leaves checkpoints, history.jsonl and curves.png in DIR; the\n"
+        "same command goes on where it was stopped.",
+    )  # fmt: skip
+    how = train.add_argument_group("run")
+    how.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes through the rows")
+    how.add_argument("--optimizer", default="adam", metavar="NAME", help="of the backbone, one of those of compare")
+    how.add_argument("--rate", type=_positive_float, default=1e-3, metavar="R", help="its rate")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of split, weights and order of the rows")
+    _add_output(train.add_argument_group("output"))
+
+    info = kinds.add_parser(
+        "info", parents=[task], help="versions, devices, and the head of a model",
+        description="Print versions and devices, and what is found in a model: its head, or why it has none.",
+    )  # fmt: skip
+    return parser, {"compare": compare, "train": train, "info": info}
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _method_lines(names: Sequence[str]) -> list[str]:
+    from cronos_flax.compare.sweep import ALTERNATION, FROZEN, PROBE
+
+    said = {
+        ALTERNATION: "CRONOS-AM as it comes, with Adam at 1e-3 for the backbone",
+        FROZEN: "the head solved for once, on the backbone as it is",
+        PROBE: "a linear model on the features of the backbone as it is",
+    }
+    optimizers = ", ".join(name for name in names if name not in said)
+    own = [f"  {name:<23}{text}" for name, text in said.items()]
+    lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
+    return [*own, f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid", *lines]
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer ≥ 1, got {text!r}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
+def _check_writable(out: Path) -> None:
+    """Before any work."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"`--out` must be a directory, or one that can be made, got {out}: {there} cannot be written to."
+        )
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from cronos_flax.compare.sweep import Settings
+
+    return Settings(
+        dataset=args.dataset,
+        model=args.model,
+        loss=args.loss,
+        epochs=getattr(args, "epochs", None),
+        budget=getattr(args, "seconds", None),
+        batch_size=args.batch_size,
+        rows=args.rows,
+        validation=args.validation,
+        scaling=args.scaling,
+        data_dir=args.data_dir,
+    )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from cronos_flax.compare import plots, tables
+    from cronos_flax.compare.methods import BASELINES
+    from cronos_flax.compare.progress import Progress
+    from cronos_flax.compare.sweep import Run, Task, by_run, check_method, grid, sweep
+
+    if args.epochs is None and args.seconds is None:
+        args.epochs = 10
+    if args.rate_range and args.rate_range[0] >= args.rate_range[1]:
+        raise ValueError(f"`--rate-range` must be LOW HIGH with LOW < HIGH, got {args.rate_range}.")
+    if args.seconds and args.jobs > 1:
+        raise ValueError("`--seconds` needs runs that are timed: leave `--jobs` out.")
+    _check_writable(args.out)
+    settings = _settings(args)
+    methods = [check_method(name.strip()) for name in args.methods.split(",")]
+    span = tuple(args.rate_range) if args.rate_range else None
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    runs = [
+        Run(method, rate, seed)
+        for seed in seeds
+        for method in dict.fromkeys(methods)
+        for rate in grid(method, args.rates, span, args.random_rates)
+    ]
+    task = Task.of(settings)
+    task.split(seeds[0])
+    if not set(methods) <= set(BASELINES):
+        _ = task.head
+    with Progress(len(runs), quiet=args.quiet) as progress:
+        rows = sweep(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
+    done = by_run(rows)  # of which there may be more than are asked for, and in another order
+    rows = [row for run in runs for row in done[run]]
+    text = tables.table(rows, args.target)
+    (args.out / "table.md").write_text(text)
+    plots.draw(rows, args.out / "curves.png")
+    if not args.quiet:
+        progress.show(tables.summaries(rows), args.out)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from cronos_flax.compare import plots
+    from cronos_flax.compare.methods import BASELINES
+    from cronos_flax.compare.progress import Progress
+    from cronos_flax.compare.sweep import ALTERNATION, Run, Task, rows_of
+
+    if args.optimizer not in BASELINES:
+        raise ValueError(f"`--optimizer` must be one of {', '.join(BASELINES)}, got {args.optimizer!r}.")
+    _check_writable(args.out)
+    task = Task.of(_settings(args))
+    _ = task.head
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = Run(f"{ALTERNATION}:{args.optimizer}", args.rate, args.seed)
+    with Progress(args.epochs, quiet=args.quiet) as progress:
+        rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
+    rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
+    (args.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.draw(rows, args.out / "curves.png")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    import jax
+
+    from cronos_flax.compare.sweep import VERSIONS, Task
+
+    for name in VERSIONS:
+        print(f"{name:12} {importlib.metadata.version(name)}")
+    for device in jax.devices():
+        print(f"{'device':12} {device.platform} {device.device_kind}")
+    task = Task.of(_settings(args))
+    x = task.split(0).x
+    print(f"{'data':12} {args.dataset}: {len(x)} rows to fit, inputs {x.shape[1:]}, loss {task.loss}")
+    print()
+    print(task.head)
+    return 0

@@ -1,0 +1,98 @@
+"""What is seen of a comparison while it runs: a bar and each method's best so far, or plain lines."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from cronos_flax.compare.sweep import Row, Run
+from cronos_flax.compare.tables import Summary, last, peak, score, summaries
+
+
+class Progress:
+    """Shows runs as they are made; a context manager, and what :func:`cronos_flax.compare.sweep` calls ``watch``.
+
+    Args:
+        total: runs, or epochs, that there will be.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._console = Console(quiet=quiet)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._total, self._done = total, 0
+        self._rows: list[Row] = []
+        self._is_live = self._console.is_terminal and not quiet
+        self._live = Live(self._bar, console=self._console, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_live:
+            self._live.stop()
+
+    def __call__(self, event: str, run: Run, what: Any) -> None:
+        """A check (a row), a run that is done or was done before (its rows)."""
+        name = run.method + ("" if run.rate is None else f" {run.rate:g}") + f", seed {run.seed}"
+        if event == "check":
+            self._bar.update(self._task, description=f"{name}, epoch {what['epoch']}")
+            return
+        self._done += 1
+        self._rows += what
+        if self._is_live:
+            self._bar.update(self._task, advance=1)
+            self._live.update(Group(_table(summaries(self._rows)), self._bar))
+        elif event == "done":
+            said = what[-1].get("error") or _figures(peak(what))
+            self._console.print(f"[{self._done}/{self._total}] {name}: {said}", markup=False, highlight=False)
+
+    def epoch(self, row: Row) -> None:
+        """A check of a single run."""
+        self._bar.update(self._task, completed=row["epoch"], description="")
+        said = f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, {_figures(row)}"
+        self._console.print(said, markup=False, highlight=False)
+
+    def show(self, methods: list[Summary], out: Path) -> None:
+        """The end: a table, and where everything is."""
+        self._console.print(_table(methods))
+        self._console.print(f"{out}: results.jsonl, table.md, curves.png", highlight=False)
+
+
+def _figures(row: Row) -> str:
+    """Scores of a check."""
+    unit = " %" if "validation_accuracy" in row else ""
+    seconds = "" if row.get("seconds") is None else f", {row['seconds']:.1f} s"
+    return f"validation {score(row, 'validation'):.4g}{unit} at epoch {row['epoch']}{seconds}"
+
+
+def _table(methods: list[Summary]) -> Table:
+    table = Table("method", "best rate", "validation", "test", "at end", "runs", "failed")
+    for method in methods:
+        runs = [checks for cell in method.cells for checks in cell.values()]
+        best = list(method.best.values())
+        means = [
+            sum(score(which(checks), split) for checks in best) / len(best)
+            for which, split in ((peak, "validation"), (peak, "test"), (last, "test"))
+        ]
+        rate = "–" if method.rates[0] is None else f"{method.rates[0]:g}"
+        failed = sum("error" in checks[-1] for checks in runs)
+        table.add_row(method.method, rate, *(f"{m:.2f}" for m in means), str(len(runs)), str(failed or ""))
+    return table
