@@ -16,23 +16,27 @@ from cronos_flax._head.linen import fit_head as fit_head
 from cronos_flax._solver.cronos import Cronos as Cronos
 from cronos_flax._solver.linear_solvers import NystromPCG as NystromPCG
 from cronos_flax._solver.linear_solvers import Structured as Structured
+from cronos_flax._solver.loss import Loss as Loss
+from cronos_flax._solver.loss import signed_targets as signed_targets
 from cronos_flax._solver.losses import Huber as Huber
-from cronos_flax._solver.losses import Loss as Loss
-from cronos_flax._solver.losses import signed_targets as signed_targets
+from cronos_flax._solver.settings import Held as Held
+from cronos_flax._solver.settings import Refreshed as Refreshed
 from cronos_flax._solver.solution import Solution as Solution
 from cronos_flax._solver.solution import Stats as Stats
 from cronos_flax._solver.solution import Status as Status
 from cronos_flax._solver.solution import TwoLayer as TwoLayer
-from cronos_flax._solver.weights import predict as predict
+from cronos_flax._solver.solution import predict as predict
 
 __all__ = [
     "Cronos",
     "CronosTrainState",
     "Guard",
     "Head",
+    "Held",
     "Huber",
     "Loss",
     "NystromPCG",
+    "Refreshed",
     "Solution",
     "Stats",
     "Status",

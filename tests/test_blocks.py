@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import blocks as _blocks
-from cronos_flax._solver import host as _host
+from cronos_flax._solver import blocks, host
 
 
 def cut(X, *at):
@@ -24,23 +23,23 @@ def test_products_of_blocks_are_those_of_the_matrix(seed, n, piece, cuts):
     X, root, Q = rng.normal(size=(n, 3)), rng.uniform(0.5, 2, size=n), rng.normal(size=(4, 4))
     U, R = rng.normal(size=(4, 2)), rng.normal(size=(n, 2))
     with jax.enable_x64(True):
-        source = _blocks.Source(cut(X, *np.sort(rng.integers(0, n + 1, size=cuts))), X.shape, X.dtype)
+        source = blocks.Source(cut(X, *np.sort(rng.integers(0, n + 1, size=cuts))), X.shape, X.dtype)
         source.rows = piece
-        with _host.opened(source) as (number,):
-            blocks = _blocks.Blocks(number, n, 3, piece, X.dtype, jnp.asarray(2.0), jnp.asarray(root), Q, True)
+        with host.opened(source) as (number,):
+            matrix = blocks.Blocks(number, n, 3, piece, X.dtype, jnp.asarray(2.0), jnp.asarray(root), Q, True)
             whole = root[:, None] * np.hstack([X / 2, np.ones((n, 1))]) @ Q
-            assert blocks.shape == whole.shape
-            np.testing.assert_allclose(blocks @ U, whole @ U, atol=1e-10)
-            np.testing.assert_allclose(blocks.T @ R, whole.T @ R, atol=1e-10)
+            assert matrix.shape == whole.shape
+            np.testing.assert_allclose(matrix @ U, whole @ U, atol=1e-10)
+            np.testing.assert_allclose(matrix.T @ R, whole.T @ R, atol=1e-10)
             index = rng.permutation(n)[: max(1, n // 2)]
-            np.testing.assert_allclose(blocks[jnp.asarray(index)], whole[index], atol=1e-12)
-            gram = blocks.fold(lambda gram, X: gram + X.T @ X, jnp.zeros((4, 4)))
+            np.testing.assert_allclose(matrix[jnp.asarray(index)], whole[index], atol=1e-12)
+            gram = matrix.fold(lambda gram, X: gram + X.T @ X, jnp.zeros((4, 4)))
             np.testing.assert_allclose(gram, whole.T @ whole, atol=1e-10)
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired"])
 def test_a_solve_in_blocks_is_the_solve_in_memory(gates, monkeypatch):
-    monkeypatch.setattr(_blocks, "_ROWS", 100)
+    monkeypatch.setattr(blocks, "_ROWS", 100)
     monkeypatch.setattr(cf.Structured, "plan", lambda *_: "plain")  # in memory, too
     with jax.enable_x64(True):
         X, y = random_problem(0, n=350, p=6, C=2, dtype="float64")
@@ -69,8 +68,8 @@ def test_a_source_that_fails_says_what_it_said():
     X, y = random_problem(0)
     with pytest.raises(OSError, match="the disk is gone"):
         cf.Cronos(max_iters=3).solve(Failing(X), y, hidden=4)
-    assert not _host._open
-    assert not _host._errors
+    assert not host._open
+    assert not host._errors
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed"])

@@ -1,7 +1,6 @@
 """The pieces of the solver against dense twins: adjoints, prox, the Levenberg–Marquardt step, weights, basis."""
 
 import dataclasses
-from unittest import mock
 
 import dense_twin
 import jax
@@ -14,17 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import admm as _admm
-from cronos_flax._solver import anderson as _anderson
-from cronos_flax._solver import coordinates as _basis
-from cronos_flax._solver import linear_solvers as _linsolve
-from cronos_flax._solver import losses as _losses
-from cronos_flax._solver import nystrom as _nystrom
-from cronos_flax._solver import program as _program
-from cronos_flax._solver import refreshed as _refresh
-from cronos_flax._solver import weights as _weights
+from cronos_flax._solver import admm, coordinates, gauss_newton, linear_solvers, losses, numerics, refreshed
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import program as programs
 
 seeds = st.integers(0, 10_000)
+SETTINGS = cf.Refreshed()
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +33,8 @@ def rows_and_basis(seed, n=20, p=4, C=2, hidden_bias=True, output_bias=True, los
         Y = random_targets(loss, seed, n, C)
     weight = np.random.default_rng(seed).uniform(0.5, 1.5, size=n)
     biases = {"hidden_bias": hidden_bias, "output_bias": output_bias}
-    scaled = _basis.scaled(X, jnp.asarray(Y), jnp.asarray(weight / weight.mean()), _losses.loss_of(loss), **biases)
-    return _basis.rotated(*scaled)
+    scaled = coordinates.scaled(X, jnp.asarray(Y), jnp.asarray(weight / weight.mean()), losses.loss_of(loss), **biases)
+    return coordinates.rotated(*scaled)
 
 
 def random_program(seed, m=5, C=2, output_bias=True, loss="squared"):
@@ -49,7 +43,7 @@ def random_program(seed, m=5, C=2, output_bias=True, loss="squared"):
     U = jnp.asarray(rng.normal(size=(rows.X.shape[1], m)))
     A = rng.normal(size=(m, C))
     A = jnp.asarray(A / np.linalg.norm(A, axis=1, keepdims=True))
-    return _program.Program(rows, rows.X @ U >= 0, A, jnp.asarray(0.3)), U, basis
+    return programs.Program(rows, rows.X @ U >= 0, A, jnp.asarray(0.3)), U, basis
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,7 +62,7 @@ def test_adjoints(seed, output_bias):
 @given(seed=seeds, threshold=st.floats(0, 5))
 def test_group_prox_is_optimal(seed, threshold):
     U = jnp.asarray(np.random.default_rng(seed).normal(size=(4, 6)))
-    V = _program.group_prox(U, threshold)
+    V = programs.group_prox(U, threshold)
     size = np.linalg.norm(V, axis=0)
     for u, v, length in zip(U.T, V.T, size, strict=True):
         if length > 0:
@@ -86,12 +80,12 @@ def u_step_residual(program, kappa, U, rhs):
 @pytest.mark.parametrize("output_bias", [True, False])
 @pytest.mark.parametrize("C", [1, 3])
 def test_the_structured_solve_solves_the_u_step(monkeypatch, plan, output_bias, C):
-    monkeypatch.setattr(_linsolve.Structured, "plan", lambda self, n, d, m, C: plan)
+    monkeypatch.setattr(linear_solvers.Structured, "plan", lambda self, n, d, m, C: plan)
     for seed in range(4):
         program, U, basis = random_program(seed, C=C, output_bias=output_bias)
         kappa = jnp.asarray(0.1)
         rhs = jnp.asarray(np.random.default_rng(seed).normal(size=U.shape))
-        solver = _linsolve.Structured(200)
+        solver = linear_solvers.Structured(200)
         prepared = solver.prepare(program, basis.eigenvalues, kappa, jax.random.key(0))
         assert (prepared is None) == (plan == "plain")
         late = jnp.asarray(10**7)  # the inner tolerance shrinks with the iterations
@@ -113,7 +107,7 @@ def test_the_structured_solve_solves_the_u_step(monkeypatch, plan, output_bias, 
     ],
 )
 def test_the_cost_model_takes_a_factor_where_it_pays(shape, plan):
-    assert _linsolve.Structured().plan(*shape) == plan
+    assert linear_solvers.Structured().plan(*shape) == plan
 
 
 def test_nystrom_pcg_solves_the_u_step_and_its_sketch_is_below_the_operator():
@@ -121,7 +115,7 @@ def test_nystrom_pcg_solves_the_u_step_and_its_sketch_is_below_the_operator():
     kappa = jnp.asarray(0.1)
     rhs = jnp.asarray(np.random.default_rng(0).normal(size=U.shape))
     for rank in (1, 5, 1000):
-        solver = _linsolve.NystromPCG(rank, 500)
+        solver = linear_solvers.NystromPCG(rank, 500)
         prepared = solver.prepare(program, None, kappa, jax.random.key(0))
         got, _, _ = solver.solve(program, None, kappa, prepared, rhs, None, jnp.asarray(10**7))
         np.testing.assert_allclose(u_step_residual(program, kappa, got, rhs), 0, atol=1e-6)
@@ -136,8 +130,8 @@ def test_a_sketch_in_float32_is_finite_on_operators_of_low_rank(rank_of_operator
     with jax.enable_x64(False):
         root = np.random.default_rng(0).normal(size=(60, rank_of_operator)).astype("float32")
         for seed in range(20):
-            made = _nystrom.sketch(
-                lambda v: root @ (root.T @ v), _nystrom.test_matrix(60, 20, jax.random.key(seed), jnp.float32)
+            made = numerics.sketch(
+                lambda v: root @ (root.T @ v), numerics.test_matrix(60, 20, jax.random.key(seed), jnp.float32)
             )
             assert np.all(np.isfinite(made.vectors))
             assert np.all(np.asarray(made.eigenvalues) >= 0)
@@ -150,8 +144,8 @@ def test_an_admm_step_is_the_textbook_one(accelerated):
     """A few iterations against dense linear algebra on the uncompact variables."""
     program, U0, basis = random_program(0, m=4, C=2)
     beta, rho = 0.3, 0.2
-    solver = _linsolve.Structured() if accelerated else _linsolve.NystromPCG(1000, 50)
-    relax = _admm._OVER_RELAXATION if accelerated else 1
+    solver = linear_solvers.Structured() if accelerated else linear_solvers.NystromPCG(1000, 50)
+    relax = cf.Held().over_relaxation if accelerated else 1
     V = np.asarray(U0)
     start = dict(V=V, Lambda=beta / rho * V / np.linalg.norm(V, axis=0))
     rows = program.rows
@@ -164,18 +158,18 @@ def test_an_admm_step_is_the_textbook_one(accelerated):
         center=rows.center,
         **start,
     )
-    iterate = _admm.init(program, U0, rows.best_constant(), jnp.asarray(rho))
+    iterate = admm.init(program, U0, rows.best_constant(), jnp.asarray(rho), cf.Held())
     prepared = solver.prepare(program, basis.eigenvalues, jnp.asarray(rho), jax.random.key(0))
     for _ in range(4):
         V, Lambda, S, N = next(twin)
-        iterate = _admm.step(program, solver, basis.eigenvalues, prepared, iterate).image
+        iterate = admm.step(program, solver, basis.eigenvalues, prepared, iterate, cf.Held()).image
         for got, expected in zip(iterate.split(jnp.asarray(beta)), (V, Lambda, S, N), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-8)
 
 
 def test_a_change_of_rho_keeps_the_iterate_and_the_unscaled_duals():
     program, U, _ = random_program(3)
-    before = _admm.init(program, U, program.rows.best_constant(), jnp.asarray(0.2))
+    before = admm.init(program, U, program.rows.best_constant(), jnp.asarray(0.2), cf.Held())
     before = dataclasses.replace(before, S_plus_dual=before.S_plus_dual - 0.1)
     after = before.with_rho(jnp.asarray(0.7), program)
     V, Lambda, S, N = before.split(program.beta)
@@ -194,7 +188,7 @@ def test_anderson_solves_a_linear_fixed_point_that_the_plain_iteration_does_not(
         return solution + matrix @ (x - solution)
 
     x = plain = jnp.zeros(6)
-    memory = _anderson.Memory.empty(x)
+    memory = numerics.Memory.empty(x)
     for k in range(30):
         plain = image(plain)
         x, memory = memory.advance(x, image(x), k % 5 == 4)
@@ -202,7 +196,7 @@ def test_anderson_solves_a_linear_fixed_point_that_the_plain_iteration_does_not(
 
 
 def test_anderson_takes_back_a_point_that_is_worse():
-    memory = _anderson.Memory.empty(jnp.zeros(2))
+    memory = numerics.Memory.empty(jnp.zeros(2))
     x = jnp.asarray([1.0, 0.0])
     for _ in range(6):
         good, memory = memory.advance(x, x * 0.9, True)
@@ -224,7 +218,7 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     size = np.linalg.norm(U, axis=0)
 
     def outputs(U, W, b):  # W moves the directions, in the units of the output kernel
-        return _program.network_outputs(rows, A + W / size[:, None], b, rows.X @ U).ravel()
+        return programs.network_outputs(rows, A + W / size[:, None], b, rows.X @ U).ravel()
 
     zero, argnums = jnp.zeros_like(A), (0, 1, 2) if output_bias else (0, 1)
     J = np.hstack([np.asarray(j).reshape(rows.Y.size, -1) for j in jax.jacobian(outputs, argnums)(U, zero, b)])
@@ -233,7 +227,7 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     slope = np.asarray(jax.grad(rows.value)(O)).ravel()
     # Damping is in the norm of what each part alone does to pre-activations and outputs; the penalty is on U and W.
     hidden = np.asarray(jax.nn.relu(rows.X @ U)) / size
-    N = np.diag(damping + beta / np.maximum(size, _refresh._NORM_FLOOR * size.mean()))
+    N = np.diag(damping + beta / np.maximum(size, SETTINGS.norm_floor * size.mean()))
     blocks = [
         damping * np.kron(rows.X.T @ rows.X, np.eye(m)) + np.kron(np.eye(d), N),
         damping * np.kron(hidden.T @ hidden, np.eye(C)) + np.kron(N, np.eye(C)),
@@ -248,17 +242,16 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     expected = T @ np.linalg.solve(system, -gradient)
 
     unit = jnp.where(program.D, rows.X @ U, 0) / size
-    model = _refresh.Model(rows, program.D, unit, A, O, 1.0)
-    g = _refresh.gradient(model, jnp.asarray(beta), U)
+    model = gauss_newton.LocalModel(rows, program.D, unit, A, O, 1.0)
+    g = gauss_newton.gradient(model, jnp.asarray(beta), U)
     flat = lambda step: np.concatenate([np.ravel(part) for part in jax.tree.leaves(step)])  # noqa: E731
     np.testing.assert_allclose(T.T @ flat(g), gradient, atol=1e-9)
-    prepared = _refresh.prepare(rows, m, jax.random.key(seed))
+    prepared = gauss_newton.prepare(rows, m, jax.random.key(seed), SETTINGS)
     problem = model, model, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, True
-    with mock.patch.multiple(_refresh, _PRECISE_CG_STEPS=500, _CG_TOL=1e-12):
-        exact, _ = _refresh.direction(*problem)
+    exact, _ = gauss_newton.direction(*problem, dataclasses.replace(SETTINGS, precise_cg_steps=500, cg_tol=1e-12))
     np.testing.assert_allclose(flat(exact), expected, atol=1e-7)
     # What the solver takes of it is a direction of descent.
-    delta, _ = _refresh.direction(*problem)
+    delta, _ = gauss_newton.direction(*problem, SETTINGS)
     assert float(flat(delta) @ flat(g)) < 0
 
 
@@ -269,10 +262,10 @@ def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact
     N, D, size = rng.uniform(0.1, 10, size=m), np.asarray(program.D, float), np.linalg.norm(U, axis=0)
     outputs = program.outputs(rows.X @ U, rows.best_constant())
     H = jnp.where(program.D, rows.X @ U, 0) / size
-    model = _refresh.Model(rows, program.D, H, A, outputs, 1.0)
-    prepared = _refresh.prepare(rows, m, jax.random.key(0))
-    made = _refresh.Preconditioner.of(prepared, model, jnp.asarray(N), jnp.asarray(damping))
-    R = _refresh.Step(rng.normal(size=(d, m)), model.tangent(rng.normal(size=(m, C))), rng.normal(size=C))
+    model = gauss_newton.LocalModel(rows, program.D, H, A, outputs, 1.0)
+    prepared = gauss_newton.prepare(rows, m, jax.random.key(0), SETTINGS)
+    made = gauss_newton.Preconditioner.of(prepared, model, jnp.asarray(N), jnp.asarray(damping))
+    R = gauss_newton.Step(rng.normal(size=(d, m)), model.tangent(rng.normal(size=(m, C))), rng.normal(size=C))
     got = made.divide(R)
     h = np.asarray(rows.mean_curvature(outputs))
     M = (D.T * h) @ D * (A @ A.T) + n * damping * np.eye(m)
@@ -287,7 +280,7 @@ def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact
 def test_a_sample_takes_one_row_of_each_stretch():
     rows, _ = rows_and_basis(0, n=1000)
     for seed in range(5):
-        some, index = _refresh.sample(rows, jax.random.key(seed), 100)
+        some, index = gauss_newton.sample(rows, jax.random.key(seed), 100)
         assert len(set(np.sort(index) // 10)) > 60
         assert len(set(np.asarray(index))) == 100
         np.testing.assert_array_equal(some.X, rows.X[index])
@@ -301,20 +294,20 @@ def test_network_to_program_and_back(seed, hidden_bias, output_bias, C):
     X, Y = random_problem(seed, n=20, p=4, C=C, dtype="float64")
     weight = np.random.default_rng(seed).uniform(0.5, 1.5, size=20)
     network = random_network(seed, p=4, m=5, C=C, hidden_bias=hidden_bias, output_bias=output_bias, dtype="float64")
-    U, A, b = _weights.from_network(network, rows, basis)
-    back = _weights.to_network(rows, basis, U, A, b, rows.X @ U)
+    U, A, b = programs.from_network(network, rows, basis)
+    back = programs.to_network(rows, basis, U, A, b, rows.X @ U)
     for without_bias in (network, back):
         hidden = jax.nn.relu(rows.X @ U) @ A
         bias = 0 if without_bias.bias2 is None else without_bias.bias2
         root = np.sqrt(weight / weight.mean())[:, None]
-        np.testing.assert_allclose(root * (_weights.predict(without_bias, X) - bias), hidden, atol=1e-9)
+        np.testing.assert_allclose(root * (cf.predict(without_bias, X) - bias), hidden, atol=1e-9)
     beta = 0.01
     before = dense_twin.regularised_loss(network, X, Y, beta, weight)
     after = dense_twin.regularised_loss(back, X, Y, beta, weight)
     assert after <= before * (1 + 1e-12)
-    objective = _program.network_objective(rows, A, b, beta * 20 / basis.scale, U, rows.X @ U) / 20
+    objective = programs.network_objective(rows, A, b, beta * 20 / basis.scale, U, rows.X @ U) / 20
     assert float(objective) == pytest.approx(after, rel=1e-9)
-    assert float(_weights.regularised_loss(back, X, Y, weight, beta, _losses.Squared())) == pytest.approx(
+    assert float(programs.regularised_loss(back, X, Y, weight, beta, losses.Squared())) == pytest.approx(
         after, rel=1e-12
     )
 
@@ -325,7 +318,7 @@ def test_a_neuron_without_output_weight_gets_a_direction_and_no_size():
     kernel2 = np.array(network.kernel2)
     kernel2[2] = 0
     network = dataclasses.replace(network, kernel2=kernel2)
-    U, A, _ = _weights.from_network(network, rows, basis)
+    U, A, _ = programs.from_network(network, rows, basis)
     assert np.all(U[:, 2] == 0)
     np.testing.assert_allclose(np.linalg.norm(A, axis=1), 1)
 
@@ -333,12 +326,12 @@ def test_a_neuron_without_output_weight_gets_a_direction_and_no_size():
 def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
-    A = _weights.default_directions(4, 1, U.dtype)
-    iterate = _refresh.init(rows, U, A, rows.best_constant(), jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
-    prepared = _refresh.prepare(rows, 4, jax.random.key(1))
-    after = _refresh.step(rows, prepared, jnp.asarray(1e-3), iterate, False)
+    A = programs.default_directions(4, 1, U.dtype)
+    iterate = refreshed.init(rows, U, A, rows.best_constant(), jnp.asarray(1e-3), jnp.asarray(1.0), jax.random.key(0))
+    prepared = gauss_newton.prepare(rows, 4, jax.random.key(1), SETTINGS)
+    after = refreshed.step(rows, prepared, jnp.asarray(1e-3), iterate, False, SETTINGS)
     assert float(after.objective) < float(iterate.objective)
-    assert int(jnp.sum(_program.norms(after.U) > 0)) > 1
+    assert int(jnp.sum(programs.norms(after.U) > 0)) > 1
 
 
 def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
@@ -346,9 +339,9 @@ def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
     root = rng.normal(size=(12, 12))
     matrix = jnp.asarray(root @ root.T + np.eye(12))
     rhs = jnp.asarray(rng.normal(size=12))
-    x, _ = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, tol=1e-3, max_steps=100)
+    x, _ = linear_solvers.conjugate_gradient(lambda v: matrix @ v, rhs, tol=1e-3, max_steps=100)
     assert np.linalg.norm(matrix @ x - rhs) / np.linalg.norm(rhs) < 1e-2
-    again, _ = _linsolve.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
+    again, _ = linear_solvers.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
     np.testing.assert_allclose(matrix @ again, rhs, atol=1e-8)
 
 
@@ -363,7 +356,7 @@ def test_beta_max_of_many_rows_is_that_of_all_rows(where, monkeypatch):
         return float(cf.Cronos(max_iters=1, beta_ratio=1.0).solve(X_given, y, hidden=2).stats.beta)
 
     some = largest()
-    monkeypatch.setattr(_program, "_ASCENT_ROWS", 20_000)
+    monkeypatch.setattr(betas, "_ASCENT_ROWS", 20_000)
     jax.clear_caches()
     assert some == pytest.approx(largest(), rel=0.02)
     jax.clear_caches()

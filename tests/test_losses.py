@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import cronos as _cronos
-from cronos_flax._solver import losses as _losses
-from cronos_flax._solver import path as _path
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import losses
 
-LOSSES = list(_losses.LOSSES)
+LOSSES = list(losses.LOSSES)
 seeds = st.integers(0, 10_000)
 
 
@@ -38,10 +37,10 @@ class OwnSoftmax(cf.Loss):
         return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
 
     def conjugate(self, dual, targets):
-        return _losses.Softmax().conjugate(dual, targets)
+        return losses.Softmax().conjugate(dual, targets)
 
     def balance(self, dual, targets, weight):
-        return _losses.Softmax().balance(dual, targets, weight)
+        return losses.Softmax().balance(dual, targets, weight)
 
 
 def drawn(loss, seed, n=6, C=3, scale=2.0):
@@ -59,7 +58,7 @@ def targets_of(loss, Y):
 def test_value_gradient_and_curvature_agree(loss, seed):
     with jax.enable_x64(True):
         f, y = drawn(loss, seed)
-        made = _losses.loss_of(loss)
+        made = losses.loss_of(loss)
         np.testing.assert_allclose(made.value(f, y), dense_twin.losses_of(loss, f, y), atol=1e-12)
         np.testing.assert_allclose(made.gradient(f, y), jax.grad(lambda f: made.value(f, y).sum())(f), atol=1e-12)
         units = np.eye(3)
@@ -73,7 +72,7 @@ def test_value_gradient_and_curvature_agree(loss, seed):
         else:  # the parabola that touches the loss lies above it
             r = np.random.default_rng(seed + 9).normal(size=f.shape)
             above = made.value(f, y) + np.sum(made.gradient(f, y) * r + r * made.curvature(f, y, r) / 2, axis=1)
-            floored = loss == "hinge" and np.any(np.abs(1 - y * f) < _losses._HINGE_FLOOR)
+            floored = loss == "hinge" and np.any(np.abs(1 - y * f) < losses._HINGE_FLOOR)
             assert floored or np.all(above >= made.value(f + r, y) - 1e-10)
 
 
@@ -86,7 +85,7 @@ def compiled_prox(loss):
 @given(loss=st.sampled_from([*LOSSES, LogCosh(), OwnSoftmax()]), seed=seeds, log_step=st.floats(-3, 3))
 def test_the_prox_is_optimal(loss, seed, log_step):
     """``(point − z)/step`` is a subgradient at z: no point nearby is better, and the smooth ones have no slope."""
-    made, step = _losses.loss_of(loss), 10.0**log_step
+    made, step = losses.loss_of(loss), 10.0**log_step
     name = loss if isinstance(loss, str) else "softmax" if isinstance(loss, OwnSoftmax) else "squared"
     with jax.enable_x64(True):
         point, y = drawn(name, seed, scale=5.0)
@@ -108,7 +107,7 @@ def test_fenchel_and_young(loss, seed):
     """``ℓ(f) + ℓ*(a) ≥ ⟨a, f⟩``, with equality where a is the gradient at f."""
     with jax.enable_x64(True):
         f, y = drawn(loss, seed)
-        made = _losses.loss_of(loss)
+        made = losses.loss_of(loss)
         a, g = np.asarray(made.gradient(f, y)), np.asarray(drawn(loss, seed + 1)[0])
         np.testing.assert_allclose(made.value(f, y) + made.conjugate(a, y), np.sum(a * f, axis=1), atol=1e-10)
         assert np.all(made.value(g, y) + made.conjugate(a, y) >= np.sum(a * g, axis=1) - 1e-10)
@@ -119,7 +118,7 @@ def test_fenchel_and_young(loss, seed):
 def test_balanced_duals_sum_to_zero_and_stay_where_the_conjugate_is_finite(loss, seed):
     with jax.enable_x64(True):
         f, y = drawn(loss, seed)
-        made, weight = _losses.loss_of(loss), np.random.default_rng(seed).uniform(0, 2, size=len(f))
+        made, weight = losses.loss_of(loss), np.random.default_rng(seed).uniform(0, 2, size=len(f))
         a = np.asarray(made.balance(made.gradient(f, y), y, weight))
         np.testing.assert_allclose(weight @ a, 0, atol=1e-10)
         g = drawn(loss, seed + 1, scale=5.0)[0]
@@ -132,7 +131,7 @@ def test_balanced_duals_sum_to_zero_and_stay_where_the_conjugate_is_finite(loss,
 def test_the_best_constant_is_best(loss):
     with jax.enable_x64(True):
         _, y = drawn(loss, 3, n=51)
-        weight, made = np.random.default_rng(3).uniform(0.1, 2, size=51), _losses.loss_of(loss)
+        weight, made = np.random.default_rng(3).uniform(0.1, 2, size=51), losses.loss_of(loss)
         b = np.asarray(made.constant(y, weight))
 
         def objective(b):
@@ -229,10 +228,10 @@ def test_above_beta_max_every_loss_has_a_constant_network(loss):
     X, _ = random_problem(4, n=200)
     labels = (X[:, 0] > 0.5).astype(int)
     y = {"softmax": labels, "logistic": labels}.get(loss, 2.0 * labels.astype("float32") - 1)
-    made = _losses.loss_of(loss)
+    made = losses.loss_of(loss)
     Y = made.targets(jnp.asarray(y), None)
     arrays = X, Y, jnp.ones(200), jax.random.key(0)
-    beta_max = float(_cronos._beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
+    beta_max = float(betas.user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
     constant = float(jnp.mean(made.value(jnp.broadcast_to(made.constant(Y, jnp.ones(200)), Y.shape), Y)))
     above, below = (
         cf.Cronos(loss=loss, beta=factor * beta_max, max_iters=300, tol=1e-7).solve(X, y, hidden=16).stats
@@ -277,13 +276,13 @@ def test_a_path_chooses_the_beta_that_its_held_out_rows_like_best():
     assert np.all(np.diff(stats.path_betas) < 0)
     assert best > 0  # a tenth of β_max leaves most of the signal
     given = solver.solve(X[:96], y[:96], hidden=8, validation=(X[96:], y[96:])).stats
-    assert given.path_losses.shape == stats.path_losses.shape
+    assert given.pathlosses.shape == stats.pathlosses.shape
 
 
 def test_held_out_rows_are_stratified():
     labels = np.repeat([0, 1, 2], [50, 20, 30])
     for seed in range(5):
-        held = _path.held_out(jnp.eye(3)[labels], jax.random.key(seed))
+        held = betas.held_out(jnp.eye(3)[labels], jax.random.key(seed))
         assert np.bincount(labels[held], minlength=3).tolist() == [10, 4, 6]
-        real = _path.held_out(jnp.linspace(0, 1, 40)[::-1, None], jax.random.key(seed))
+        real = betas.held_out(jnp.linspace(0, 1, 40)[::-1, None], jax.random.key(seed))
         assert np.all(real.reshape(8, 5).sum(axis=1) == 1)

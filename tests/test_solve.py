@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import coordinates as _basis
-from cronos_flax._solver import cronos as _cronos
-from cronos_flax._solver import losses as _losses
-from cronos_flax._solver import program as _program
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import coordinates, cronos, losses
 
 
 def optimum_of(solution, X, y, beta, weight=None, **biases):
@@ -266,7 +264,7 @@ def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
     X, labels = digits
     X, y = X[:300], np.where(labels[:300] < 5, 1.0, -1.0).astype("float32")
     default = float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
-    beta_max = default / _cronos._BETA_RATIO
+    beta_max = default / cronos.BETA_RATIO
     constant = 0.5 * np.var(y)
     above = cf.Cronos(beta=1.02 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
     below = cf.Cronos(beta=0.5 * beta_max, max_iters=500, tol=1e-6).solve(X, y, hidden=32)
@@ -277,8 +275,8 @@ def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
 def test_beta_max_agrees_over_keys_and_is_above_what_random_neurons_show(digits):
     X, labels = digits
     y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
-    rows, _ = _basis.scaled(X, y, jnp.ones(len(X)), _losses.Squared(), hidden_bias=True, output_bias=True)
-    found = np.asarray([_program.beta_max(rows, jax.random.key(seed)) for seed in range(5)])
+    rows, _ = coordinates.scaled(X, y, jnp.ones(len(X)), losses.Squared(), hidden_bias=True, output_bias=True)
+    found = np.asarray([betas.beta_max(rows, jax.random.key(seed)) for seed in range(5)])
     assert found.max() / found.min() < 1.05
     u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 1000))
     random = jnp.linalg.norm(jax.nn.relu(rows.X @ (u / jnp.linalg.norm(u, axis=0))).T @ rows.center(rows.Y), axis=1)
@@ -314,23 +312,23 @@ def test_state_continues_admm_where_it_stopped(linear_solver):
 def test_sweeping_beta_rho_and_tol_compiles_once():
     X, y = random_problem(4)
     cf.Cronos(beta=0.1, rho=1.0).solve(X, y, hidden=5)
-    compiled = _cronos._solve_compiled_by_itself()._cache_size()
+    compiled = cronos._solve_compiled_by_itself()._cache_size()
     for beta, rho, tol in [(0.2, 2.0, 1e-3), (jnp.float32(0.3), 0.1, 1e-4), (1, 3, 0)]:
         cf.Cronos(beta=beta, rho=rho, tol=tol).solve(X + 1, y, hidden=5)
-    assert _cronos._solve_compiled_by_itself()._cache_size() == compiled
+    assert cronos._solve_compiled_by_itself()._cache_size() == compiled
 
 
 def test_solve_goes_through_vmap_and_jit():
     X, y = random_problem(5)
-    betas = jnp.asarray([1e-3, 1e-1])
+    sweep = jnp.asarray([1e-3, 1e-1])
 
     @jax.jit
     @jax.vmap
     def objective(beta):
         return cf.Cronos(beta=beta, max_iters=20).solve(X, y, hidden=5).stats.objective
 
-    one_by_one = [cf.Cronos(beta=float(beta), max_iters=20).solve(X, y, hidden=5).stats.objective for beta in betas]
-    np.testing.assert_allclose(objective(betas), one_by_one, rtol=1e-3)
+    one_by_one = [cf.Cronos(beta=float(beta), max_iters=20).solve(X, y, hidden=5).stats.objective for beta in sweep]
+    np.testing.assert_allclose(objective(sweep), one_by_one, rtol=1e-3)
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed"])

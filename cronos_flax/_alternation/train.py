@@ -22,7 +22,8 @@ from cronos_flax._head.features import Batch, batches, flat_targets
 from cronos_flax._head.find import selected
 from cronos_flax._head.linen import Head
 from cronos_flax._solver import checks
-from cronos_flax._solver.losses import LOSSES, Logistic, Loss, Softmax, loss_of
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.losses import LOSSES, Logistic, Softmax, loss_of
 from cronos_flax._solver.solution import Solution
 
 State = TypeVar("State", bound=TrainState)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._solver.solution import TwoLayer
-from cronos_flax._solver.weights import predict
+from cronos_flax._solver.solution import TwoLayer, predict
 
 Path = tuple[Hashable, ...]
 

@@ -1,4 +1,4 @@
-"""Checks of what comes in at the door of the solver: each error names the argument, what was expected and what came.
+"""Input validation for ``Cronos.solve``: each error names the argument, what was expected, what came and what to do.
 
 Values (finiteness, signs) are checked only where there are values: inside ``jit`` and ``vmap`` shapes and dtypes are.
 """
@@ -16,10 +16,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cronos_flax._solver import admm, path, refreshed
 from cronos_flax._solver.blocks import Source
-from cronos_flax._solver.losses import Logistic, Loss, Softmax
-from cronos_flax._solver.solution import TwoLayer
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
 
 
 def choice(name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
@@ -52,16 +51,20 @@ def concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _floats(name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str) -> Array:
+def _floats(
+    name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str, known_finite: bool = False
+) -> Array:
     """``value`` as a finite floating array with one of these numbers of dimensions."""
     if not isinstance(value, (Array, np.ndarray)):
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
-    return _finite(name, value, shapes, ndims)
+    return _finite(name, value, shapes, ndims, known_finite)
 
 
-def _finite(name: str, value: Array | np.ndarray, shapes: str, ndims: tuple[int, ...]) -> Array:
+def _finite(
+    name: str, value: Array | np.ndarray, shapes: str, ndims: tuple[int, ...], known_finite: bool = False
+) -> Array:
     if value.ndim not in ndims:
         raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
     array = jnp.asarray(value)
@@ -69,7 +72,7 @@ def _finite(name: str, value: Array | np.ndarray, shapes: str, ndims: tuple[int,
         return array
     if array.dtype.itemsize < 4:
         array = array.astype(jnp.float32)
-    if concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+    if not known_finite and concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
         raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
     return array
 
@@ -95,9 +98,18 @@ def _blocks(X: Iterable[Any]) -> Source:
 
 
 def data(
-    X: Any, y: ArrayLike, num_classes: int | None, outputs: int | None, loss: Loss
+    X: Any, y: ArrayLike, num_classes: int | None, outputs: int | None, loss: Loss, *, known_finite: bool = False
 ) -> tuple[Array | Source, Array]:
-    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype, as the loss takes them."""
+    """Features ``(n, p)`` and targets ``(n, C)`` of one dtype, as the loss takes them.
+
+    Args:
+        X: as :meth:`cronos_flax.Cronos.solve` takes it, as are y and num_classes.
+        y: the targets.
+        num_classes: the number of classes, None for that of the data.
+        outputs: the number of outputs of the starting network, None where there is none.
+        loss: what the targets are for.
+        known_finite: whether the caller has looked at the values of X already.
+    """
     in_blocks = not isinstance(X, (Array, np.ndarray, str, bytes)) and isinstance(X, Iterable)
     if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
         X = _blocks(X)
@@ -106,7 +118,7 @@ def data(
                 "solve: `X` in blocks cannot be read inside jit or vmap, got a traced `y`. Call it outside."
             )
     else:
-        X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').")
+        X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').", known_finite)
     if num_classes is not None:
         positive_integer("solve", "num_classes", num_classes)
     y = y if isinstance(y, (Array, np.ndarray)) else np.asarray(y)
@@ -128,42 +140,15 @@ def data(
     return X, targets.astype(X.dtype)
 
 
-def path_data(X: Array | Source, y: Array, weight: Array) -> path.Data:
-    """Rows that can be chosen from: in memory, not traced, and of positive weight."""
-    if isinstance(X, Source):
-        raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
-    if not all(concrete(value) for value in (X, y, weight)):
-        raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
-    there = np.flatnonzero(weight)
-    if len(there) < 10:
-        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(there)}.')
-    return path.Data(X[there], y[there], weight[there])
-
-
-def pair(name: str, value: Any) -> tuple[Any, Any]:
-    """Features and targets."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
-    return value[0], value[1]
-
-
-def same_columns(X: Array | Source, like: Array) -> Array:
-    """Validation features, of as many columns as those to fit."""
-    if isinstance(X, Source) or X.shape[1] != like.shape[1]:
-        raise ValueError(f"solve: `validation` must be (X, y) with X of {like.shape[1]} columns, got {X.shape}.")
-    return X
-
-
 def balanced(loss: Loss, targets: Array) -> Array:
     """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
-    C = targets.shape[1]
-    if C > 1 and isinstance(loss, Logistic):
-        raise ValueError("solve: `class_weight` needs one label a row, got a logistic loss of several outputs.")
-    if not isinstance(loss, (Softmax, Logistic)) and concrete(targets) and not bool(jnp.all(jnp.abs(targets) == 1)):
-        raise ValueError("solve: `class_weight` needs labels, got targets that are not all ±1 (cf.signed_targets).")
-    threshold = 0.5 if isinstance(loss, Logistic) else 0.0
-    labels = jnp.argmax(targets, axis=1) if C > 1 else (targets[:, 0] > threshold).astype(jnp.int32)
-    counts = jnp.bincount(labels, length=max(C, 2)).astype(targets.dtype)
+    if concrete(targets) and not bool(loss.is_labelled(targets)):
+        raise ValueError(
+            "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
+            "make them by cf.signed_targets(labels, num_classes)."
+        )
+    labels = loss.labels(targets)
+    counts = jnp.bincount(labels, length=max(targets.shape[1], 2)).astype(targets.dtype)
     return len(targets) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
 
 
@@ -183,7 +168,7 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
 
 def start(
     gates: str, shape: tuple[int, int], y: Array, hidden: Any, init: Any, state: Any
-) -> tuple[TwoLayer | refreshed.State | admm.State | None, int]:
+) -> tuple[TwoLayer | RefreshedState | HeldState | None, int]:
     """The one place to start from, None for a random start; and the number of neurons."""
     given = [name for name, value in (("hidden", hidden), ("init", init), ("state", state)) if value is not None]
     if len(given) != 1:
@@ -196,12 +181,12 @@ def start(
         if not isinstance(init, TwoLayer):
             raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
         return _network("init", init, shape, y), init.kernel2.shape[0]
-    if not isinstance(state, refreshed.State if gates == "refreshed" else admm.State):
+    if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState):
         raise ValueError(
-            f"solve: `state` must be the state of a solve with gates={gates!r}, got {type(state).__module__}."
+            f"solve: `state` must be the state of a solve with gates={gates!r}, got a "
             f"{type(state).__name__}. To start from a network alone pass init=solution.params."
         )
-    if isinstance(state, admm.State) and state.D.shape[0] != shape[0]:
+    if isinstance(state, HeldState) and state.D.shape[0] != shape[0]:
         raise ValueError(
             f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {shape[0]}. "
             "To go on with other rows pass init=solution.params."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, fold
-from cronos_flax._solver.losses import Loss
+from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
@@ -146,6 +146,11 @@ def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVec
     safe = jnp.where(largest > 0, largest, 1)
     total = fold(features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(X / safe)), zero, weight)
     return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
+
+
+def normalised(weight: RowVector) -> RowVector:
+    """Weights that sum to the number of rows of positive weight, so that the other rows are as if absent."""
+    return weight * (jnp.count_nonzero(weight).astype(weight.dtype) / jnp.sum(weight))
 
 
 def scaled(

@@ -1,9 +1,9 @@
-"""``Cronos.solve``: the one entry point of the solver, and its one ``jit``."""
+"""``Cronos``: the settings of a solve, and its entry point, which owns the checks, the one ``jit`` and the result."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +12,39 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from cronos_flax._solver import admm, checks, host, path, refreshed
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import checks, host
 from cronos_flax._solver.blocks import Blocks, Source
-from cronos_flax._solver.coordinates import Basis, Rows, rotated, scaled
+from cronos_flax._solver.coordinates import normalised, scaled
+from cronos_flax._solver.held import held
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
-from cronos_flax._solver.losses import LOSSES, Loss, loss_of
-from cronos_flax._solver.program import Program, beta_max, network_objective
-from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
-from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, RowVector, Scalar
-from cronos_flax._solver.weights import (
-    dead,
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.losses import LOSSES, loss_of
+from cronos_flax._solver.problem import Problem
+from cronos_flax._solver.program import (
     default_directions,
     from_network,
     random_neurons,
     regularised_loss,
     to_network,
 )
+from cronos_flax._solver.refreshed import refreshed
+from cronos_flax._solver.settings import Held, Refreshed
+from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.types import RowVector
 
-_GATES = ("refreshed", "fixed", "paired")
-_BETA_RATIO = 0.001
-_RHO = 1.0
-_MAX_ITERS = 500
-_STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+GATES = ("refreshed", "fixed", "paired")
+BETA_RATIO = 0.001  # what these settings are where they are None, for a solve by itself
+MAX_ITERS = 500
+RHO = 1.0
+
+State = RefreshedState | HeldState
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["beta", "beta_ratio", "rho", "tol"],
-    meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters", "class_weight"],
+    meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters", "class_weight", "refreshed", "held"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cronos:
@@ -49,34 +54,35 @@ class Cronos:
 
         Σ w_j ℓ(f_j, y_j) / Σ w_j + (beta/2) (‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)
 
-    so ``beta`` is the weight decay of Flax and Optax, on a scale that does not depend on the units of X.
+    so ``beta`` is the weight decay of Flax and Optax. The solution does not depend on the units of X: features that are
+    multiplied by c, with ``beta`` multiplied by c, give the same network.
 
-    A ``Cronos`` is a pytree: ``beta``, ``rho`` and ``tol`` are leaves, so sweeping them compiles nothing anew; the rest
-    is static.
+    A ``Cronos`` is a pytree. Its leaves are ``beta``, ``beta_ratio``, ``rho`` and ``tol``: other values of these do not
+    compile the solve again. All other settings are static.
 
     Args:
         loss: ``"squared"`` (``½‖f − y‖²``), ``"softmax"`` (labels, or probabilities), ``"logistic"`` (y in [0, 1]),
             ``"huber"``, ``"hinge"`` (y = ±1), or a :class:`cronos_flax.Loss`.
-        beta: weight decay, ``≥ 0``; None takes a fixed fraction of β_max, the smallest value that makes the solution
-            zero. ``"path"`` tries seven from β_max/10 down to β_max/10,000, chooses by the loss on held-out rows, and
-            fits all rows with that one.
-        rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. It adapts by
-            itself, except with ``cf.NystromPCG``.
-        gates: ``"refreshed"`` renews the gates at every step and descends on the loss of the network itself. The
-            others hold them, and solve that convex program by ADMM, with a lower bound on its optimum: ``"fixed"``
-            those of the starting network, ``"paired"`` random ones, each used by two neurons of opposite direction.
-            ``"paired"`` with ``cf.NystromPCG()`` is the published algorithm, which has no output bias unless the
-            network given has one.
-        linear_solver: how held gates solve their linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
-        max_iters: most iterations of one solve; None means 500, or a few in ``CronosTrainState``, which solves
-            again and again.
-        tol: held gates stop when gap and constraint violation are relatively below it, ``"refreshed"`` when the loss
-            fell by less than this fraction over ten iterations.
-        certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the program of its final gates, to
-            say by ``stats.lower_bound`` how good it is among the networks with these gates; 0 for none.
+        beta: weight decay, ``≥ 0``. None takes the fraction ``beta_ratio`` of β_max, the smallest weight decay at which
+            the zero network is optimal. ``"path"`` tries seven values from β_max/10 to β_max/10,000, chooses the one of
+            least loss on held-out rows, and fits all rows with it.
+        rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. The solver adapts
+            it, except with ``cf.NystromPCG``.
+        gates: ``"refreshed"`` renews the ReLU gates at every iteration and lowers the loss of the network itself. The
+            others hold the gates and solve that convex program by ADMM, with a lower bound on its optimum: ``"fixed"``
+            holds the gates of the starting network, ``"paired"`` random gates, each used by two neurons of opposite
+            direction. ``"paired"`` with ``cf.NystromPCG()`` is the published algorithm, which has no output bias unless
+            the network given has one.
+        linear_solver: how ADMM solves its linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
+        max_iters: most iterations of one solve. None takes 500, and in an alternation 3.
+        tol: stopping tolerance. Held gates stop when the relative gap and the relative constraint violation are below
+            it; ``"refreshed"`` stops when the loss fell by less than this fraction over ten iterations.
+        certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
+            gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``.
-        beta_ratio: the fraction of β_max that ``beta=None`` takes, ``≥ 0``; None means .001, or .005 in
-            ``CronosTrainState``, whose backbone lives on what the head leaves over.
+        beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .005.
+        refreshed: constants of the refreshed path, for experts.
+        held: constants of ADMM, for experts.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -104,17 +110,22 @@ class Cronos:
     certify_iters: int = 0
     class_weight: str | None = None
     beta_ratio: float | Array | None = None
+    refreshed: Refreshed = Refreshed()  # noqa: RUF009  (frozen)
+    held: Held = Held()  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
             checks.choice("loss", self.loss, LOSSES, "a cf.Loss")
         if self.class_weight is not None:
             checks.choice("class_weight", self.class_weight, ("balanced",), "None")
-        checks.choice("gates", self.gates, _GATES)
+        checks.choice("gates", self.gates, GATES)
         if not isinstance(self.linear_solver, (Structured, NystromPCG)):
             raise ValueError(
                 f"Cronos: `linear_solver` must be a cf.Structured or a cf.NystromPCG, got {self.linear_solver!r}."
             )
+        for name, kind in (("refreshed", Refreshed), ("held", Held)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"Cronos: `{name}` must be a cf.{kind.__name__}, got {getattr(self, name)!r}.")
         if self.max_iters is not None:
             checks.positive_integer("Cronos", "max_iters", self.max_iters)
         checks.positive_integer("Cronos", "certify_iters", self.certify_iters, least=0)
@@ -133,7 +144,7 @@ class Cronos:
         num_classes: int | None = None,
         sample_weight: ArrayLike | None = None,
         init: TwoLayer | None = None,
-        state: refreshed.State | admm.State | None = None,
+        state: State | None = None,
         key: Array | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
@@ -169,64 +180,108 @@ class Cronos:
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
-        features, y, weight = self._data(X, y, num_classes, _outputs_of(init, state), sample_weight)
-        if callback is not None and not callable(callback):
-            raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
-        if isinstance(self.beta, str):
-            start, _ = checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
-            return self._solve_on_path(checks.path_data(features, y, weight), start, hidden, key, callback, validation)
-        if validation is not None:
-            raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
-        weighted = sample_weight is not None and checks.concrete(weight)
-        if self.gates == "refreshed" and weighted and isinstance(features, Array):
-            counts = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
-            if len(counts) < len(weight):
-                features, y, weight = features[counts], y[counts], weight[counts]
-        start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
-        solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
-        key = jax.random.key(0) if key is None else key
-        if callback is None and not isinstance(features, Source):
-            run = _compiled(solver, features, y, weight, start, key)
-            return run(solver, features, y, weight, start, key, None, hidden=m)
-        source = features if isinstance(features, Source) else None
-        with host.opened(source, callback and host.Progress(callback)) as (number, progress):
-            rows = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            run = _compiled(solver, rows, y, weight, start, key)
-            return jax.block_until_ready(run(solver, rows, y, weight, start, key, progress, hidden=m))
+        return self._solve(
+            X, y, hidden, num_classes, sample_weight, init, state, key, callback, validation, known_finite=False
+        )
 
-    def _solve_on_path(
+    def solve_features(
         self,
-        data: path.Data,
-        start: TwoLayer | refreshed.State | admm.State | None,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        init: TwoLayer,
+        sample_weight: ArrayLike | None,
+        key: Array | None,
+        callback: Callable[[dict[str, float]], Any] | None,
+    ) -> Solution:
+        """:meth:`solve`, for features whose values have been found finite: these are not looked at again."""
+        return self._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
+
+    def _solve(
+        self,
+        X: Any,
+        y: ArrayLike,
         hidden: int | None,
+        num_classes: int | None,
+        sample_weight: ArrayLike | None,
+        init: TwoLayer | None,
+        state: State | None,
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
+        *,
+        known_finite: bool,
     ) -> Solution:
-        """Choose β on rows held out, and fit all rows from the network found with it."""
-        loss = loss_of(self.loss)
-        network = start if isinstance(start, TwoLayer) or start is None else start.params
-        key, split_key, beta_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
-        if validation is None:
-            held = path.held_out(data.y, split_key)
-            fit, chosen_on = data.take(~held), data.take(held)
-        else:
-            X, y, weight = self._data(*checks.pair("validation", validation), data.y.shape[1], None, None)
-            fit, chosen_on = data, path.Data(checks.same_columns(X, data.X), y, weight)
+        outputs = _outputs_of(init, state)
+        features, y, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
+        start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
+        key = jax.random.key(0) if key is None else key
+        if isinstance(self.beta, str):
+            data = betas.choosable(features, y, weight)
+            network = start if isinstance(start, TwoLayer) or start is None else start.params
+            return self._solve_on_path(data, network, m, key, callback, validation)
+        if validation is not None:
+            raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
+        is_weighted = sample_weight is not None and checks.concrete(weight)
+        if self.gates == "refreshed" and is_weighted and isinstance(features, Array):
+            counts = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
+            if len(counts) < len(weight):
+                features, y, weight = features[counts], y[counts], weight[counts]
+        return self._solve_checked(features, y, weight, start, m, key, callback)
 
-        def solve(rows: path.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
-            init = network if init is None else init
-            random = {"hidden": hidden} if init is None else {"init": init}
-            # Targets and weights are as the loss and the classes made them.
-            tol, tell = (self.tol, callback) if final else (jnp.maximum(self.tol, path.TOL), None)
+    def _solve_checked(
+        self,
+        features: Array | Source,
+        y: Array,
+        weight: Array,
+        start: TwoLayer | State | None,
+        hidden: int,
+        key: Array,
+        callback: Callable[[dict[str, float]], Any] | None,
+    ) -> Solution:
+        """Run the compiled solve on arguments that fit together."""
+        solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
+        if callback is None and not isinstance(features, Source):
+            run = _compiled(solver, features, y, weight, start, key)
+            return run(solver, features, y, weight, start, key, None, hidden=hidden)
+        source = features if isinstance(features, Source) else None
+        with host.opened(source, callback and host.Reporter(callback)) as (number, progress):
+            rows = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
+            run = _compiled(solver, rows, y, weight, start, key)
+            return jax.block_until_ready(run(solver, rows, y, weight, start, key, progress, hidden=hidden))
+
+    def _solve_on_path(
+        self,
+        data: betas.Data,
+        network: TwoLayer | None,
+        hidden: int,
+        key: Array,
+        callback: Callable[[dict[str, float]], Any] | None,
+        validation: tuple[ArrayLike, ArrayLike] | None,
+    ) -> Solution:
+        """Choose β on held-out rows, then fit all rows from the network that was found with it."""
+        loss = loss_of(self.loss)
+        key, split_key, beta_key = jax.random.split(key, 3)
+        if validation is None:
+            held_out = betas.held_out(data.y, split_key)
+            fit, chosen_on = data.take(~held_out), data.take(held_out)
+        else:
+            X, y, weight = self._data(*betas.pair("validation", validation), data.y.shape[1], None, None)
+            fit, chosen_on = data, betas.Data(betas.same_columns(X, data.X), y, weight)
+
+        def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
+            tol, tell = (self.tol, callback) if final else (jnp.maximum(self.tol, betas.TOL), None)
+            # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
-            return plain.solve(rows.X, rows.y, sample_weight=rows.weight, key=key, callback=tell, **random)
+            return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
 
         hidden_bias, output_bias = _biases(self.gates, network)
-        beta_max = _beta_max(*fit, beta_key, loss=loss, hidden_bias=hidden_bias, output_bias=output_bias)
-        beta, best, betas, losses = path.follow(solve, loss, float(beta_max), fit, chosen_on)
+        beta_max = betas.user_beta_max(*fit, beta_key, loss=loss, hidden_bias=hidden_bias, output_bias=output_bias)
+        beta, best, tried, losses = betas.follow(solve, loss, float(beta_max), fit, chosen_on)
         solution = solve(data, beta, best, final=True)
-        stats = dataclasses.replace(solution.stats, path_betas=jnp.asarray(betas), path_losses=jnp.asarray(losses))
+        stats = dataclasses.replace(solution.stats, path_betas=jnp.asarray(tried), path_losses=jnp.asarray(losses))
         return dataclasses.replace(solution, stats=stats)
 
     def objective(
@@ -259,11 +314,17 @@ class Cronos:
         return regularised_loss(params, features, y, weight, jnp.asarray(beta, y.dtype), loss_of(self.loss))
 
     def _data(
-        self, X: Any, y: ArrayLike, num_classes: int | None, outputs: int | None, sample_weight: ArrayLike | None
+        self,
+        X: Any,
+        y: ArrayLike,
+        num_classes: int | None,
+        outputs: int | None,
+        sample_weight: ArrayLike | None,
+        known_finite: bool = False,
     ) -> tuple[Array | Source, Array, Array]:
         """Features, targets and weights, checked."""
         loss = loss_of(self.loss)
-        features, y = checks.data(X, y, num_classes, outputs, loss)
+        features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
         return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y)
 
@@ -279,59 +340,6 @@ def _biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
     if network is None:
         return True, gates != "paired"
     return network.bias1 is not None, network.bias2 is not None
-
-
-@functools.partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
-def _beta_max(
-    X: Float[Array, "n p"],
-    y: Float[Array, "n C"],
-    weight: RowVector,
-    key: Array,
-    *,
-    loss: Loss,
-    hidden_bias: bool,
-    output_bias: bool,
-) -> Scalar:
-    """β_max in the door's units."""
-    with jax.default_matmul_precision("highest"):
-        weight = _normalised(weight)
-        rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
-        return beta_max(rows, key) * basis.scale / jnp.sum(weight)
-
-
-def _normalised(weight: RowVector) -> RowVector:
-    """Summing to the number of rows that have any, so that the others are as if absent."""
-    return weight * (jnp.count_nonzero(weight).astype(weight.dtype) / jnp.sum(weight))
-
-
-class _Problem(NamedTuple):
-    """One solve on the solver's coordinates; what both paths need."""
-
-    rows: Rows
-    basis: Basis
-    total_weight: Scalar
-    beta: Scalar
-    rho: Scalar
-    tol: Scalar
-    gates: str
-    max_iters: int
-    certify_iters: int
-    linear_solver: Structured | NystromPCG
-    progress: Int[Array, ""] | None
-
-    def rotated(self) -> "_Problem":
-        """The same on the eigenbasis."""
-        rows, basis = rotated(self.rows, self.basis)
-        return self._replace(rows=rows, basis=basis)
-
-
-class _Ended(NamedTuple):
-    """How a path ended: its network with ``X U``, and how to make the state to go on from once the network is final."""
-
-    network: tuple[Neurons, Directions, Bias, Activations]
-    status: Array
-    figures: dict[str, Array]
-    state_of: Callable[[TwoLayer], Any]
 
 
 def _compiled(*arguments: Any) -> Callable[..., Solution]:
@@ -357,7 +365,7 @@ def _solve(
     features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,
-    start: TwoLayer | refreshed.State | admm.State | None,
+    start: TwoLayer | State | None,
     key: Array,
     progress: Int[Array, ""] | None,
     *,
@@ -372,24 +380,24 @@ def _solve_at_full_precision(
     features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,
-    start: TwoLayer | refreshed.State | admm.State | None,
+    start: TwoLayer | State | None,
     key: Array,
     progress: Int[Array, ""] | None,
     hidden: int,
 ) -> Solution:
     beta_key, start_key, run_key = jax.random.split(key, 3)
     network = start if isinstance(start, TwoLayer) or start is None else start.params
-    weight, loss = _normalised(weight), loss_of(solver.loss)
+    weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = _biases(solver.gates, network)
     rows, basis = scaled(features, targets, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     assert not isinstance(solver.beta, str)
-    ratio = _BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
-    beta = ratio * beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
-    door_beta = beta * basis.scale / total
-    rho = jnp.asarray(_RHO if solver.rho is None else solver.rho, rows.X.dtype)
-    problem = _Problem(
+    ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
+    beta = ratio * betas.beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
+    user_beta = beta * basis.scale / total
+    rho = jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype)
+    problem = Problem(
         rows,
         basis,
         total,
@@ -397,9 +405,11 @@ def _solve_at_full_precision(
         rho,
         jnp.asarray(solver.tol),
         solver.gates,
-        _MAX_ITERS if solver.max_iters is None else solver.max_iters,
+        MAX_ITERS if solver.max_iters is None else solver.max_iters,
         solver.certify_iters,
         solver.linear_solver,
+        solver.refreshed,
+        solver.held,
         progress,
     )
 
@@ -412,12 +422,12 @@ def _solve_at_full_precision(
         network = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(network, rows, basis)
-    ended = (_refreshed if solver.gates == "refreshed" else _held)(problem, (U, A, b), start, run_key)
+    ended = (refreshed if solver.gates == "refreshed" else held)(problem, (U, A, b), start, run_key)
 
     # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
     found = to_network(rows, basis, *ended.network)
     before, after = (
-        regularised_loss(params, features, targets, weight, door_beta, rows.loss) for params in (network, found)
+        regularised_loss(params, features, targets, weight, user_beta, rows.loss) for params in (network, found)
     )
     params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, network)
     lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
@@ -426,143 +436,9 @@ def _solve_at_full_precision(
         objective=jnp.where(after <= before, after, before),
         initial_objective=before,
         null_loss=rows.value(rows.constant(constant)) / total,
-        beta=door_beta,
+        beta=user_beta,
         active_neurons=jnp.sum(lives, dtype=jnp.int32),
         **ended.figures,
     )
     status = jnp.where(jnp.isfinite(before), ended.status, Status.nonfinite).astype(jnp.int32)
     return Solution(params, status, stats, ended.state_of(params))
-
-
-def _refreshed(problem: _Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array) -> _Ended:
-    """Descend on the network's own loss, gates renewed at every step."""
-    rows = problem.rows
-    # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
-    sketch_key, key = jax.random.split(key)
-    damping, key = (start.damping, start.key) if isinstance(start, refreshed.State) else (problem.rho, key)
-    prepared = refreshed.prepare(rows, network[0].shape[1], sketch_key)
-    first = refreshed.init(rows, *network, problem.beta, damping, key)
-    if start is None:
-        first = refreshed.warm_up(rows, prepared, problem.beta, first)
-
-    def tell(done: Array, iterate: refreshed.Iterate) -> None:
-        host.report(
-            problem.progress,
-            iteration=done,
-            objective=iterate.objective / problem.total_weight,
-            active_neurons=jnp.sum(~dead(iterate.U)),
-        )
-
-    last, stagnated, done, trace = refreshed.run(
-        rows, prepared, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters, tell=tell
-    )
-    figures = {"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight}
-    if problem.certify_iters:
-        params = to_network(rows, problem.basis, last.U, last.A, last.b, last.Z)
-        if problem.linear_solver.on_eigenbasis:
-            problem = problem.rotated()
-        program = _program_of(problem, *from_network(params, problem.rows, problem.basis), key)
-        figures |= _figures(problem, _solve_program(problem, *program, key, problem.certify_iters))
-    return _Ended(
-        (last.U, last.A, last.b, last.Z),
-        status=jnp.where(stagnated, Status.stationary, Status.max_iters),
-        figures=figures,
-        state_of=lambda params: refreshed.State(params, last.damping, last.key),
-    )
-
-
-def _program_of(problem: _Problem, U: Neurons, A: Directions, b: Bias, key: Array) -> tuple[Program, admm.Iterate]:
-    """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
-    probe = jnp.where(dead(U), random_neurons(key, U), U)
-    program = Program(problem.rows, problem.rows.X @ probe >= 0, A, problem.beta)
-    return program, admm.init(program, U, b, problem.rho)
-
-
-def _solve_program(problem: _Problem, program: Program, first: admm.Iterate, key: Array, max_iters: int) -> admm.Run:
-    """ADMM to a certificate, or ``max_iters``."""
-    method = program, problem.linear_solver, problem.basis.eigenvalues
-    begun = admm.begin(*method, first, key, max_iters=max_iters)
-
-    def tell(done: Array, check: admm.Check, iterate: admm.Iterate) -> None:
-        gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
-        host.report(
-            problem.progress,
-            iteration=done,
-            program_objective=check.program_objective / problem.total_weight,
-            lower_bound=check.lower_bound / problem.total_weight,
-            gap=gap,
-            cone_violation=check.cone_violation,
-            primal_residual=check.primal_residual,
-            dual_residual=check.dual_residual,
-            rho=iterate.rho,
-            active_neurons=jnp.sum(~dead(check.V)),
-        )
-
-    return admm.run(*method, begun, key, tol=problem.tol, until=max_iters, tell=tell)
-
-
-def _figures(problem: _Problem, run: admm.Run) -> dict[str, Array]:
-    """What a run of ADMM has to say of its program, for :class:`cronos_flax.Stats`."""
-    total = problem.total_weight
-    return {
-        "program_objective": run.check.program_objective / total,
-        "lower_bound": run.check.lower_bound / total,
-        "lower_bound_trace": run.bounds / total,
-        "cone_violation": run.check.cone_violation,
-        "primal_residual": run.check.primal_residual,
-        "dual_residual": run.check.dual_residual,
-    }
-
-
-def _held(problem: _Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array) -> _Ended:
-    """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
-    rows, basis, beta = problem.rows, problem.basis, problem.beta
-    (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
-    if isinstance(start, admm.State):
-        program = Program(rows, start.D, start.A, beta)
-        V_plus_dual = basis.lift(*start.hidden_plus_dual)
-        first = admm.Iterate(V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration)
-    elif problem.gates == "fixed":
-        program, first = _program_of(problem, U, A, b, gate_key)
-    else:
-        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
-        probe = jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]]
-        U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
-        program = Program(rows, rows.X @ probe >= 0, A, beta)
-        first = admm.init(program, U, b, problem.rho)
-    run = _solve_program(problem, program, first, run_key, problem.max_iters)
-    last = run.iterate
-    # The program's iterate may break its gates, and its network then be worse than the start's.
-    Z = rows.X @ U
-    toward = jax.tree.map(jnp.subtract, (run.check.V, run.check.b, rows.X @ run.check.V), (U, b, Z))
-    lengths = jnp.asarray(_STEP_LENGTHS, U.dtype)
-
-    def moved(length: Scalar) -> tuple[Neurons, Bias, Activations]:
-        return jax.tree.map(lambda now, step: now + length * step, (U, b, Z), toward)
-
-    def objective(length: Scalar) -> Scalar:
-        U, b, Z = moved(length)
-        return network_objective(rows, program.A, b, beta, U, Z)
-
-    values = jax.lax.map(objective, lengths)
-    U, b, Z = moved(lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))])
-    return _Ended(
-        (U, program.A, b, Z),
-        status=jnp.where(run.check.converged(problem.tol), Status.converged, Status.max_iters),
-        figures={
-            **_figures(problem, run),
-            "iterations": run.done,
-            "objective_trace": run.objectives / problem.total_weight,
-        },
-        state_of=lambda params: admm.State(
-            params,
-            basis.lower(last.V_plus_dual),
-            program.D,
-            program.A,
-            last.S_plus_dual,
-            last.Z_plus_dual,
-            last.z,
-            last.rho,
-            last.iteration,
-        ),
-    )

@@ -49,7 +49,7 @@ def called(number: Array | np.ndarray, use: Callable[[Any], Any]) -> Any:
         raise
 
 
-class Progress:
+class Reporter:
     """The user's callback, with the clock that it is told the time from."""
 
     def __init__(self, callback: Callable[[dict[str, float]], Any]) -> None:
@@ -66,10 +66,10 @@ class Progress:
 
 
 def report(number: Int[Array, ""] | None, **figures: Array) -> None:
-    """From compiled code: hand scalars to the :class:`Progress` with this number; nothing if there is none."""
+    """From compiled code: hand scalars to the :class:`Reporter` with this number; nothing if there is none."""
 
     def tell(number: np.ndarray, figures: dict[str, np.ndarray]) -> None:
-        called(number, lambda progress: progress(jax.tree.map(np.asarray, figures)))
+        called(number, lambda reporter: reporter(jax.tree.map(np.asarray, figures)))
 
     if number is not None:
         io_callback(tell, None, number, figures)

@@ -1,72 +1,23 @@
-"""Linear systems: preconditioned conjugate gradients, and the two ways to take ADMM's U-step.
+"""The two ways to take ADMM's U-step.
 
 Both have one interface: ``prepare`` makes what holds for all iterations of one κ, ``solve`` takes the step.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks
-from cronos_flax._solver.nystrom import Sketch, sketch, test_matrix
+from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.numerics import Sketch, conjugate_gradient, sketch, test_matrix
 from cronos_flax._solver.program import Program
 from cronos_flax._solver.types import Activations, Neurons, Outputs, Scalar
 
-Tree = TypeVar("Tree")
-
 _LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
 _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
-
-
-def conjugate_gradient(
-    operator: Callable[[Tree], Tree],
-    rhs: Tree,
-    *,
-    preconditioner: Callable[[Tree], Tree] = lambda r: r,
-    guess: Tree | None = None,
-    tol: Array | float = 0.0,
-    max_steps: int,
-) -> tuple[Tree, Int[Array, ""]]:
-    """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
-
-    Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
-    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
-    pytrees of arrays.
-    """
-
-    def inner(a: Tree, b: Tree) -> Scalar:
-        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), start=jnp.zeros((), dtype))
-
-    def add(a: Tree, t: Scalar, b: Tree) -> Tree:
-        return jax.tree.map(lambda a, b: a + t * b, a, b)
-
-    dtype = jax.tree.leaves(rhs)[0].dtype
-    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
-    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
-
-    def unfinished(carry: tuple) -> Array:
-        step, _, _, _, rz = carry
-        return (step < max_steps) & (rz > target)
-
-    def body(carry: tuple) -> tuple:
-        step, x, r, p, rz = carry
-        q = operator(p)
-        length = rz / inner(p, q)
-        x, r = add(x, length, p), add(r, -length, q)
-        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
-        rz_new = inner(r, z)
-        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
-
-    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
-    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
-    z = preconditioner(r)
-    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
-    return x, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +40,7 @@ class Structured:
     on_eigenbasis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive("Structured", "max_steps", self.max_steps)
+        positive_integer("Structured", "max_steps", self.max_steps)
 
     def plan(self, n: int, d: int, m: int, C: int) -> str:
         """``"dense"``, ``"preconditioned"`` or ``"plain"``: the cheapest by floating-point operations."""
@@ -190,8 +141,8 @@ class NystromPCG:
     on_eigenbasis: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive("NystromPCG", "rank", self.rank)
-        _positive("NystromPCG", "max_steps", self.max_steps)
+        positive_integer("NystromPCG", "rank", self.rank)
+        positive_integer("NystromPCG", "max_steps", self.max_steps)
 
     def prepare(self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array) -> Sketch:
         """The sketch of ``G*G + κ⁻¹ F*F``."""
@@ -231,8 +182,3 @@ class NystromPCG:
             max_steps=self.max_steps,
         )
         return U, program.rows.X @ U, z
-
-
-def _positive(where: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: `{name}` must be a positive integer, got {value!r}.")

@@ -6,7 +6,7 @@ With gates ``D`` and output directions ``A`` held fixed,
 
 where ``F Z = P (D ∘ Z) A`` and ``G Z = (2D − 1) ∘ Z`` act on pre-activations ``Z = X U``, ``P`` removes what the output
 bias b can make, and L is the weighted loss, summed over rows. Acting on pre-activations lets one product with X serve
-both.
+both. Below the program: the way from a network of the user to neurons and directions of the program, and back.
 """
 
 import dataclasses
@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cronos_flax._solver.blocks import Blocks
-from cronos_flax._solver.coordinates import Rows
-from cronos_flax._solver.losses import Squared
-from cronos_flax._solver.types import Activations, Bias, Directions, Features, Gates, Neurons, Outputs, Scalar
+from cronos_flax._solver.coordinates import Basis, Rows, root_mean_square_norm
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.solution import TwoLayer, predict
+from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, RowVector, Scalar
 
-_ASCENT_STARTS = 8
-_ASCENT_STEPS = 10
-_ASCENT_ROWS = 2048  # of more than twice as many
-_ASCENT_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_DEAD = 1e-3  # a neuron below this fraction of the largest is treated as dead
 
 
 def norms(U: Neurons) -> Float[Array, " m"]:
@@ -105,50 +103,70 @@ def lower_bound(program: Program, alpha: Outputs, nu: Activations) -> Scalar:
     alpha = rows.dual(alpha)
     dual_norm = jnp.max(norms(rows.X.T @ (program.Ft(alpha) - program.G(nu))))
     largest = program.beta / jnp.maximum(dual_norm, tiny)
-    if isinstance(rows.loss, Squared):
+    if rows.loss.is_quadratic:
         best = -jnp.sum(alpha * rows.root[:, None] * rows.Y) / jnp.maximum(jnp.sum(jnp.square(alpha)), tiny)
     else:
         best = jnp.ones((), alpha.dtype)
     return -rows.conjugate(jnp.clip(best, 0, largest) * alpha)
 
 
-def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
-    """``‖relu(X u)ᵀ α‖/‖u‖`` for each column u: a neuron there would lower the loss if it is above β."""
-    size = norms(u)
-    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / jnp.where(size > 0, size, 1)
+def default_directions(m: int, C: int, dtype: jnp.dtype) -> Directions:
+    """Directions for neurons that have none: ±e₁, ±e₂, … in turn, so that both signs of every output are there."""
+    i = jnp.arange(m, dtype=jnp.int32)
+    sign = jnp.where(i % 2 == 0, 1, -1).astype(dtype)
+    return sign[:, None] * jax.nn.one_hot((i // 2) % C, C, dtype=dtype)
 
 
-def climb(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Neurons:
-    """Unit neurons of large violation, from unit neurons u: gradient steps, each as long as pays most."""
-    lengths = jnp.asarray((0.0, *_ASCENT_LENGTHS), X.dtype)
-
-    def ascend(_: int, u: Neurons) -> Neurons:
-        Z = X @ u
-        c = jax.nn.relu(Z).T @ alpha
-        g = X.T @ jnp.where(Z >= 0, alpha @ unit_rows(c, c).T, 0)
-        g = unit_rows((g - u * jnp.sum(u * g, axis=0)).T, jnp.zeros_like(u.T)).T
-        Z_g = X @ g
-
-        def height(t: Scalar) -> Float[Array, " k"]:
-            return jnp.linalg.norm(jax.nn.relu(Z + t * Z_g).T @ alpha, axis=1) / norms(u + t * g)
-
-        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)] * g).T, u.T).T
-
-    return jax.lax.fori_loop(0, _ASCENT_STEPS, ascend, u)
+def from_network(params: TwoLayer, rows: Rows, basis: Basis) -> tuple[Neurons, Directions, Bias]:
+    """``uᵢ = ‖W2ᵢ‖ W1ᵢ``, ``aᵢ = W2ᵢ/‖W2ᵢ‖``, and the mean output b: the same outputs, and no larger penalty."""
+    m, C = params.kernel2.shape
+    A = unit_rows(params.kernel2, default_directions(m, C, params.kernel2.dtype))
+    U = basis.lift(params.kernel1, params.bias1) * jnp.linalg.norm(params.kernel2, axis=1)
+    if params.bias2 is None:
+        return U, A, None
+    if rows.loss.is_quadratic:  # the best one is known, whatever the network
+        return U, A, rows.best_constant()
+    return U, A, params.bias2 + rows.mean(jax.nn.relu(rows.X @ U) @ A)
 
 
-def beta_max(rows: Rows, key: Array) -> Scalar:
-    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
+def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions, b: Bias, Z: Activations) -> TwoLayer:
+    """The balanced network ``W1ᵢ = uᵢ/√‖uᵢ‖``, ``W2ᵢ = √‖uᵢ‖ aᵢ`` with the mean output b, in the user's units.
 
-    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, and agrees
-    over keys to a few hundredths. Of many rows, a sample is climbed on; what is reached there is measured on all.
+    ``Z = X U`` is known wherever this is asked for, and a product with X is not for nothing.
     """
-    alpha = rows.gradient(jnp.zeros_like(rows.Y) + rows.constant(rows.best_constant()))
-    alpha = rows.dual(alpha)
-    u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
-    some = rows.X, alpha
-    if len(alpha) > 2 * _ASCENT_ROWS:
-        index = jnp.sort(jax.random.randint(jax.random.fold_in(key, 1), (_ASCENT_ROWS,), 0, len(alpha)))
-        some = rows.X[index], alpha[index]
-    u = climb(*some, u / norms(u))
-    return jnp.max(violation(rows.X, alpha, u))
+    size = jnp.sqrt(norms(U))
+    root_scale = jnp.sqrt(basis.scale)
+    W1 = U / jnp.where(size > 0, size, 1)
+    kernel1, bias1 = basis.lower(W1 * root_scale)
+    bias2 = None if b is None else b - rows.mean(jax.nn.relu(Z) @ A)
+    return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)
+
+
+def regularised_loss(
+    params: TwoLayer,
+    features: Float[Array, "n p"] | Blocks,
+    targets: Float[Array, "n C"],
+    weight: RowVector,
+    beta: Scalar,
+    loss: Loss,
+) -> Scalar:
+    """What a solve minimises, in the user's units, evaluated on the network itself.
+
+    ``Σ w_j ℓ(f_j, y_j) / Σ w_j + (beta/2)(‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)``
+    """
+    losses = loss.value(predict(params, features), targets)
+    penalty = jnp.sum(jnp.square(params.kernel1)) + jnp.sum(jnp.square(params.kernel2))
+    if params.bias1 is not None:
+        penalty = penalty + jnp.sum(jnp.square(params.bias1 / root_mean_square_norm(features, weight)))
+    return jnp.sum(weight * losses) / jnp.sum(weight) + 0.5 * beta * penalty
+
+
+def random_neurons(key: Array, like: Neurons) -> Neurons:
+    """Neurons of about unit norm in directions that are uniform on the solver's coordinates."""
+    return jax.random.normal(key, like.shape, like.dtype) / jnp.sqrt(jnp.asarray(like.shape[0], like.dtype))
+
+
+def dead(U: Neurons) -> Array:
+    """Which neurons are (nearly) zero, and so have no gate of their own."""
+    size = norms(U)
+    return size <= _DEAD * jnp.max(size)

@@ -1,4 +1,4 @@
-"""What a solve returns: the two layers, how it ended, and the figures that say how good they are."""
+"""What a solve returns: the two layers, how it ended, its figures, and the state to go on from."""
 
 import dataclasses
 import enum
@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from cronos_flax._solver.types import Scalar
+from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.types import Directions, Scalar
 
 
 class Status(enum.IntEnum):
@@ -43,8 +44,8 @@ _MESSAGES = {
         "Check the scale of the features, of y and of `init`."
     ),
     Status.rejected: (
-        "Rejected: since the last head solve the optimizer's steps had made the loss worse than a new head can mend. "
-        "The train state went back to what it was then, and goes on with a lower rate for the backbone."
+        "Rejected: the optimizer's steps since the last head solve raised the loss more than a new head can lower it. "
+        "The train state went back to its values after that solve; the backbone goes on with a lower rate."
     ),
 }
 
@@ -67,6 +68,15 @@ class TwoLayer:
     bias1: Float[Array, " m"] | None
     kernel2: Float[Array, "m C"]
     bias2: Float[Array, " C"] | None
+
+
+def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
+    """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``."""
+    hidden = X @ params.kernel1
+    if params.bias1 is not None:
+        hidden = hidden + params.bias1
+    outputs = jax.nn.relu(hidden) @ params.kernel2
+    return outputs if params.bias2 is None else outputs + params.bias2
 
 
 @partial(
@@ -98,20 +108,20 @@ class Stats:
     Attributes:
         objective: regularised loss of the network that is returned.
         initial_objective: regularised loss of the network the solve started from.
-        null_loss: mean loss of the best constant output, which is what a head that knows nothing has.
-        beta: the weight decay that was used (of interest where ``beta=None`` chose it).
+        null_loss: mean loss of the best constant output.
+        beta: the weight decay that was used, also where ``beta=None`` chose it.
         iterations: iterations done.
-        active_neurons: neurons of the returned network with a non-zero weight.
+        active_neurons: number of neurons of the returned network whose weights are not zero.
         objective_trace: shape ``(max_iters + 1,)``: the regularised loss at the start and after every iteration (of
             the network for ``gates="refreshed"``; of the program, at checks, else); entries after the last iteration
             repeat it.
         cg_steps: conjugate-gradient steps of all iterations, two products with X each. None for held gates.
-        program_objective: objective of the convex program at its own iterate, which need not quite respect the gates
-            and can then lie below the optimum. None for ``gates="refreshed"`` without
-            ``certify_iters``, as all that follow.
-        lower_bound: no point of the convex program is below this.
+        program_objective: objective of the convex program at ADMM's iterate. The iterate may violate the gates a
+            little, and its objective may then lie below the optimum. This and all that follow are None for
+            ``gates="refreshed"`` without ``certify_iters``.
+        lower_bound: lower bound on the optimum of the convex program.
         lower_bound_trace: the lower bound at the start and after every iteration, as of the last check.
-        cone_violation: how far the iterate is from respecting its gates, ``‖min(GV, 0)‖ / ‖GV‖``.
+        cone_violation: relative violation of the gates by the iterate, ``‖min(GV, 0)‖ / ‖GV‖``.
         primal_residual: ADMM's primal residual relative to the iterate.
         dual_residual: ADMM's dual residual relative to the duals.
         path_betas: for ``beta="path"`` the weight decays tried, from large to small; else None.
@@ -157,3 +167,39 @@ class Solution:
     def status(self) -> Status:
         """How the solve ended. Reads one integer from the device."""
         return Status(int(self.status_code))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RefreshedState:
+    """Where a solve with ``gates="refreshed"`` stands between calls, in the user's units.
+
+    It fits any rows with as many features and outputs.
+    """
+
+    params: TwoLayer
+    damping: Scalar
+    key: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class HeldState:
+    """Where a solve with held gates stands between calls, in the user's units.
+
+    It fits only the rows that it was made from.
+    """
+
+    params: TwoLayer
+    hidden_plus_dual: tuple[Float[Array, "p m"], Float[Array, " m"] | None]
+    D: Bool[Array, "n m"]
+    A: Directions
+    S_plus_dual: Float[Array, "n m"]
+    Z_plus_dual: Float[Array, "n C"] | None
+    z: Float[Array, "n C"]
+    rho: Array
+    iteration: Array

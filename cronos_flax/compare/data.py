@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
-from cronos_flax._solver.losses import signed_targets
+from cronos_flax._solver.loss import signed_targets
 
 EMBEDDED = ("digits", "wine", "breast_cancer", "diabetes")
 SCALINGS = ("standardise", "unit", "none")

@@ -20,7 +20,8 @@ from rows import keep, kept
 from sets import Split, score, splits
 
 import cronos_flax as cf
-from cronos_flax._solver import cronos as _cronos
+from cronos_flax._solver.beta import user_beta_max
+from cronos_flax._solver.cronos import BETA_RATIO
 from cronos_flax._solver.losses import loss_of
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -37,11 +38,11 @@ def targets(split: Split, loss: str) -> np.ndarray:
 
 
 def beta_max(split: Split, loss: str) -> float:
-    """In the door's units."""
+    """In the user's units."""
     made = loss_of(loss)
     y = made.targets(jnp.asarray(targets(split, loss)), split.classes)
     arrays = jnp.asarray(split.X), y, jnp.ones(len(y)), jax.random.key(0)
-    return float(_cronos._beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
+    return float(user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("beta.png"))
     args = parser.parse_args()
     table = curves(run(args))
-    default = _cronos._BETA_RATIO
+    default = BETA_RATIO
     print(
         "| set | loss | "
         + " | ".join(f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS)

@@ -32,11 +32,8 @@ from rows import keep, kept
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax._solver import coordinates as _basis
-from cronos_flax._solver import cronos as _cronos
-from cronos_flax._solver import program as _program
-from cronos_flax._solver import refreshed as _refresh
-from cronos_flax._solver import weights as _weights
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import coordinates, cronos, gauss_newton, program, refreshed
 from cronos_flax.compare.data import load_tfds
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -117,10 +114,10 @@ def iteration(n: int, d: int, m: int, data_dir: Path) -> dict[str, Any]:
 
     counts = [int(solver.solve(X, y, hidden=m).stats.cg_steps) for solver in (few, many)]
     steps = (counts[1] - counts[0]) / 10
-    rows = jnp.asarray(np.hstack([X, np.ones((n, 1), "float32")]))
-    some = rows[: _refresh.sample_size(n)]
-    U, V = jnp.ones((d + 1, m)), jnp.ones((d + 1, _refresh._FEATURE_RANK))
-    W, small = jnp.ones((m, _refresh._NEURON_RANK)), jnp.ones((_refresh._FEATURE_RANK, m))
+    rows, settings = jnp.asarray(np.hstack([X, np.ones((n, 1), "float32")])), cf.Refreshed()
+    some = rows[: gauss_newton.sample_size(n, settings)]
+    U, V = jnp.ones((d + 1, m)), jnp.ones((d + 1, settings.feature_rank))
+    W, small = jnp.ones((m, settings.neuron_rank)), jnp.ones((settings.feature_rank, m))
     sizes = {  # left, right, transposed, how many: U × W twice for each resolvent
         "forward": (rows, U, False, 1),
         "back": (rows, jnp.ones((n, m)), True, 1),
@@ -160,7 +157,7 @@ def memory(n: int, d: int, m: int) -> dict[str, Any]:
     """Peak of the compiled solve over the bytes of 2 X + 4 n m floats."""
     shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (n, 1), (n,))]
     solver = jax.tree.map(jnp.asarray, cf.Cronos(beta=1e-5))
-    lowered = _cronos._solve_compiled_by_itself().lower(solver, *shaped, None, jax.random.key(0), None, hidden=m)
+    lowered = cronos._solve_compiled_by_itself().lower(solver, *shaped, None, jax.random.key(0), None, hidden=m)
     plan = lowered.compile().memory_analysis()
     peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     return {"peak MB": peak / 1e6, "ratio": peak / (4 * (2 * n * (d + 1) + 4 * n * m))}
@@ -309,13 +306,13 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
     At a large β, where neurons die; mean and standard deviation over five seeds.
     """
 
-    def violating(rows: _basis.Rows, iterate: _refresh.Iterate, key: jax.Array) -> _refresh.Iterate:
-        is_dead = _weights.dead(iterate.U)
-        outputs = _program.network_outputs(rows, iterate.A, iterate.b, iterate.Z)
+    def violating(rows: coordinates.Rows, iterate: refreshed.Iterate, key: jax.Array) -> refreshed.Iterate:
+        is_dead = program.dead(iterate.U)
+        outputs = program.network_outputs(rows, iterate.A, iterate.b, iterate.Z)
         alpha = rows.center(rows.gradient(outputs))
-        u = _weights.random_neurons(key, iterate.U)
+        u = program.random_neurons(key, iterate.U)
         climbed = jax.lax.cond(
-            jnp.any(is_dead), lambda: rows.X @ _program.climb(rows.X, alpha, u / _program.norms(u)), lambda: iterate.Z
+            jnp.any(is_dead), lambda: rows.X @ betas.climb(rows.X, alpha, u / program.norms(u)), lambda: iterate.Z
         )
         Z = jnp.where(is_dead, climbed, iterate.Z)
         return dataclasses.replace(iterate, U=jnp.where(is_dead, 0, iterate.U), Z=Z)
@@ -326,15 +323,15 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
         X, labels = load_tfds(name, "train", data_dir)
     X, labels = X[:3000].reshape(len(X[:3000]), -1).astype("float32"), labels[:3000]
     y = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
-    random, ends = _refresh.revive, {}
+    random, ends = refreshed.revive, {}
     for way, revive in (("random", random), ("violating", violating)):
-        _refresh.revive = revive
+        refreshed.revive = revive
         jax.clear_caches()
         for ratio in (0.03, 0.1):
-            beta = ratio / _cronos._BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
+            beta = ratio / cronos.BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
             solve = [cf.Cronos(beta=beta).solve(X, y, hidden=64, key=jax.random.key(seed)).stats for seed in range(5)]
             ends[way, ratio] = [(float(s.objective), int(s.active_neurons), int(s.iterations)) for s in solve]
-    _refresh.revive = random
+    refreshed.revive = random
     jax.clear_caches()
     return {
         f"ratio {ratio:g}": {

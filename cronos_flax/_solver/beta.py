@@ -1,0 +1,182 @@
+"""The weight decay β: the value above which the solution is zero, and a path of values to choose from on held-out rows.
+
+On the path, each solve starts from the solution of the one before, from a large β to a small one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from cronos_flax._solver.blocks import Blocks, Source
+from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.coordinates import Rows, normalised, scaled
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.program import norms, unit_rows
+from cronos_flax._solver.solution import Solution, TwoLayer, predict
+from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
+
+_ASCENT_STARTS = 8
+_ASCENT_STEPS = 10
+_ASCENT_ROWS = 2048  # of more than twice as many
+_ASCENT_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
+TOL = 1e-2  # of the solves on the way, which are for comparing
+_EVERY = 5  # one row in so many is held out
+
+
+def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
+    """``‖relu(X u)ᵀ α‖/‖u‖`` for each column u: a neuron there would lower the loss if it is above β."""
+    size = norms(u)
+    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / jnp.where(size > 0, size, 1)
+
+
+def climb(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Neurons:
+    """Unit neurons of large violation, from unit neurons u: gradient steps, each as long as pays most."""
+    lengths = jnp.asarray((0.0, *_ASCENT_LENGTHS), X.dtype)
+
+    def ascend(_: int, u: Neurons) -> Neurons:
+        Z = X @ u
+        c = jax.nn.relu(Z).T @ alpha
+        g = X.T @ jnp.where(Z >= 0, alpha @ unit_rows(c, c).T, 0)
+        g = unit_rows((g - u * jnp.sum(u * g, axis=0)).T, jnp.zeros_like(u.T)).T
+        Z_g = X @ g
+
+        def height(t: Scalar) -> Float[Array, " k"]:
+            return jnp.linalg.norm(jax.nn.relu(Z + t * Z_g).T @ alpha, axis=1) / norms(u + t * g)
+
+        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)] * g).T, u.T).T
+
+    return jax.lax.fori_loop(0, _ASCENT_STEPS, ascend, u)
+
+
+def beta_max(rows: Rows, key: Array) -> Scalar:
+    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
+
+    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, and agrees
+    over keys to a few hundredths. Of many rows, a sample is climbed on; what is reached there is measured on all.
+    """
+    alpha = rows.gradient(jnp.zeros_like(rows.Y) + rows.constant(rows.best_constant()))
+    alpha = rows.dual(alpha)
+    u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
+    some = rows.X, alpha
+    if len(alpha) > 2 * _ASCENT_ROWS:
+        index = jnp.sort(jax.random.randint(jax.random.fold_in(key, 1), (_ASCENT_ROWS,), 0, len(alpha)))
+        some = rows.X[index], alpha[index]
+    u = climb(*some, u / norms(u))
+    return jnp.max(violation(rows.X, alpha, u))
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
+def user_beta_max(
+    X: Float[Array, "n p"],
+    y: Float[Array, "n C"],
+    weight: RowVector,
+    key: Array,
+    *,
+    loss: Loss,
+    hidden_bias: bool,
+    output_bias: bool,
+) -> Scalar:
+    """:func:`beta_max` of features in the user's units, as a weight decay in the user's units."""
+    with jax.default_matmul_precision("highest"):
+        weight = normalised(weight)
+        rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
+        return beta_max(rows, key) * basis.scale / jnp.sum(weight)
+
+
+class Data(NamedTuple):
+    """Rows with their targets and weights."""
+
+    X: Float[Array, "n p"]
+    y: Outputs
+    weight: RowVector
+
+    def take(self, index: Bool[np.ndarray, " n"]) -> "Data":
+        """Some of the rows."""
+        return Data(self.X[index], self.y[index], self.weight[index])
+
+
+def choosable(X: Array | Source, y: Outputs, weight: RowVector) -> Data:
+    """The rows that a path can choose from: in memory, not traced, and of positive weight.
+
+    Raises:
+        ValueError: if they are in blocks, traced, or fewer than ten.
+    """
+    if isinstance(X, Source):
+        raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
+    if not all(concrete(value) for value in (X, y, weight)):
+        raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
+    there = np.flatnonzero(weight)
+    if len(there) < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(there)}.')
+    return Data(X[there], y[there], weight[there])
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Features and targets.
+
+    Raises:
+        ValueError: if ``value`` is not a pair.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
+    return value[0], value[1]
+
+
+def same_columns(X: Array | Source, like: Array) -> Array:
+    """Validation features, with as many columns as the features to fit.
+
+    Raises:
+        ValueError: if they have others, or come in blocks.
+    """
+    if isinstance(X, Source) or X.shape[1] != like.shape[1]:
+        raise ValueError(f"solve: `validation` must be (X, y) with X of {like.shape[1]} columns, got {X.shape}.")
+    return X
+
+
+def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
+    """Which rows to hold out: of the rows in the order of their targets, one at random of each five.
+
+    So every class, or every range of a real target, has its share.
+    """
+    rank = np.asarray(targets[:, 0] if targets.shape[1] == 1 else jnp.argmax(targets, axis=1))
+    tie_key, place_key = jax.random.split(key)
+    order = np.lexsort((np.asarray(jax.random.permutation(tie_key, len(rank))), rank))
+    stretches = np.array_split(order, max(len(rank) // _EVERY, 1))
+    place = np.asarray(jax.random.uniform(place_key, (len(stretches),)))
+    held = np.zeros(len(rank), bool)
+    held[[rows[int(at * len(rows))] for rows, at in zip(stretches, place, strict=True)]] = True
+    return held
+
+
+def follow(
+    solve: Callable[[Data, float, TwoLayer | None], Solution],
+    loss: Loss,
+    beta_max: float,
+    fit: Data,
+    validation: Data,
+) -> tuple[float, TwoLayer, Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The best β, its network, and the path: all β, and the mean loss on the held-out rows at each.
+
+    Args:
+        solve: takes rows, β and a network to start from, None for the first.
+        loss: of one row.
+        beta_max: where the path starts from.
+        fit: rows to fit.
+        validation: rows to choose on.
+    """
+    betas = beta_max * np.asarray(RATIOS)
+    losses, networks, network = [], [], None
+    for beta in betas:
+        network = solve(fit, float(beta), network).params
+        rows = loss.value(predict(network, validation.X), validation.y)
+        losses.append(float(validation.weight @ rows / jnp.sum(validation.weight)))
+        networks.append(network)
+    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
+    return float(betas[best]), networks[best], betas, np.asarray(losses)

@@ -1,0 +1,283 @@
+"""The linear system of a step of the refreshed path (method.md section 5), its preconditioner, and its solution.
+
+With the gates D of the current neurons, outputs are linear in a step ``δ = (δU, δA, δb)`` of neurons, directions and
+output bias, ``J δ = P ((D ∘ X δU) A + relu(X U) δA) + 1 δbᵀ``, and the step is Levenberg–Marquardt's,
+
+    (J*H J + μ (I + J₁*J₁) + β/‖uᵢ‖) δ = −∇(loss of the network),      J₁ δ = (X δU, relu(X U) δA, 1 δbᵀ)
+
+with H the curvature of the loss. Directions move within their tangent, ``δaᵢ ⟂ aᵢ``: their lengths are those of the
+neurons. With one output they stay, and with the squared loss so does the bias; then δ is the U-step of ADMM.
+
+The system is solved roughly, by conjugate gradients on a sample of the rows, preconditioned by a Kronecker
+approximation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._solver.blocks import fold
+from cronos_flax._solver.coordinates import Rows
+from cronos_flax._solver.numerics import conjugate_gradient, sketch, test_matrix
+from cronos_flax._solver.program import norms
+from cronos_flax._solver.settings import Refreshed
+from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
+
+
+def sample_size(n: int, settings: Refreshed, least: int = 0) -> int:
+    """How many of n rows a sample has; at least so many, where there are."""
+    return min(n, max(n // settings.sample_every, settings.least_sample, least), settings.most_sample)
+
+
+def sample(rows: Rows, key: Array, size: int) -> tuple[Rows, Int[Array, " k"] | slice]:
+    """Some rows, one at random out of each stretch of equal length; and which."""
+    n = rows.Y.shape[0]
+    if size == n:
+        return rows, slice(None)
+    stretch = n // size
+    first_key, place_key = jax.random.split(key)
+    first = jax.random.randint(first_key, (), 0, n, jnp.int32)
+    place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)
+    index = (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+    return rows.take(index), index
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["vectors", "eigenvalues", "tail"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """A positive semidefinite matrix by its leading eigenpairs and the mean of the eigenvalues that are left."""
+
+    vectors: Float[Array, "N r"]
+    eigenvalues: Float[Array, " r"]
+    tail: Scalar
+
+    @classmethod
+    def of(cls, operator: Callable[[Array], Array], trace: Scalar, test: Float[Array, "N r"]) -> Self:
+        """From products of the matrix with a test matrix."""
+        size, rank = test.shape
+        leading = sketch(operator, test)
+        rest = jnp.maximum(trace - jnp.sum(leading.eigenvalues), 0)
+        return cls(leading.vectors, leading.eigenvalues, rest / max(size - rank, 1))
+
+    def resolvent(self, shift: Array, R: Float[Array, "k N"]) -> Float[Array, "k N"]:
+        """``(1 + shiftⱼ · matrix)⁻¹ rⱼ`` for each row ``rⱼ`` of R."""
+        outside, inside = 1 / (1 + shift * self.tail), 1 / (1 + shift * self.eigenvalues)
+        return outside * R + ((inside - outside) * (R @ self.vectors)) @ self.vectors.T
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["features", "test"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What all steps share: the spectrum of ``XᵀX/n``, and a test matrix for the neurons' side."""
+
+    features: Spectrum
+    test: Float[Array, "m r"]
+
+
+def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
+    """For networks of m neurons; the spectrum is that of a sample of the rows."""
+    sample_key, feature_key, neuron_key = jax.random.split(key, 3)
+    n, d = rows.X.shape
+    X = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d))[0].X
+    k = X.shape[0]
+    trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
+    test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
+    features = Spectrum.of(lambda V: X.T @ (X @ V) / k, trace, test)
+    return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype))
+
+
+class Step(NamedTuple):
+    """A step of the network; None for what does not move.
+
+    Args:
+        U: of the neurons, shape ``(d, m)``.
+        W: of the output kernel, ``‖uᵢ‖ δaᵢ``, across the directions; shape ``(m, C)``; None with one output.
+        b: of the output bias.
+    """
+
+    U: Neurons
+    W: Directions | None
+    b: Bias
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "H", "A", "outputs", "stretch"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LocalModel:
+    """The network to first order, and its loss to second, on some of the rows.
+
+    Args:
+        rows: these rows.
+        D: their gates.
+        H: hidden activations of neurons of unit length; None with one output.
+        A: output directions.
+        outputs: where the curvature is taken.
+        stretch: rows of the whole problem for each of these.
+    """
+
+    rows: Rows
+    D: Gates
+    H: Activations | None
+    A: Directions
+    outputs: Outputs
+    stretch: float
+
+    def take(self, rows: Rows, index: Int[Array, " k"] | slice) -> Self:
+        """The same on fewer rows."""
+        H = None if self.H is None else self.H[index]
+        D, outputs = self.D[index], self.outputs[index]
+        return dataclasses.replace(
+            self, rows=rows, D=D, H=H, outputs=outputs, stretch=self.stretch * len(self.D) / len(D)
+        )
+
+    def forward(self, Z: Activations, delta: Step) -> Outputs:
+        """``J δ``, given ``Z = X δU``."""
+        T = jnp.where(self.D, Z, 0) @ self.A
+        if self.H is not None and delta.W is not None:
+            T = T + self.H @ delta.W
+        return self.rows.center(T) + self.rows.constant(delta.b)
+
+    def backward(self, R: Outputs) -> tuple[Activations, Directions | None, Bias]:
+        """The adjoint of :meth:`forward`; its first part is that of Z."""
+        T = self.rows.center(R)
+        # One output needs no product of matrices, which would cost more than the memory it writes.
+        Z = jnp.where(self.D, T * self.A.T if T.shape[1] == 1 else T @ self.A.T, 0)
+        W = None if self.H is None else self.tangent(self.H.T @ T)
+        return Z, W, self.rows.root @ R if self.rows.output_bias else None
+
+    def tangent(self, W: Directions) -> Directions:
+        """W without what only lengthens a direction."""
+        return W - jnp.sum(W * self.A, axis=1, keepdims=True) * self.A
+
+
+def gradient(model: LocalModel, beta: Scalar, U: Neurons) -> Step:
+    """Of the regularised loss; at ``uᵢ = 0`` the subgradient of least norm."""
+    Z, W, b = model.backward(model.rows.gradient(model.outputs))
+    g = model.rows.X.T @ Z
+    size, slope = norms(U), norms(g)
+    shrunk = g * (jnp.maximum(slope - beta, 0) / jnp.where(slope > 0, slope, 1))
+    return Step(jnp.where(size > 0, g + beta * U / jnp.where(size > 0, size, 1), shrunk), W, b)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["features", "neurons", "kernel", "root", "bias", "model"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Preconditioner:
+    """The system if gates did not depend on features, and U, W and b not on each other.
+
+    For the neurons that is a sum of two Kronecker products,
+
+        XᵀX/n ⊗ M + I ⊗ N  =  (I ⊗ √N) (I + XᵀX/n ⊗ N^-½ M N^-½) (I ⊗ √N)
+
+        M = (Dᵀ h D) ∘ (A Aᵀ) + n μ I,      N = μ I + diag(β/‖uᵢ‖)
+
+    with h the mean curvature of each row; for the output kernel ``Hᵀ (h + μ) H + N``. The leading spectra of the
+    factors stand for the factors.
+
+    Args:
+        features: the spectrum of ``XᵀX/n``.
+        neurons: the spectrum of ``N^-½ M N^-½``.
+        kernel: the spectrum of ``N^-½ Hᵀ (h + μ) H N^-½``; None with one output.
+        root: the diagonal of ``N^-½``.
+        bias: ``1ᵀ (h + μ) 1``.
+        model: whose tangents the kernel's steps lie in.
+    """
+
+    features: Spectrum
+    neurons: Spectrum
+    kernel: Spectrum | None
+    root: Float[Array, " m"]
+    bias: Scalar
+    model: LocalModel
+
+    @classmethod
+    def of(cls, prepared: Prepared, model: LocalModel, N: Float[Array, " m"], damping: Scalar) -> Self:
+        """For the curvature that a model has."""
+        D, A, rows, root = model.D.astype(N.dtype), model.A, model.rows, 1 / jnp.sqrt(N)
+        h, n = rows.mean_curvature(model.outputs), model.stretch * len(D)
+
+        def spectrum(K: Float[Array, "m m"]) -> Spectrum:
+            K = root[:, None] * K * root
+            return Spectrum.of(lambda V: K @ V, jnp.trace(K), prepared.test)
+
+        M = model.stretch * (D.T @ (h[:, None] * D)) * (A @ A.T) + n * damping * jnp.eye(len(A), dtype=N.dtype)
+        kernel = None
+        if model.H is not None:
+            H = rows.center(model.H)
+            kernel = spectrum(model.stretch * (H.T @ ((h + damping)[:, None] * H)))
+        bias = model.stretch * (rows.weight @ (h + damping))
+        return cls(prepared.features, spectrum(M), kernel, root, bias, model)
+
+    def divide(self, R: Step) -> Step:
+        """The inverse applied to R."""
+        U = R.U * self.root
+        tail, leading, V = self.features.tail, self.features.eigenvalues[:, None], self.features.vectors
+        inside = V.T @ U
+        inside = self.neurons.resolvent(leading, inside) - self.neurons.resolvent(tail, inside)
+        U = (self.neurons.resolvent(tail, U) + V @ inside) * self.root
+        W = R.W
+        if self.kernel is not None and W is not None:
+            root = self.root[:, None]
+            W = self.model.tangent(root * self.kernel.resolvent(jnp.ones((), U.dtype), (root * W).T).T)
+        return Step(U, W, None if R.b is None else R.b / self.bias)
+
+
+def direction(
+    model: LocalModel,
+    sampled: LocalModel,
+    prepared: Prepared,
+    beta: Scalar,
+    damping: Scalar,
+    U: Neurons,
+    g: Step,
+    precise: Array | bool,
+    settings: Refreshed,
+) -> tuple[Step, Int[Array, ""]]:
+    """The Levenberg–Marquardt step δ for a gradient g, roughly; and the conjugate-gradient steps it took.
+
+    With the curvature on all rows, or, if it need not be precise, on some of them.
+    """
+    N = damping + beta / floored(U, settings)
+    preconditioner = Preconditioner.of(prepared, sampled, N, damping)
+
+    def solve(model: LocalModel, max_steps: int) -> tuple[Step, Int[Array, ""]]:
+        rows, stretch = model.rows, model.stretch
+
+        def operator(V: Step) -> Step:
+            Z = rows.X @ V.U
+            Z_back, W, b = model.backward(rows.curvature(model.outputs, model.forward(Z, V)))
+            if model.H is not None and V.W is not None and W is not None:
+                W = stretch * (W + damping * model.tangent(model.H.T @ (model.H @ V.W))) + N[:, None] * V.W
+            if V.b is not None and b is not None:
+                b = stretch * (b + damping * jnp.sum(rows.weight) * V.b)
+            return Step(stretch * (rows.X.T @ (Z_back + damping * Z)) + N * V.U, W, b)
+
+        return conjugate_gradient(
+            operator,
+            jax.tree.map(jnp.negative, g),
+            preconditioner=preconditioner.divide,
+            max_steps=max_steps,
+            tol=settings.cg_tol,
+        )
+
+    if model is sampled:
+        return solve(model, settings.precise_cg_steps)
+    if precise is False:
+        return solve(sampled, settings.cg_steps)
+    return jax.lax.cond(
+        precise, lambda: solve(model, settings.precise_cg_steps), lambda: solve(sampled, settings.cg_steps)
+    )
+
+
+def floored(U: Neurons, settings: Refreshed) -> Float[Array, " m"]:
+    """``‖uᵢ‖``, at least a fraction of the mean, to divide by."""
+    size = norms(U)
+    size = jnp.maximum(size, settings.norm_floor * jnp.mean(size))
+    return jnp.where(size > 0, size, 1)

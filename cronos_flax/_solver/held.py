@@ -1,0 +1,294 @@
+"""The path of held gates: ADMM to a certificate, and the way from its iterate back to a network.
+
+The loop checks its certificate every few iterations (method.md section 4), adapts ρ, and extrapolates by Anderson
+acceleration. The program's iterate may break its gates, and its network then be worse than the start's; so the network
+goes towards it only as far as its own loss falls.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._solver import host
+from cronos_flax._solver.admm import Iterate, Iteration, init, step
+from cronos_flax._solver.linear_solvers import NystromPCG, Structured
+from cronos_flax._solver.numerics import Memory
+from cronos_flax._solver.problem import Ended, Problem
+from cronos_flax._solver.program import (
+    Program,
+    dead,
+    default_directions,
+    lower_bound,
+    network_objective,
+    random_neurons,
+)
+from cronos_flax._solver.settings import Held
+from cronos_flax._solver.solution import HeldState, Status
+from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["V", "b", "program_objective", "lower_bound", "cone_violation", "primal_residual", "dual_residual"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The figures of one check; :class:`cronos_flax.Stats` says what they mean."""
+
+    V: Neurons
+    b: Bias
+    program_objective: Scalar
+    lower_bound: Scalar
+    cone_violation: Scalar
+    primal_residual: Scalar
+    dual_residual: Scalar
+
+    def converged(self, tol: Scalar) -> Array:
+        """Whether gap and cone violation are both within tol."""
+        gap = jnp.abs(self.program_objective - self.lower_bound)
+        return (gap <= tol * jnp.abs(self.program_objective)) & (self.cone_violation <= tol)
+
+
+def check(program: Program, before: Iterate, step: Iteration) -> Check:
+    """The certificate and the residuals of a step from ``before``."""
+    X, U, GXU = program.rows.X, step.U, step.GXU
+    V_old, _, S_old, _ = before.split(program.beta)
+    V, Lambda, S, N = step.image.split(program.beta)
+    Z_old, _ = before.split_outputs(program)
+    Z, M = step.image.split_outputs(program)
+    b = program.rows.bias(Z - M)
+    XV = X @ V
+    GV = program.G(XV)
+    squared = step.image.Z_plus_dual is None
+    alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
+    Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
+    tiny = jnp.finfo(U.dtype).tiny
+
+    def size(*parts: Array) -> Scalar:
+        return jnp.sqrt(sum((jnp.sum(jnp.square(part)) for part in parts), start=jnp.zeros((), U.dtype)))
+
+    return Check(
+        V=V,
+        b=b,
+        program_objective=program.objective(V, b, XV),
+        lower_bound=lower_bound(program, alpha, -step.image.rho * N),
+        cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
+        primal_residual=size(U - V, GXU - S, step.gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
+        dual_residual=size(V - V_old + X.T @ (program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
+        / jnp.maximum(size(Lambda + X.T @ program.G(N)), tiny),
+    )
+
+
+def better_rho(check: Check, image: Iterate, settings: Held) -> tuple[Scalar, Array]:
+    """The penalty that the residuals ask for, and whether it is time for a change and the change worth it."""
+    least, most, k = settings.least_adaptation, settings.most_adaptation, image.iteration
+    checks = k // settings.check_every
+    due = (k % settings.check_every == 0) & (checks & (checks - 1) == 0) & (k <= settings.last_adaptation)
+    dual = jnp.maximum(check.dual_residual, jnp.finfo(image.rho.dtype).eps)
+    factor = jnp.clip(jnp.sqrt(check.primal_residual / (settings.residual_ratio * dual)), 1 / most, most)
+    return image.rho * factor, due & ((factor > least) | (factor < 1 / least))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["done", "iterate", "memory", "prepared", "check", "objectives", "bounds"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class HeldLoop:
+    """A run between two checks: iterations done in it, where it is, the last figures, and their traces."""
+
+    done: Int[Array, ""]
+    iterate: Iterate
+    memory: Memory | None
+    prepared: Any
+    check: Check
+    objectives: Float[Array, " k"]
+    bounds: Float[Array, " k"]
+
+
+def begin(
+    program: Program,
+    linear_solver: Structured | NystromPCG,
+    eigenvalues: Float[Array, " d"] | None,
+    iterate: Iterate,
+    key: Array,
+    *,
+    max_iters: int,
+) -> HeldLoop:
+    """A run that has done nothing yet."""
+    V, _, S, _ = iterate.split(program.beta)
+    first = check(program, iterate, Iteration(iterate, V, S, jnp.zeros_like(iterate.z)))
+    return HeldLoop(
+        done=jnp.zeros((), jnp.int32),
+        iterate=iterate,
+        memory=Memory.empty(iterate.flat()) if linear_solver.accelerated else None,
+        prepared=linear_solver.prepare(program, eigenvalues, iterate.kappa, key),
+        check=first,
+        objectives=jnp.full(max_iters + 1, first.program_objective),
+        bounds=jnp.full(max_iters + 1, first.lower_bound),
+    )
+
+
+def run(
+    program: Program,
+    linear_solver: Structured | NystromPCG,
+    eigenvalues: Float[Array, " d"] | None,
+    start: HeldLoop,
+    key: Array,
+    *,
+    tol: Scalar,
+    until: Int[Array, ""] | int,
+    settings: Held,
+    tell: Callable[[Int[Array, ""], Check, Iterate], None],
+) -> HeldLoop:
+    """Iterate until a check passes, or ``until`` iterations are done; ``tell`` is called with every check."""
+
+    def advance(prepared: Any, iterate: Iterate, memory: Memory | None) -> tuple[Iterate, Memory | None]:
+        image = step(program, linear_solver, eigenvalues, prepared, iterate, settings).image
+        if memory is None:
+            return image, None
+        # Never at a check, whose figures are of a plain step.
+        extrapolate = image.iteration % settings.extrapolate_every == settings.extrapolate_every // 2
+        point, memory = memory.advance(iterate.flat(), image.flat(), extrapolate)
+        return image.at(point), memory
+
+    def unfinished(now: HeldLoop) -> Array:
+        return (now.done < until) & ~now.check.converged(tol) & jnp.isfinite(now.check.program_objective)
+
+    def body(now: HeldLoop) -> HeldLoop:
+        count = jnp.minimum(settings.check_every, until - now.done)
+        before, memory = jax.lax.fori_loop(
+            0, count - 1, lambda _, c: advance(now.prepared, *c), (now.iterate, now.memory)
+        )
+        last = step(program, linear_solver, eigenvalues, now.prepared, before, settings)
+        figures = check(program, before, last)
+        image, prepared = last.image, now.prepared
+        if memory is not None:
+            _, memory = memory.advance(before.flat(), image.flat(), False)
+            rho, change = better_rho(figures, image, settings)
+            rho = jnp.where(change, rho, image.rho)
+            image = image.with_rho(rho, program)
+            memory = dataclasses.replace(memory, count=jnp.where(change, 0, memory.count))
+            if image.Z_plus_dual is None:  # else κ has not changed
+                prepared = jax.lax.cond(
+                    change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
+                )
+        tell(now.done + count, figures, image)
+        later = jnp.arange(len(now.objectives), dtype=jnp.int32) > now.done
+        return HeldLoop(
+            now.done + count,
+            image,
+            memory,
+            prepared,
+            figures,
+            objectives=jnp.where(later, figures.program_objective, now.objectives),
+            bounds=jnp.where(later, figures.lower_bound, now.bounds),
+        )
+
+    return jax.lax.while_loop(unfinished, body, start)
+
+
+def program_of(problem: Problem, U: Neurons, A: Directions, b: Bias, key: Array) -> tuple[Program, Iterate]:
+    """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
+    probe = jnp.where(dead(U), random_neurons(key, U), U)
+    program = Program(problem.rows, problem.rows.X @ probe >= 0, A, problem.beta)
+    return program, init(program, U, b, problem.rho, problem.held)
+
+
+def solve_program(problem: Problem, program: Program, first: Iterate, key: Array, max_iters: int) -> HeldLoop:
+    """ADMM to a certificate, or ``max_iters``."""
+    method = program, problem.linear_solver, problem.basis.eigenvalues
+    begun = begin(*method, first, key, max_iters=max_iters)
+
+    def tell(done: Array, check: Check, iterate: Iterate) -> None:
+        gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
+        host.report(
+            problem.progress,
+            iteration=done,
+            program_objective=check.program_objective / problem.total_weight,
+            lower_bound=check.lower_bound / problem.total_weight,
+            gap=gap,
+            cone_violation=check.cone_violation,
+            primal_residual=check.primal_residual,
+            dual_residual=check.dual_residual,
+            rho=iterate.rho,
+            active_neurons=jnp.sum(~dead(check.V)),
+        )
+
+    return run(*method, begun, key, tol=problem.tol, until=max_iters, settings=problem.held, tell=tell)
+
+
+def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
+    """What a run of ADMM has to say of its program, for :class:`cronos_flax.Stats`."""
+    total = problem.total_weight
+    return {
+        "program_objective": run.check.program_objective / total,
+        "lower_bound": run.check.lower_bound / total,
+        "lower_bound_trace": run.bounds / total,
+        "cone_violation": run.check.cone_violation,
+        "primal_residual": run.check.primal_residual,
+        "dual_residual": run.check.dual_residual,
+    }
+
+
+def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array) -> Ended:
+    """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
+    rows, basis, beta = problem.rows, problem.basis, problem.beta
+    (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
+    if isinstance(start, HeldState):
+        program = Program(rows, start.D, start.A, beta)
+        V_plus_dual = basis.lift(*start.hidden_plus_dual)
+        first = Iterate(
+            V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, problem.held.kappa
+        )
+    elif problem.gates == "fixed":
+        program, first = program_of(problem, U, A, b, gate_key)
+    else:
+        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
+        probe = jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]]
+        U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
+        program = Program(rows, rows.X @ probe >= 0, A, beta)
+        first = init(program, U, b, problem.rho, problem.held)
+    run = solve_program(problem, program, first, run_key, problem.max_iters)
+    last = run.iterate
+    # The program's iterate may break its gates, and its network then be worse than the start's.
+    Z = rows.X @ U
+    toward = jax.tree.map(jnp.subtract, (run.check.V, run.check.b, rows.X @ run.check.V), (U, b, Z))
+    lengths = jnp.asarray(problem.held.step_lengths, U.dtype)
+
+    def moved(length: Scalar) -> tuple[Neurons, Bias, Activations]:
+        return jax.tree.map(lambda now, step: now + length * step, (U, b, Z), toward)
+
+    def objective(length: Scalar) -> Scalar:
+        U, b, Z = moved(length)
+        return network_objective(rows, program.A, b, beta, U, Z)
+
+    values = jax.lax.map(objective, lengths)
+    U, b, Z = moved(lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))])
+    return Ended(
+        (U, program.A, b, Z),
+        status=jnp.where(run.check.converged(problem.tol), Status.converged, Status.max_iters),
+        figures={
+            **figures(problem, run),
+            "iterations": run.done,
+            "objective_trace": run.objectives / problem.total_weight,
+        },
+        state_of=lambda params: HeldState(
+            params,
+            basis.lower(last.V_plus_dual),
+            program.D,
+            program.A,
+            last.S_plus_dual,
+            last.Z_plus_dual,
+            last.z,
+            last.rho,
+            last.iteration,
+        ),
+    )

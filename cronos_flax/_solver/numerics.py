@@ -1,0 +1,184 @@
+"""Numerical tools that know nothing of the problem: conjugate gradients, a Nyström sketch, Anderson acceleration."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cronos_flax._solver.types import Scalar
+
+Tree = TypeVar("Tree")
+
+_POINTS = 10  # that an extrapolation is made from
+_WORSE = 2.0  # growth of the residual at which an extrapolated point is taken back
+
+
+def conjugate_gradient(
+    operator: Callable[[Tree], Tree],
+    rhs: Tree,
+    *,
+    preconditioner: Callable[[Tree], Tree] = lambda r: r,
+    guess: Tree | None = None,
+    tol: Array | float = 0.0,
+    max_steps: int,
+) -> tuple[Tree, Int[Array, ""]]:
+    """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
+
+    Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
+    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
+    pytrees of arrays.
+    """
+
+    def inner(a: Tree, b: Tree) -> Scalar:
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), start=jnp.zeros((), dtype))
+
+    def add(a: Tree, t: Scalar, b: Tree) -> Tree:
+        return jax.tree.map(lambda a, b: a + t * b, a, b)
+
+    dtype = jax.tree.leaves(rhs)[0].dtype
+    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
+    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
+
+    def unfinished(carry: tuple) -> Array:
+        step, _, _, _, rz = carry
+        return (step < max_steps) & (rz > target)
+
+    def body(carry: tuple) -> tuple:
+        step, x, r, p, rz = carry
+        q = operator(p)
+        length = rz / inner(p, q)
+        x, r = add(x, length, p), add(r, -length, q)
+        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
+        rz_new = inner(r, z)
+        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
+
+    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
+    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
+    z = preconditioner(r)
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
+    return x, steps
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["vectors", "eigenvalues"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """``vectors diag(eigenvalues) vectorsᵀ``, below the operator and close to its leading part.
+
+    Frangella, Tropp and Udell, *Randomized Nyström preconditioning*, SIAM J. Matrix Anal. Appl. 44 (2023), Algorithm
+    2.1 and equation (1.3). The sketch knows nothing of the shift of the system that is solved with it.
+
+    Args:
+        vectors: orthonormal columns, or zero where the eigenvalue is; shape ``(N, rank)``.
+        eigenvalues: not increasing, ``≥ 0``, shape ``(rank,)``.
+    """
+
+    vectors: Float[Array, "N r"]
+    eigenvalues: Float[Array, " r"]
+
+    def precondition(self, shift: float, residual: Float[Array, " N"]) -> Float[Array, " N"]:
+        """``P⁻¹ residual`` for the system ``operator + shift I``; P is the identity outside the sketched space."""
+        inside = self.vectors.T @ residual
+        gain = (self.eigenvalues[-1] + shift) / (self.eigenvalues + shift) - 1
+        return residual + self.vectors @ (gain * inside)
+
+
+def test_matrix(size: int, rank: int, key: Array, dtype: jnp.dtype) -> Float[Array, "N r"]:
+    """Random vectors of about unit norm, ``rank`` of them or as many as there are coordinates."""
+    return jax.random.normal(key, (size, min(rank, size)), dtype) / jnp.sqrt(jnp.asarray(size, dtype))
+
+
+def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Sketch:
+    """Sketch a positive semidefinite operator from its action on a test matrix.
+
+    Only eigenvalues of r × r matrices are asked of LAPACK. Larger problems, and triangular solves, would wake its
+    threads, which spin for a while afterwards and on a CPU take the time of the products that follow.
+
+    Args:
+        operator: maps shape ``(N, r)`` to itself, column by column.
+        test: from :func:`test_matrix`.
+
+    Returns:
+        The :class:`Sketch`; finite also where the operator's rank is smaller, with zero vectors for what is missing.
+    """
+    size, dtype = len(test), test.dtype
+    image = operator(test)
+    # Shifted so that the core has an inverse in this precision; subtracted again below.
+    shift = jnp.sqrt(jnp.asarray(size, dtype)) * jnp.finfo(dtype).eps * jnp.linalg.norm(image)
+    shift = jnp.maximum(shift, jnp.sqrt(jnp.finfo(dtype).tiny))
+    image = image + shift * test
+    core = test.T @ image
+    eigenvalues, Q = jnp.linalg.eigh((core + core.T) / 2)
+    least = jnp.finfo(dtype).eps * eigenvalues[-1]
+    root = image @ jnp.where(eigenvalues > least, Q / jnp.sqrt(jnp.maximum(eigenvalues, least)), 0)
+    # The operator is near root rootᵀ, whose eigenvalues are those of rootᵀ root.
+    eigenvalues, Q = jnp.linalg.eigh(root.T @ root)
+    eigenvalues, Q = eigenvalues[::-1], Q[:, ::-1]
+    vectors = root @ jnp.where(eigenvalues > shift, Q / jnp.sqrt(jnp.maximum(eigenvalues, shift)), 0)
+    return Sketch(vectors, jnp.maximum(eigenvalues - shift, 0))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["images", "residuals", "count", "fallback", "reference"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Safeguarded Anderson acceleration of a fixed-point iteration ``x ← T(x)``.
+
+    Of the last few points, the affine combination with the smallest residual ``f = T(x) − x`` is taken:
+
+        minimise over a, Σ aᵢ = 1      ‖Σ aᵢ fᵢ‖,      then      x ← Σ aᵢ T(xᵢ)
+
+    A point made so whose own residual is much larger than the one before is taken back, and the memory is emptied.
+    Walker and Ni, *Anderson acceleration for fixed-point iterations*, SIAM J. Numer. Anal. 49 (2011), type II.
+
+    Args:
+        images: the last images ``T(x)``, flattened, shape ``(k, N)``.
+        residuals: ``T(x) − x`` of the same points.
+        count: points stored since the memory was last empty.
+        fallback: the image to go back to, if the last point was extrapolated.
+        reference: the residual's norm before that; infinite if the last point was not extrapolated.
+    """
+
+    images: Float[Array, "k N"]
+    residuals: Float[Array, "k N"]
+    count: Int[Array, ""]
+    fallback: Float[Array, " N"]
+    reference: Scalar
+
+    @classmethod
+    def empty(cls, like: Float[Array, " N"]) -> "Memory":
+        """A memory without points."""
+        blank = jnp.zeros((_POINTS, like.size), like.dtype)
+        return cls(blank, blank, jnp.zeros((), jnp.int32), like, jnp.asarray(jnp.inf, like.dtype))
+
+    def advance(
+        self, point: Float[Array, " N"], image: Float[Array, " N"], extrapolate: Array | bool
+    ) -> tuple[Float[Array, " N"], "Memory"]:
+        """The point that follows ``point``: its ``image``, or an extrapolated point, or the fallback."""
+        residual = image - point
+        size = jnp.linalg.norm(residual)
+        worse = size > _WORSE * self.reference
+        slot = self.count % _POINTS
+        images, residuals = self.images.at[slot].set(image), self.residuals.at[slot].set(residual)
+        count = jnp.where(worse, 0, self.count + 1)
+        extrapolate = extrapolate & (count > _POINTS // 2)
+        following = jax.lax.cond(extrapolate, lambda: combine(images, residuals, count), lambda: image)
+        return jnp.where(worse, self.fallback, following), Memory(
+            images, residuals, count, image, jnp.where(extrapolate, size, jnp.inf)
+        )
+
+
+def combine(images: Float[Array, "k N"], residuals: Float[Array, "k N"], count: Int[Array, ""]) -> Float[Array, " N"]:
+    """``Σ aᵢ T(xᵢ)`` with the a of least residual, of the first ``count`` entries."""
+    stored = jnp.arange(len(images), dtype=jnp.int32) < count
+    residuals = jnp.where(stored[:, None], residuals, 0)
+    gram = residuals @ residuals.T
+    shift = jnp.where(stored, 10 * jnp.finfo(gram.dtype).eps, 1) * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
+    a = jnp.where(stored, jnp.linalg.solve(gram + jnp.diag(shift), stored.astype(gram.dtype)), 0)
+    return (a / jnp.sum(a)) @ jnp.where(stored[:, None], images, 0)

@@ -1,0 +1,96 @@
+"""The constants of the two paths of the solver, as settings: all static, none needs to be tuned for a data set."""
+
+import dataclasses
+
+from cronos_flax._solver.checks import positive_integer
+
+
+@dataclasses.dataclass(frozen=True)
+class Refreshed:
+    """Constants of ``gates="refreshed"``; the defaults were chosen once, for all data sets (method.md section 5).
+
+    Args:
+        step_lengths: lengths θ that the line search tries, from the longest to 0.
+        damping_factors: what the damping μ is multiplied by after each of these lengths.
+        damping_range: the least and the largest μ.
+        norm_floor: ``‖uᵢ‖`` in the linear system is at least this fraction of its mean over neurons.
+        cg_steps: conjugate-gradient steps of an iteration on a sample of the rows.
+        precise_cg_steps: most conjugate-gradient steps of an iteration on all rows.
+        cg_tol: relative residual at which these end early.
+        feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.
+        neuron_rank: rank of the sketches on the side of the neurons.
+        rows_per_feature: rows that the first sketch is made from, for each feature, at least.
+        sample_every: a sample has one row in so many,
+        least_sample: but at least so many rows,
+        most_sample: and at most so many.
+        warm_up_every: the first iterations from a random start use one row in so many,
+        least_warm_up: where that leaves at least so many rows.
+        warm_up_steps: number of these iterations.
+        window: iterations over which the decrease of the loss is judged.
+        sampled_tol: relative decrease over the window below which iterations turn from samples to all rows.
+    """
+
+    step_lengths: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+    damping_factors: tuple[float, ...] = (0.25, 0.25, 1.0, 2.0, 2.0, 2.0, 4.0)
+    damping_range: tuple[float, float] = (1e-8, 1e8)
+    norm_floor: float = 0.05
+    cg_steps: int = 2
+    precise_cg_steps: int = 10
+    cg_tol: float = 0.1
+    feature_rank: int = 48
+    neuron_rank: int = 32
+    rows_per_feature: int = 4
+    sample_every: int = 10
+    least_sample: int = 128
+    most_sample: int = 65_536
+    warm_up_every: int = 8
+    least_warm_up: int = 512
+    warm_up_steps: int = 8
+    window: int = 10
+    sampled_tol: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        if len(self.step_lengths) != len(self.damping_factors) or self.step_lengths[-1:] != (0.0,):
+            raise ValueError(
+                "Refreshed: `step_lengths` must end with 0 and have one entry for each of `damping_factors`, got "
+                f"{self.step_lengths!r} and {self.damping_factors!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Constants of ADMM, for ``gates="fixed"`` and ``"paired"`` (method.md section 2).
+
+    Args:
+        over_relaxation: of the U-step, in (0, 2); ``cf.NystromPCG`` takes 1.
+        kappa: κ = ρ/τ where there is a third split.
+        check_every: iterations between two checks of the certificate.
+        extrapolate_every: iterations between two Anderson extrapolations; ``cf.NystromPCG`` takes none.
+        residual_ratio: ratio of the primal to the dual residual that ρ is steered to.
+        least_adaptation: the least factor that ρ is changed by,
+        most_adaptation: and the largest.
+        last_adaptation: the iteration after which ρ is held, for convergence needs finitely many changes.
+        step_lengths: of the way from the starting network to the solution of the program.
+    """
+
+    over_relaxation: float = 1.6
+    kappa: float = 4.0
+    check_every: int = 10
+    extrapolate_every: int = 5
+    residual_ratio: float = 0.1
+    least_adaptation: float = 1.5
+    most_adaptation: float = 4.0
+    last_adaptation: int = 10_000
+    step_lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        if not 0 < self.over_relaxation < 2:
+            raise ValueError(f"Held: `over_relaxation` must lie in (0, 2), got {self.over_relaxation!r}.")
+
+
+def _check_counts(settings: Refreshed | Held) -> None:
+    for field in dataclasses.fields(settings):
+        if isinstance(field.default, int):
+            positive_integer(type(settings).__name__, field.name, getattr(settings, field.name))
