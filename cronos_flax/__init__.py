@@ -10,7 +10,7 @@ from cronos_flax._alternation.train_state import backbone_only as backbone_only
 from cronos_flax._head.fit import prune_head as prune_head
 from cronos_flax._head.graft import graft as graft
 from cronos_flax._head.graft import graft_variables as graft_variables
-from cronos_flax._head.linen import Head as Head
+from cronos_flax._head.head import Head as Head
 from cronos_flax._head.linen import find_head as find_head
 from cronos_flax._head.linen import fit_head as fit_head
 from cronos_flax._solver.cronos import Cronos as Cronos

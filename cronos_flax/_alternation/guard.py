@@ -15,14 +15,13 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._head.features import Rows
-from cronos_flax._head.fit import failed, fit
+from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 
@@ -160,10 +159,10 @@ def solve_guarded(
     Raises:
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
-    if np.all(np.isfinite(rows.X)):
-        new, solution = fit(network, rows, solver, key, callback, throw=False)
+    if rows.finite:
+        new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
     else:
-        new, solution = None, failed(network)
+        new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(guard.solves) == 0):
         raise FloatingPointError(f"solve_head: {solution.status.message}")
     changed = parts(new)

@@ -11,9 +11,9 @@ from jax import Array
 
 from cronos_flax._alternation.guard import Guard, at_backbone_rate, solve_guarded
 from cronos_flax._alternation.train_state import short_solves
-from cronos_flax._head.find import Path
-from cronos_flax._head.fit import checked
-from cronos_flax._head.nnx import Head
+from cronos_flax._head.fit import solver_or_default
+from cronos_flax._head.head import Head, Path, check_head
+from cronos_flax._head.nnx import NnxModule
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
@@ -72,7 +72,8 @@ class CronosOptimizer(nnx.Optimizer):
         guard: bool = True,
         wrt: Any = nnx.Param,
     ) -> None:
-        solver = short_solves(checked(head, Head, solver, "CronosOptimizer"), head)
+        check_head("CronosOptimizer", head, NnxModule)
+        solver = short_solves(solver_or_default("CronosOptimizer", solver), head)
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise ValueError(
                 f"CronosOptimizer: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
@@ -82,7 +83,7 @@ class CronosOptimizer(nnx.Optimizer):
         self.solving = nnx.static(_Solving(head, solver))
         others = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         # In the mode of training the head sees what a training step sees, not the running statistics.
-        drifts = bool(jax.tree.leaves(others)) and head.eval_mode
+        drifts = bool(jax.tree.leaves(others)) and not head.in_training
         made = Guard.of(self._parts(model), drifts=drifts) if guard else None
         self.guard = None if made is None else GuardState(made)
 

@@ -18,9 +18,8 @@ from jax import Array
 from cronos_flax._alternation.checkpoint import restored, save_checkpoint
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.features import Batch, batches, flat_targets
-from cronos_flax._head.find import selected
-from cronos_flax._head.linen import Head
+from cronos_flax._head.features import Batch, batches, flat_targets, flat_weight
+from cronos_flax._head.head import Head, selected
 from cronos_flax._solver import checks
 from cronos_flax._solver.losses import LOSSES, Logistic, Loss, Softmax, loss_of
 from cronos_flax._solver.solution import Solution
@@ -475,8 +474,7 @@ def _rows_of(out: Any, batch: Batch, output: Any, loss: Loss) -> tuple[Array, Ar
     y = loss.targets(jnp.asarray(flat_targets(batch.y, leading, C)), C).astype(outputs.dtype)
     if batch.weight is None:
         return outputs, y, jnp.ones(len(outputs), outputs.dtype)
-    weight = batch.weight.reshape(batch.weight.shape + (1,) * (len(leading) - batch.weight.ndim))
-    return outputs, y, jnp.broadcast_to(weight, leading).reshape(-1).astype(outputs.dtype)
+    return outputs, y, flat_weight(batch.weight, leading).astype(outputs.dtype)
 
 
 def _output_of(state: TrainState) -> Any:

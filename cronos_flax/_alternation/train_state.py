@@ -13,9 +13,9 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.guard import Guard, at_backbone_rate, solve_guarded
-from cronos_flax._head.find import Found
-from cronos_flax._head.fit import checked
-from cronos_flax._head.linen import Head
+from cronos_flax._head.fit import solver_or_default
+from cronos_flax._head.head import Head, check_head, format_path
+from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
@@ -23,7 +23,7 @@ _STEPS_PER_SOLVE = 3
 _BETA_RATIO = 0.005
 
 
-def short_solves(solver: Cronos, head: Found) -> Cronos:
+def short_solves(solver: Cronos, head: Head) -> Cronos:
     """The solver of an alternation, with what it takes where a setting is None: it solves again and again.
 
     A module that is nothing but its head does not alternate: there it stays as it is.
@@ -57,9 +57,7 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
             f"backbone_only: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
             "for example optax.adam(1e-3)."
         )
-    if not isinstance(head, Head):
-        raise ValueError(f"backbone_only: `head` must come from cf.find_head, got {type(head).__name__}.")
-
+    check_head("backbone_only", head, LinenModule)
     inner = optax.with_extra_args_support(tx)
 
     def is_head(path: tuple) -> bool:
@@ -74,7 +72,7 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
         if not any(is_head(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
             raise ValueError(
                 "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
-                f"tree without {'/'.join(map(str, head.hidden_path))}."
+                f"tree without {format_path(head.hidden_path)}."
             )
         return inner.init(backbone(params))
 
@@ -153,13 +151,14 @@ class CronosTrainState(TrainState):
         Raises:
             ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
         """
-        solver = short_solves(checked(head, Head, solver, "CronosTrainState"), head)
+        check_head("CronosTrainState", head, LinenModule)
+        solver = short_solves(solver_or_default("CronosTrainState", solver), head)
         tx = _routed(tx, head)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
         if not guard:
             return state
         # A head that was found with mutable collections sees what a training step sees, not the running statistics.
-        drifts = bool(jax.tree.leaves(state.model_state)) and not head.kwargs.get("mutable")
+        drifts = bool(jax.tree.leaves(state.model_state)) and not head.in_training
         return state.replace(guard=Guard.of(state._parts_with(None), drifts=drifts))
 
     @property

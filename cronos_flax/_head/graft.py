@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
 
 Pool = Callable[..., Any]
@@ -68,9 +68,9 @@ class Grafted(nn.Module):
             out = self.backbone(*args, **kwargs)
         if path not in called:
             depth = len(self.backbone.path)
-            there = ", ".join(dict.fromkeys(slashed(p[depth:]) for p in called))
+            there = ", ".join(dict.fromkeys(format_path(p[depth:]) for p in called))
             raise ValueError(
-                f"graft: `at` must be the path of a layer that is called, got {slashed(self.at)}; {there}."
+                f"graft: `at` must be the path of a layer that is called, got {format_path(self.at)}; {there}."
             )
         return out
 
@@ -156,7 +156,7 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     wanted = {path for path in fresh if path[1] == "backbone" and not is_replaced((path[0], *path[2:]))}
     wrong = wanted ^ moved.keys() | {p for p in wanted & moved.keys() if _shape(fresh[p]) != _shape(moved[p])}
     if wrong:
-        names = ", ".join(sorted(slashed((path[0], *path[2:])) for path in wrong)[:5])
+        names = ", ".join(sorted(format_path((path[0], *path[2:])) for path in wrong)[:5])
         raise ValueError(
             "graft_variables: `pretrained` must be the variables of the module that was grafted; missing, left over or "
             f"of another shape: {names}."

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._head.nnx import LAYERS, module_at
 from cronos_flax._solver.checks import positive_integer
 
@@ -106,9 +106,9 @@ def graft(
         try:
             old = module_at(copy, path)
         except (AttributeError, KeyError, IndexError, TypeError):
-            there = ", ".join(slashed(p) for p, module in nnx.iter_modules(copy) if isinstance(module, LAYERS))
+            there = ", ".join(format_path(p) for p, module in nnx.iter_modules(copy) if isinstance(module, LAYERS))
             raise ValueError(
-                f"graft: `at` must be the path of a layer, got {slashed(path)}; there are {there}."
+                f"graft: `at` must be the path of a layer, got {format_path(path)}; there are {there}."
             ) from None
         features = getattr(old, "out_features", None) if features is None else features
         in_features = getattr(old, "in_features", None) if in_features is None else in_features
