@@ -92,14 +92,14 @@ def _stay(self: Any, parts: Any, stats: Any) -> Any:
     return guard.replace(kept=parts), _guard.copied(parts)
 
 
-judge = _guard.Guard.judge
+judge = cf.GuardState.judge
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no guard": {"create": {"guard": False}},
-    "rate lowered, nothing gone back to": {"patch": (_guard.Guard, {"judge": _stay})},
-    "gone back, rate as before": {"patch": (_guard, {"_LOWER": 1.0, "_RAISE": 1.0})},
-    "rate raised beyond the optimizer's own": {"patch": (_guard, {"_HIGHEST": 1e6})},
-    "rate never raised": {"patch": (_guard, {"_RAISE": 1.0})},
+    "rate lowered, nothing gone back to": {"patch": (cf.GuardState, {"judge": _stay})},
+    "gone back, rate as before": {"create": {"guard": cf.Guard(decrease_factor=1.0, increase_factor=1.0)}},
+    "rate raised beyond the optimizer's own": {"create": {"guard": cf.Guard(highest_rate=1e6)}},
+    "rate never raised": {"create": {"guard": cf.Guard(increase_factor=1.0)}},
     "full steps or none, damping only raised": {
         "patch": (_refresh, {"_STEP_LENGTHS": (1.0, 0.0), "_DAMPING_FACTORS": (1.0, 4.0)}),
     },
@@ -300,7 +300,7 @@ def variants_table(rows: list[dict[str, Any]], default: str) -> None:
         return {(r["seed"], r["data"], r["rate"]): r for r in rows if r["variant"] == variant}
 
     reference = by_run(default)
-    for variant in sorted({r["variant"] for r in rows}, key=list(VARIANTS | CHOICES).index):
+    for variant in filter(by_run, VARIANTS | CHOICES):
         mine = by_run(variant)
         cells = [[r["final"] for (_, *column), r in mine.items() if tuple(column) == c] for c in columns]
         both = [run for run in mine if run in reference]
