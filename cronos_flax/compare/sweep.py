@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cronos_flax._alternation.train import scoring, train
+from cronos_flax._alternation.steps import scoring
+from cronos_flax._alternation.train import train
 from cronos_flax._alternation.train_state import CronosTrainState
 from cronos_flax._head.fit import fit_rows
 from cronos_flax._head.head import Head

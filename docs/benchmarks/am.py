@@ -32,7 +32,7 @@ from rows import keep, kept
 
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
-from cronos_flax._alternation import train as _driver
+from cronos_flax._alternation.defaults import SolveSchedule
 from cronos_flax._solver import refreshed as _refresh
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
@@ -110,8 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "5 steps of ADMM on the gates that are there": {"solver": {"gates": "fixed", "max_iters": 5}},
     "solve every 10 steps": {"train": {"solve_every": 10}},
     "solve at the start and at the end only": {"train": {"solve_every": 10**9}},
-    "solve before every epoch": {"patch": (_driver, {"_DENSE_EPOCHS": 1000})},
-    "solve when stale": {"train": {"solve_every": "stale"}},
+    "solve before every epoch": {"train": {"solve_every": SolveSchedule(dense_epochs=1000)}},
 }
 CHOICES: dict[str, dict[str, Any]] = {
     f"beta ratio {ratio}, {steps} a solve": {"solver": {"beta_ratio": ratio, "max_iters": steps}}
