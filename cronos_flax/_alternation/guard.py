@@ -41,18 +41,18 @@ class Guard:
     If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone is multiplied by
     ``decrease_factor``; otherwise it is multiplied by ``increase_factor``.
 
-    Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. With these the
-    tolerance is ``drift_factor`` times as large for each rejection in a row, at most ``drift_tries`` times, and at the
-    first two solves. A solve that is accepted only thanks to this sets F* anew, and takes back the decreases of the
-    rate since the last accepted solve.
+    Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. Then the
+    tolerance is multiplied by ``drift_factor ** k``, with k the number of rejections in a row but at most
+    ``drift_tries``; at the first two solves ``k = drift_tries``. A solve that passes only by this factor sets F* to its
+    own loss, and undoes the decreases of the rate since the last accepted solve.
 
     Args:
-        tolerance: of the loss above the best, as a fraction of F₀, ``≥ 0``; infinity accepts every finite loss.
-        decrease_factor: of the rate, after a rejected solve, in (0, 1]; 1 keeps the rate.
-        increase_factor: of the rate, after an accepted solve, ``≥ 1``; 1 keeps the rate.
-        highest_rate: bound on increases, as a multiple of the optimizer's own rate, ``> 0``.
-        drift_factor: of the tolerance, with running statistics, ``≥ 1``.
-        drift_tries: how often it applies at most, ``≥ 0``.
+        tolerance: how far F may exceed F*, as a fraction of F₀, ``≥ 0``; infinity accepts every finite loss.
+        decrease_factor: factor on the rate after a rejected solve, in (0, 1]; 1 keeps the rate.
+        increase_factor: factor on the rate after an accepted solve, ``≥ 1``; 1 keeps the rate.
+        highest_rate: upper bound of an increase, as a multiple of the optimizer's own rate, ``> 0``.
+        drift_factor: factor on the tolerance with running statistics, ``≥ 1``.
+        drift_tries: the largest exponent of that factor, ``≥ 0``.
 
     Raises:
         ValueError: for a setting outside its range.

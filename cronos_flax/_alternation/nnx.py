@@ -54,9 +54,9 @@ class CronosOptimizer(nnx.Optimizer):
         model: the model.
         tx: any Optax optimizer.
         head: from :func:`find_head`.
-        solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. An alternation has
-            its own defaults for settings that are None, unless the model is nothing but its head: 3 iterations a solve
-            (``max_iters``), and ``beta_ratio`` .005.
+        solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. Settings that are
+            None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio`` .005,
+            unless the model is nothing but its head.
         guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures`` shows the decisions. All
             Variables of the model are guarded, except the state of its random streams.
         wrt: the Variables that the optimizer moves, as for ``nnx.Optimizer``; the head's are left out.

@@ -65,9 +65,9 @@ class CronosTrainState(TrainState):
             params: ``variables["params"]``.
             tx: any Optax optimizer.
             head: from :func:`cronos_flax.find_head`.
-            solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. An alternation
-                has its own defaults for settings that are None, unless the module is nothing but its head: 3 iterations
-                a solve (``max_iters``), and ``beta_ratio`` .005.
+            solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. Settings that
+                are None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio``
+                .005, unless the module is nothing but its head. ``print(state.solver)`` shows them.
             guard: settings of the guard, which restores the last good state if a solve ends above the best loss so far,
                 and lowers the backbone's rate. It keeps a copy of parameters, collections and optimizer state. True
                 means ``cf.Guard()``; False or None means no guard: every solve is accepted.
