@@ -1,16 +1,17 @@
 """CRONOS for Flax: convex training of the last two layers of any Flax module."""
 
 from cronos_flax import nnx as nnx
+from cronos_flax._alternation.backbone import backbone_only as backbone_only
 from cronos_flax._alternation.checkpoint import restore_checkpoint as restore_checkpoint
 from cronos_flax._alternation.checkpoint import save_checkpoint as save_checkpoint
 from cronos_flax._alternation.guard import Guard as Guard
+from cronos_flax._alternation.guard import GuardState as GuardState
 from cronos_flax._alternation.train import train as train
 from cronos_flax._alternation.train_state import CronosTrainState as CronosTrainState
-from cronos_flax._alternation.train_state import backbone_only as backbone_only
 from cronos_flax._head.fit import prune_head as prune_head
 from cronos_flax._head.graft import graft as graft
 from cronos_flax._head.graft import graft_variables as graft_variables
-from cronos_flax._head.linen import Head as Head
+from cronos_flax._head.head import Head as Head
 from cronos_flax._head.linen import find_head as find_head
 from cronos_flax._head.linen import fit_head as fit_head
 from cronos_flax._solver.cronos import Cronos as Cronos
@@ -31,6 +32,7 @@ __all__ = [
     "Cronos",
     "CronosTrainState",
     "Guard",
+    "GuardState",
     "Head",
     "Held",
     "Huber",

@@ -1,7 +1,7 @@
 """The layer-solver for Flax NNX, by its public names; each is documented where it is defined."""
 
 from cronos_flax._alternation.nnx import CronosOptimizer as CronosOptimizer
-from cronos_flax._head.nnx import Head as Head
+from cronos_flax._head.head import Head as Head
 from cronos_flax._head.nnx import find_head as find_head
 from cronos_flax._head.nnx import fit_head as fit_head
 from cronos_flax._head.nnx_graft import Grafted as Grafted

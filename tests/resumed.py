@@ -48,7 +48,7 @@ def main(directory: str) -> None:
         (x[:1500], y[:1500]),
         epochs=EPOCHS,
         batch_size=100,
-        solve_every="stale",
+        solve_every=5,
         validation=(x[1500:], y[1500:]),
         train_kwargs={"train": True},
         directory=directory,

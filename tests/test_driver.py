@@ -16,7 +16,8 @@ import pytest
 from flax.training.train_state import TrainState
 
 import cronos_flax as cf
-from cronos_flax._alternation import train as _driver
+from cronos_flax._alternation import steps as _steps
+from cronos_flax._alternation.defaults import SolveSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
@@ -94,9 +95,7 @@ def test_solves_are_where_the_schedule_says():
 
     assert steps(epochs=10) == [0, 4, 8, 12, 16, 28, 40]
     assert steps(epochs=2, solve_every=3) == [0, 3, 6, 8]
-    stale = steps(epochs=16, solve_every="stale", state=made(optax.sgd(1e-9)))
-    gaps = np.diff(stale[:-1])
-    assert gaps[-1] > gaps[0]
+    assert steps(epochs=4, solve_every=SolveSchedule(dense_epochs=1, then_every=2)) == [0, 8, 16]
 
 
 def test_seconds_end_a_run_early_and_with_a_solve():
@@ -207,11 +206,11 @@ def test_solves_between_few_steps_take_no_more_rows_than_the_guard_needs(monkeyp
 
     monkeypatch.setattr(cf.CronosTrainState, "solve_head", watched)
     many = np.tile(X[:256], (40, 1)), np.tile(Y[:256], 40)
-    for solve_every, rows in ((None, 10_240), ("stale", 10_240), (4, 8192), (70, 8960)):
+    for solve_every, rows in ((None, 10_240), (4, 8192), (70, 8960)):
         seen.clear()
         train(data=many, epochs=1, batch_size=128, solve_every=solve_every)
         assert set(seen) == {rows}
-    monkeypatch.setattr(_driver, "_SOLVE_BYTES", 2**20)
+    monkeypatch.setattr(_steps, "_SOLVE_BYTES", 2**20)
     seen.clear()
     train(data=many, epochs=1, batch_size=128)
     assert all(2**19 < HEAD.solve_bytes(rows) <= 2**20 for rows in seen)

@@ -258,6 +258,66 @@ def test_a_backbone_that_is_not_finite_goes_back_and_a_donated_step_goes_on():
     assert donated._cache_size() <= 2
 
 
+def harmed(state):
+    """With features that are all alike: no head can mend that."""
+    backbone = jax.tree.map(lambda leaf: leaf * 0, state.params["Dense_0"])
+    return state.replace(params={**state.params, "Dense_0": backbone})
+
+
+def test_an_infinite_tolerance_accepts_and_a_factor_of_one_keeps_the_rate():
+    state, _ = made(guard=cf.Guard(tolerance=np.inf)).solve_head((X, Y))
+    state, solution = harmed(state).solve_head((X, Y))
+    assert solution.status != cf.Status.rejected
+    assert state.figures["rejections"] == 0
+    state, _ = made(guard=cf.Guard(decrease_factor=1.0, increase_factor=1.0, drift_tries=0)).solve_head((X, Y))
+    state, solution = harmed(state).solve_head((X, Y))
+    assert solution.status == cf.Status.rejected
+    assert rate(state) == 1
+    state, _ = made(guard=cf.Guard(increase_factor=2.0, highest_rate=3.0)).solve_head((X, Y))
+    assert rate(state) == 2
+    state, _ = state.solve_head((X, Y))
+    assert rate(state) == 3
+
+
+BAD_SETTINGS = [
+    ("tolerance", -0.1),
+    ("tolerance", float("nan")),
+    ("tolerance", "low"),
+    ("decrease_factor", 0),
+    ("decrease_factor", 1.1),
+    ("increase_factor", 0.9),
+    ("increase_factor", float("inf")),
+    ("highest_rate", 0.0),
+    ("drift_factor", 0.5),
+    ("drift_factor", True),
+    ("drift_tries", -1),
+    ("drift_tries", 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
+def test_settings_of_the_guard_outside_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"Guard: `{name}` must be"):
+        cf.Guard(**{name: value})
+
+
+def test_the_guard_of_a_state_is_settings_or_a_bool():
+    assert made().guard.settings == made(guard=cf.Guard()).guard.settings == cf.Guard()
+    assert made(guard=None).guard is made(guard=False).guard is None
+    assert isinstance(made().guard, cf.GuardState)
+    for bad in ("yes", 0.5, made().guard):
+        with pytest.raises(ValueError, match=r"`guard` must be a cf\.Guard"):
+            made(guard=bad)
+
+
+def test_constant_targets_leave_nothing_to_compare_with():
+    y = np.ones((64, 2), "float32")  # the loss of the best constant is zero
+    state = made().replace(solver=cf.Cronos(max_iters=2))
+    for _ in range(2):
+        state, _ = state.solve_head((X, y))
+    assert state.figures["solves"] == 2
+
+
 def test_without_anything_to_go_back_to_it_raises():
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES["params"]["Dense_0"])
     for guard in (True, False):

@@ -76,7 +76,7 @@ def test_usage_runs_and_its_report_is_what_is_printed():
             exec(block, scope)
     (report,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
     printed = out.getvalue().splitlines()
-    assert all(line in printed for line in report.splitlines() if "proved" not in line)  # how exactly differs
+    assert all(line in printed for line in report.splitlines() if "verified" not in line)  # how exactly differs
     assert scope["accuracy"] > 0.9
     assert scope["narrow"].width < 64
     assert scope["refitted"].stats.objective < 1.1 * scope["solution"].stats.objective

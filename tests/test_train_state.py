@@ -14,6 +14,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import cronos_flax as cf
+from cronos_flax._alternation.defaults import alternation_defaults
 
 ORDINARY = """
 variables = model.init(jax.random.key(0), x)
@@ -258,6 +259,14 @@ def test_an_nnx_loop_moves_the_backbone_by_gradients_and_the_head_by_solves(tx):
         cf.nnx.CronosOptimizer(model, tx, head=None)
     with pytest.raises(ValueError, match="widths"):
         head.write(model, jax.tree.map(lambda v: v[..., :1], head.read(model)))
+
+
+def test_the_solver_of_an_alternation_shows_the_defaults_it_takes():
+    state, _ = normed_state(optax.sgd(0.1))
+    assert "max_iters=3" in str(state.solver)
+    assert "beta_ratio=0.005" in str(state.solver)
+    given = cf.Cronos(max_iters=7, beta_ratio=0.1)
+    assert alternation_defaults(given, state.head) == given
 
 
 def test_a_module_that_is_nothing_but_its_head_is_solved_as_far_as_fit_head_does():

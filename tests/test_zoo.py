@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
-from zoo import IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUTPUTS, NnxMLP, ResNet, X, rngs
+from zoo import HIDDEN, IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUTPUTS, NnxMLP, ResNet, X, rngs
 
 import cronos_flax as cf
 
@@ -124,6 +125,38 @@ def test_an_nnx_head_is_of_the_model_that_it_was_found_in():
     trained.sown = nnx.Intermediate((X,))  # as a model does that sows outside nnx.capture
     trained.train()
     assert head.inputs(trained, X).shape == (32, 6)
+
+
+def test_a_head_is_of_one_class_and_used_with_the_kind_of_module_that_it_was_found_in():
+    assert cf.nnx.Head is cf.Head
+    member = LINEN["names lie"]
+    variables, model = init(member), NnxMLP()
+    linen_head = cf.find_head(member.model, variables, *member.args)
+    nnx_head = cf.nnx.find_head(model, X)
+    of_linen = {"apply_fn": member.model.apply, "params": variables["params"], "tx": optax.sgd(0.1)}
+    other = r"`head` must come from cf\.{}find_head, got one that cf\.{}find_head found"
+    with pytest.raises(ValueError, match=other.format("", r"nnx\.")):
+        cf.fit_head(nnx_head, variables, (X, X[:, :OUTPUTS]))
+    with pytest.raises(ValueError, match=other.format("", r"nnx\.")):
+        cf.CronosTrainState.create(**of_linen, head=nnx_head)
+    with pytest.raises(ValueError, match=other.format("", r"nnx\.")):
+        cf.backbone_only(optax.sgd(0.1), nnx_head)
+    with pytest.raises(ValueError, match=other.format(r"nnx\.", "")):
+        cf.nnx.fit_head(linen_head, model, (X, X[:, :OUTPUTS]))
+    with pytest.raises(ValueError, match=other.format(r"nnx\.", "")):
+        cf.nnx.CronosOptimizer(model, optax.sgd(0.1), head=linen_head)
+
+
+def test_an_nnx_head_without_biases_is_read_and_written_in_place():
+    model = nnx.Sequential(
+        nnx.Linear(6, HIDDEN, use_bias=False, rngs=rngs()), nnx.relu, nnx.Linear(HIDDEN, 4, use_bias=False, rngs=rngs())
+    )
+    head = cf.nnx.find_head(model, X)
+    network = head.read(model)
+    assert network.bias1 is None
+    assert network.bias2 is None
+    assert head.write(model, jax.tree.map(lambda v: 2 * v, network)) is model
+    np.testing.assert_array_equal(model.layers[0].kernel, 2 * network.kernel1)
 
 
 def test_two_threads_at_once():

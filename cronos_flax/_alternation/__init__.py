@@ -1,1 +1,1 @@
-"""Training: an optimizer for the backbone, solves for the head, and what keeps them from harm."""
+"""Training: an optimizer for the backbone, solves for the head, a guard, and the loop around them."""

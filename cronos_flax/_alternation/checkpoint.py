@@ -1,7 +1,7 @@
-"""Checkpoints by Orbax, with a checksum for every leaf: what was damaged is noticed, and an earlier step restored.
+"""Checkpoints by Orbax, with a checksum for every leaf: damage is detected, and an earlier step restored.
 
-Orbax finds a file that is cut short, but a byte that changed in one restores silently. So every leaf's checksum is kept
-beside the leaves, with the leaf's name, shape and dtype; and all of that has a checksum itself.
+Orbax detects a file that is cut short, but restores a changed byte silently. So a checkpoint also holds a list of its
+leaves, with the name, shape, dtype and checksum of each; and the list has a checksum itself.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ _ASIDE = "damaged"
 
 
 class _DamagedError(Exception):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint that differs from what was saved."""
 
 
 class _MisfitError(ValueError):
-    """A checkpoint that is sound, but not what is asked for."""
+    """A sound checkpoint of another structure or format."""
 
 
 def save_checkpoint(
@@ -42,20 +42,20 @@ def save_checkpoint(
 ) -> None:
     """Save all arrays of a train state, or of any pytree.
 
-    Whatever is in the state is saved: parameters, collections, optimizer, guard, keys. What is not an array (functions,
-    the head, the solver) comes from the state that is given to :func:`restore_checkpoint`. When this returns the
-    checkpoint is whole on the disk; when the process dies before, there is none.
+    All arrays of the state are saved: parameters, collections, optimizer, guard, keys. Everything else (functions, the
+    head, the solver) comes from the state that :func:`restore_checkpoint` is given. When this function returns, the
+    checkpoint is complete on the disk; if the process dies before, there is none.
 
     Args:
-        directory: where checkpoints of this run lie, one directory a step; made if it does not exist.
+        directory: where the checkpoints of this run lie, one directory for each step; made if it does not exist.
         state: a ``CronosTrainState`` or any other pytree of arrays and numbers. For NNX:
             ``nnx.state((model, optimizer))``.
         step: the number of the checkpoint, ``≥ 0``.
-        extra: what else to remember, as JSON takes it.
-        keep: how many of the newest to keep; None keeps all.
+        extra: anything else to save with it, as JSON takes it.
+        keep: the number of newest checkpoints to keep; None keeps all.
 
     Raises:
-        ValueError: if there is a checkpoint of this step already, or an argument does not fit.
+        ValueError: if there is a sound checkpoint of this step already, or an argument does not fit.
         OSError: if the directory cannot be written to.
     """
     positive_integer("save_checkpoint", "step", step, least=0)
@@ -88,27 +88,27 @@ def save_checkpoint(
 
 
 def restore_checkpoint(directory: str | Path, state: State, *, step: int | None = None) -> State:
-    """The newest checkpoint that is what was saved, in the form of ``state``.
+    """Restore the newest undamaged checkpoint into the structure of ``state``.
 
     Args:
-        directory: where :func:`save_checkpoint` wrote to.
-        state: a state of the same structure, freshly made; it is not changed, and is returned where the directory
-            holds no checkpoint.
-        step: which checkpoint; None for the newest. One that is damaged is passed over, with a warning, for the newest
-            before it.
+        directory: the directory given to :func:`save_checkpoint`.
+        state: a state of the same structure, freshly made; it is not changed, and is returned if the directory holds no
+            checkpoint.
+        step: which checkpoint; None means the newest. If it is damaged, the newest one before it is restored, with a
+            warning.
 
     Returns:
-        A state with the arrays of the checkpoint and all else of ``state``.
+        A state with the arrays of the checkpoint, and everything else of ``state``.
 
     Raises:
-        ValueError: if the checkpoint's leaves are not those of ``state`` in name, shape or dtype, if it is of an
-            unknown format, or if none of those that are there can be read.
+        ValueError: if the checkpoint's leaves differ from those of ``state`` in name, shape or dtype, if its format is
+            unknown, or if all checkpoints are damaged.
     """
     return restored(directory, state, step=step)[0]
 
 
 def restored(directory: str | Path, state: State, *, step: int | None = None) -> tuple[State, int | None, Any]:
-    """As :func:`restore_checkpoint`; with its step, and its ``extra``."""
+    """As :func:`restore_checkpoint`, with the checkpoint's step and ``extra``; None for both if there is none."""
     directory = Path(directory).absolute()
     steps = [s for s in _steps(directory) if step is None or s <= step]
     if step is not None and step not in steps:
@@ -136,7 +136,7 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Orbax says of damage, page upon page: it is said in one warning."""
+    """Silence Orbax's many messages about a damaged checkpoint; one warning of this module replaces them."""
     logger = logging.getLogger("absl")
     level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
@@ -145,7 +145,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-            gc.collect()  # reads that were given up: they complain when they are collected
+            gc.collect()  # abandoned reads complain when they are collected
     finally:
         logger.setLevel(level)
         sys.unraisablehook = hook
@@ -157,14 +157,14 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
 
 
 def _steps(directory: Path) -> list[int]:
-    """Steps that are there, the newest first."""
+    """The steps in the directory, the newest first."""
     if not directory.is_dir():
         return []
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
 
 
 def _free(directory: Path, name: str) -> Path:
-    """A path of this name that is not taken."""
+    """A path that does not exist, of this name, numbered if necessary."""
     taken, number = directory / name, 1
     while taken.exists():
         number += 1
@@ -177,7 +177,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """All leaves by their path, as arrays; of a key, its data."""
+    """All leaves by their path, as arrays; a key as its data."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
     return {
@@ -195,8 +195,8 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
     """Leaves and ``extra`` of a checkpoint.
 
     Raises:
-        _DamagedError: if it is not what was saved.
-        ValueError: if it is, but is not of the form of ``like``.
+        _DamagedError: if it differs from what was saved.
+        ValueError: if it is sound, but its leaves are not those of ``like``.
     """
     leaves, damage = {}, ""
     with _quiet():
@@ -221,7 +221,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
                 leaves = manager.restore(step, args=args).state
         except (_DamagedError, _MisfitError):
             raise
-        except Exception as error:  # Orbax and TensorStore raise many
+        except Exception as error:  # Orbax and TensorStore raise many kinds
             damage = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if damage:
         raise _DamagedError(damage)
@@ -232,7 +232,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
 
 
 def _target(described: dict[str, Any], like: Any) -> Any:
-    """What Orbax restores a leaf into: where ``like`` is, or into memory."""
+    """The target that Orbax restores a leaf into: on the devices of ``like``, or in host memory."""
     dtype = jnp.dtype(described["dtype"])
     if isinstance(like, Array) and like.dtype == dtype:
         return ocp.utils.to_shape_dtype_struct(like)
@@ -240,14 +240,14 @@ def _target(described: dict[str, Any], like: Any) -> Any:
 
 
 def _fits(described: dict[str, Any], leaf: Any) -> bool:
-    """Same shape and dtype; of numbers, which are Python's before a step and arrays after it, the same kind."""
+    """Whether shape and dtype are the same; for scalars, which may be Python numbers, shape and kind."""
     dtype = jnp.dtype(described["dtype"])
     same_dtype = dtype == leaf.dtype or (leaf.ndim == 0 and dtype.kind == leaf.dtype.kind)
     return same_dtype and tuple(described["shape"]) == leaf.shape
 
 
 def _check_same(described: dict[str, Any], like: dict[str, Any], step: int) -> None:
-    """That a checkpoint fits."""
+    """Raise a _MisfitError unless the leaves of a checkpoint are those of ``like``."""
     for name in [*like, *described]:
         have = described.get(name)
         want = like.get(name)

@@ -1,69 +1,116 @@
-"""The guard of CRONOS-AM: what was good is kept, and gone back to when the backbone has run away from its head.
+"""The guard of CRONOS-AM: undo optimizer steps after which no head fits any more.
 
-After every head solve the regularised loss of the network is known on all rows. If it is above the best so far by more
-than a little, then what the optimizer did since the last solve was harmful: everything goes back to what was kept at
-the last solve that passed, and the backbone goes on at a lower rate. As long as solves pass, the rate is raised again.
+After each head solve the regularised loss of the network is known on all rows. If it is clearly above the best so far,
+the optimizer's steps since the last solve have done harm. Then all parts of the state go back to the copies kept at the
+last accepted solve, and the backbone continues at a lower rate. Accepted solves raise the rate again.
 
-The rate multiplies the updates of the user's optimizer, so it works for any, also for one without a learning rate; it
-is part of the optimizer's state, and what is kept are copies, so a train step can be jitted and donated as always.
+The rate multiplies the updates of the user's optimizer, so it works for every optimizer, also for one without a
+learning rate. It is part of the optimizer's state. The guard keeps copies, so a train step can be jitted and donated as
+usual.
 """
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._head.features import Rows
-from cronos_flax._head.fit import failed, fit
+from cronos_flax._head.features import GatheredRows
+from cronos_flax._head.fit import fit_rows, nonfinite_solution
+from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 
-_TOLERANCE = 0.01  # that the loss may be above the best, as a fraction of the loss of the best constant
-_LOWER, _RAISE = 0.3, 1.2  # what the rate is multiplied by when a solve fails, and when it passes
-_HIGHEST = 1.0  # rate that solves which pass lead to
-_WIDER, _MOST_TRIES = 8.0, 2  # what the tolerance grows by with failures in a row, where statistics drift; how often
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Settings of the guard of CRONOS-AM, given as ``guard=`` to ``CronosTrainState.create`` or ``CronosOptimizer``.
+
+    Let F be the regularised loss after a solve, F* the least after earlier ones, and F₀ the loss of the best constant
+    outputs. The solve is accepted if F is finite and
+
+        F − F* ≤ tolerance · F₀
+
+    If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone is multiplied by
+    ``decrease_factor``; otherwise it is multiplied by ``increase_factor``.
+
+    Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. Then the
+    tolerance is multiplied by ``drift_factor ** k``, with k the number of rejections in a row but at most
+    ``drift_tries``; at the first two solves ``k = drift_tries``. A solve that passes only by this factor sets F* to its
+    own loss, and undoes the decreases of the rate since the last accepted solve.
+
+    Args:
+        tolerance: how far F may exceed F*, as a fraction of F₀, ``≥ 0``; infinity accepts every finite loss.
+        decrease_factor: factor on the rate after a rejected solve, in (0, 1]; 1 keeps the rate.
+        increase_factor: factor on the rate after an accepted solve, ``≥ 1``; 1 keeps the rate.
+        highest_rate: upper bound of an increase, as a multiple of the optimizer's own rate, ``> 0``.
+        drift_factor: factor on the tolerance with running statistics, ``≥ 1``.
+        drift_tries: the largest exponent of that factor, ``≥ 0``.
+
+    Raises:
+        ValueError: for a setting outside its range.
+
+    Example:
+        >>> import cronos_flax as cf
+        >>> cf.Guard(tolerance=0.05)
+        Guard(tolerance=0.05, decrease_factor=0.3, ...)
+    """
+
+    tolerance: float = 0.01
+    decrease_factor: float = 0.3
+    increase_factor: float = 1.2
+    highest_rate: float = 1.0
+    drift_factor: float = 8.0
+    drift_tries: int = 2
+
+    def __post_init__(self) -> None:
+        _check("tolerance", self.tolerance, "≥ 0", lambda v: v >= 0)
+        _check("decrease_factor", self.decrease_factor, "in (0, 1]", lambda v: 0 < v <= 1)
+        _check("increase_factor", self.increase_factor, "≥ 1 and finite", lambda v: 1 <= v < math.inf)
+        _check("highest_rate", self.highest_rate, "> 0 and finite", lambda v: 0 < v < math.inf)
+        _check("drift_factor", self.drift_factor, "≥ 1 and finite", lambda v: 1 <= v < math.inf)
+        positive_integer("Guard", "drift_tries", self.drift_tries, least=0)
 
 
-class RateState(NamedTuple):
-    """The state of :func:`at_backbone_rate`."""
+def _check(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
+        raise ValueError(f"Guard: `{name}` must be a number {expected}, got {value!r}.")
 
-    backbone_rate: Float[Array, ""]
 
-
-def at_backbone_rate(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``tx``, its updates multiplied by a rate that is part of the state, at first one."""
-
-    def init(params: Any) -> RateState:
-        del params
-        return RateState(jnp.ones((), jnp.float32))
-
-    def update(updates: Any, state: RateState, params: Any = None) -> tuple[Any, RateState]:
-        del params
-        return jax.tree.map(lambda u: (state.backbone_rate * u).astype(u.dtype), updates), state
-
-    return optax.chain(tx, optax.GradientTransformation(init, update))
+def guard_settings(where: str, guard: Guard | bool | None) -> Guard | None:
+    """The settings that a user asked for by ``guard=``; None for no guard."""
+    if guard is True:
+        return Guard()
+    if guard is False or guard is None:
+        return None
+    if not isinstance(guard, Guard):
+        raise ValueError(
+            f"{where}: `guard` must be a cf.Guard, True for the default one, or False for none, got "
+            f"{type(guard).__name__}."
+        )
+    return guard
 
 
 @struct.dataclass
-class Guard:
-    """What a train state goes back to, and what was decided so far.
+class GuardState:
+    """The state of a guard: the parts of a train state to go back to, and the decisions so far.
 
     Args:
-        kept: copies of the guarded parts of the state, as of the last solve that passed; before that, of the start.
-        best: the least regularised loss after a solve.
-        accepted: whether the last solve passed.
-        solves: how many there were.
-        rejections: how many did not pass.
-        row: how many of these since the last that did.
-        drifts: whether features change without the optimizer's doing, as running statistics make them.
+        kept: copies of the guarded parts, as of the last accepted solve; before that, as of the start.
+        best: the least regularised loss after a solve; infinite before the first one.
+        accepted: whether the last solve was accepted.
+        solves: the number of solves.
+        rejections: the number of rejected solves.
+        consecutive_rejections: the number of rejected solves since the last accepted one.
+        settings: the guard's settings.
+        drifts: whether features change without the optimizer, as running statistics make them.
     """
 
     kept: Any
@@ -71,58 +118,80 @@ class Guard:
     accepted: Bool[Array, ""]
     solves: Int[Array, ""]
     rejections: Int[Array, ""]
-    row: Int[Array, ""]
+    consecutive_rejections: Int[Array, ""]
+    settings: Guard = struct.field(pytree_node=False)
     drifts: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, parts: dict[str, Any], drifts: bool) -> Self:
-        """The guard of a state that has not been solved yet."""
-        solves, rejections, row = (jnp.zeros((), jnp.int32) for _ in range(3))
-        best = jnp.full((), jnp.inf, jnp.float32)
-        return cls(copied(parts), best, jnp.ones((), bool), solves, rejections, row, drifts)
-
-    def judge(self, parts: dict[str, Any], stats: Stats) -> tuple[Self, dict[str, Any]]:
-        """Decide on the state after a solve.
+    def init(cls, settings: Guard, parts: dict[str, Any], drifts: bool) -> Self:
+        """The state before the first solve.
 
         Args:
-            parts: the guarded parts, with the new head, and the optimizer's state in ``"opt_state"``.
+            settings: the guard's settings.
+            parts: the guarded parts of the train state.
+            drifts: whether features change without the optimizer.
+        """
+        return cls(
+            kept=copied(parts),
+            best=jnp.full((), jnp.inf, jnp.float32),
+            accepted=jnp.ones((), bool),
+            solves=jnp.zeros((), jnp.int32),
+            rejections=jnp.zeros((), jnp.int32),
+            consecutive_rejections=jnp.zeros((), jnp.int32),
+            settings=settings,
+            drifts=drifts,
+        )
+
+    def judge(self, parts: dict[str, Any], stats: Stats) -> tuple[Self, dict[str, Any]]:
+        """Accept or reject the state after a solve.
+
+        Args:
+            parts: the guarded parts, with the new head, and with the optimizer's state as ``"opt_state"``.
             stats: of the solve.
 
         Returns:
-            The guard from now on, and the parts to go on with: those given, or, if the loss is not finite or too far
-            above the best, copies of those kept.
+            The new state of the guard, and the parts to continue with: those given if the solve is accepted, otherwise
+            copies of the kept ones; with the new rate of the backbone in both cases.
         """
-        objective, row = float(stats.objective), int(self.row)
-        excess = (objective - float(self.best)) / float(stats.null_loss)
-        # Running statistics that have not settled, as at the start, or that go back with the rest, make losses worse
-        # at any rate: then it is their doing if a solve fails again, and only what is hopeless is still refused.
-        tries = min(row + (_MOST_TRIES if int(self.solves) <= 1 else 0), _MOST_TRIES) if self.drifts else 0
-        accepted = math.isfinite(objective) and excess <= _TOLERANCE * _WIDER**tries
-        comparable = excess <= _TOLERANCE
-        rate = optax.tree.get(parts["opt_state"], "backbone_rate")
-        if not accepted:
-            rate = rate * _LOWER
-        elif not comparable:
-            rate = rate / _LOWER**row
-        else:
-            rate = jnp.maximum(rate, jnp.minimum(rate * _RAISE, _HIGHEST))
+        settings, objective, best = self.settings, float(stats.objective), float(self.best)
+        excess = (objective - best) / max(float(stats.null_loss), float(jnp.finfo(jnp.float32).tiny))
+        accepted = math.isfinite(objective) and excess <= settings.tolerance * settings.drift_factor ** self._tries()
+        comparable = excess <= settings.tolerance  # with the losses before, which drift does not explain
+        rate = self._new_rate(optax.tree.get(parts["opt_state"], "backbone_rate"), accepted, comparable)
         parts = parts if accepted else self.kept
         parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=rate)}
-        best = objective if not comparable else min(objective, float(self.best))
-        guard = self.replace(  # type: ignore[attr-defined]
-            # The state's parts may be donated by the user's step, so what is kept shares nothing with them.
+        if accepted:
+            best = min(objective, best) if comparable else objective
+        state = self.replace(  # type: ignore[attr-defined]
+            # A user's step may donate the parts of the state: kept ones share no buffer with them.
             kept=copied(parts) if accepted else parts,
-            best=jnp.asarray(best, self.best.dtype) if accepted else self.best,
+            best=jnp.asarray(best, self.best.dtype),
             accepted=jnp.asarray(accepted),
             solves=self.solves + 1,
             rejections=self.rejections + (not accepted),
-            row=jnp.zeros((), jnp.int32) if accepted else self.row + 1,
+            consecutive_rejections=jnp.zeros((), jnp.int32) if accepted else self.consecutive_rejections + 1,
         )
-        return guard, parts if accepted else copied(parts)
+        return state, parts if accepted else copied(parts)
+
+    def _tries(self) -> int:
+        """How often the tolerance is multiplied by ``drift_factor`` at the next solve."""
+        if not self.drifts:
+            return 0
+        # Statistics have not settled at the start; and they go back with the rest, so that the next solve fails too.
+        most = self.settings.drift_tries
+        return most if int(self.solves) <= 1 else min(int(self.consecutive_rejections), most)
+
+    def _new_rate(self, rate: Array, accepted: bool, comparable: bool) -> Array:
+        settings = self.settings
+        if not accepted:
+            return rate * settings.decrease_factor
+        if not comparable:  # the rejections before were the drift's doing
+            return rate / settings.decrease_factor ** int(self.consecutive_rejections)
+        return jnp.maximum(rate, jnp.minimum(rate * settings.increase_factor, settings.highest_rate))
 
     @property
     def figures(self) -> dict[str, float]:
-        """What was decided, as flat Python numbers for a logger."""
+        """The decisions so far, as flat Python numbers for a logger."""
         return {
             "accepted": bool(self.accepted),
             "backbone_rate": float(optax.tree.get(self.kept["opt_state"], "backbone_rate")),
@@ -133,37 +202,38 @@ class Guard:
 
 
 def solve_guarded(
-    guard: Guard | None,
+    guard: GuardState | None,
     network: TwoLayer,
-    rows: Rows,
+    rows: GatheredRows,
     solver: Cronos,
     parts: Callable[[TwoLayer | None], dict[str, Any]],
     key: Array,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
-) -> tuple[Guard | None, dict[str, Any], Solution]:
-    """A head solve, and what becomes of it.
+) -> tuple[GuardState | None, dict[str, Any], Solution]:
+    """Solve for a head, and accept the new state or go back.
 
     Args:
-        guard: None accepts everything.
+        guard: None accepts every solve.
         network: the present head.
-        rows: its input, with targets and weights.
-        solver: how to solve.
-        parts: the guarded parts of the state with a given head, None for the present one.
+        rows: the head's input, with targets and weights.
+        solver: how the head is solved.
+        parts: gives the guarded parts of the state with this head; None stands for the present head.
         key: key of samples and revived neurons.
-        callback: told of the solve, and then of the decision.
-        throw: raise if the loss is not finite and there is nothing to go back to.
+        callback: called during the solve, and with the guard's figures at the end.
+        throw: raise if the loss is not finite and no earlier state can be restored.
 
     Returns:
-        The guard and the parts to go on with, and the solution; its status says if it was rejected.
+        The guard's new state, the parts to continue with, and the solution; ``solution.status`` says if it was
+        rejected.
 
     Raises:
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
-    if np.all(np.isfinite(rows.X)):
-        new, solution = fit(network, rows, solver, key, callback, throw=False)
+    if rows.finite:
+        new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
     else:
-        new, solution = None, failed(network)
+        new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(guard.solves) == 0):
         raise FloatingPointError(f"solve_head: {solution.status.message}")
     changed = parts(new)
@@ -178,5 +248,5 @@ def solve_guarded(
 
 
 def copied(tree: Any) -> Any:
-    """A copy that shares no buffer."""
+    """A copy that shares no buffer with ``tree``."""
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, Array) else leaf, tree)

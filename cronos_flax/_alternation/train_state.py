@@ -1,127 +1,48 @@
 """CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.guard import Guard, at_backbone_rate, solve_guarded
-from cronos_flax._head.find import Found
-from cronos_flax._head.fit import checked
-from cronos_flax._head.linen import Head
+from cronos_flax._alternation.backbone import check_optimizer, rated_backbone_only
+from cronos_flax._alternation.defaults import alternation_defaults
+from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
+from cronos_flax._head.fit import solver_or_default
+from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
-_STEPS_PER_SOLVE = 3
-_BETA_RATIO = 0.005
-
-
-def short_solves(solver: Cronos, head: Found) -> Cronos:
-    """The solver of an alternation, with what it takes where a setting is None: it solves again and again.
-
-    A module that is nothing but its head does not alternate: there it stays as it is.
-    """
-    if not head.frozen:
-        return solver
-    return dataclasses.replace(
-        solver,
-        max_iters=_STEPS_PER_SOLVE if solver.max_iters is None else solver.max_iters,
-        beta_ratio=_BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio,
-    )
-
-
-def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
-    """An optimizer that moves everything but the head.
-
-    The head's updates are zero whatever ``tx`` does (weight decay included), and no moments are kept for it.
-
-    Args:
-        tx: any Optax optimizer.
-        head: from :func:`cronos_flax.find_head`.
-
-    Returns:
-        A transformation for trees of the same structure as ``variables["params"]``.
-
-    Raises:
-        ValueError: if ``tx`` is not an Optax transformation or ``head`` not a head.
-    """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ValueError(
-            f"backbone_only: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
-            "for example optax.adam(1e-3)."
-        )
-    if not isinstance(head, Head):
-        raise ValueError(f"backbone_only: `head` must come from cf.find_head, got {type(head).__name__}.")
-
-    inner = optax.with_extra_args_support(tx)
-
-    def is_head(path: tuple) -> bool:
-        # The keys of dicts: not the .fast and .slow of optax.LookaheadParams.
-        names = tuple(entry.key for entry in path if hasattr(entry, "key"))
-        return any(names[: len(p)] == p for p in head.paths)
-
-    def backbone(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: optax.MaskedNode() if is_head(path) else leaf, tree)
-
-    def init(params: Any) -> optax.OptState:
-        if not any(is_head(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
-            raise ValueError(
-                "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
-                f"tree without {'/'.join(map(str, head.hidden_path))}."
-            )
-        return inner.init(backbone(params))
-
-    def update(grads: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
-        updates, state = inner.update(backbone(grads), state, None if params is None else backbone(params), **extra)
-        # optax.partition would do, but for optax.lookahead, whose updates have not the structure of the gradients.
-        updates = jax.tree.map(
-            lambda new, old: jnp.zeros_like(old) if isinstance(new, optax.MaskedNode) else new,
-            updates,
-            grads if params is None else params,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-        )
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@functools.lru_cache(maxsize=16)  # of another state it is the same one, and a jitted step is not compiled again
-def _routed(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
-    """``tx`` for the backbone, at a rate that the guard sets."""
-    return backbone_only(at_backbone_rate(tx) if hasattr(tx, "update") else tx, head)
-
 
 def module_params(params: Any) -> Any:
-    """What the module is applied with; of ``optax.LookaheadParams`` the fast ones."""
+    """The parameters that the module is applied with: of ``optax.LookaheadParams`` the fast ones."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 class CronosTrainState(TrainState):
-    """Flax's ``TrainState``, with a head that is solved for rather than stepped.
+    """Flax's ``TrainState`` for CRONOS-AM: gradient steps move the backbone, solves move the head.
 
-    ``apply_gradients`` is Flax's own and moves the backbone only; :meth:`solve_head` moves the head only, and goes back
-    to the last good state when the backbone has run away from its head.
+    ``apply_gradients`` is Flax's own, and the head does not move in it. :meth:`solve_head` replaces the head, and
+    restores an earlier state if the optimizer's steps since the last solve have done harm.
 
-    A subclass whose fields follow the parameters (an average of them, say) names these in ``guarded`` too.
+    A subclass with fields that follow the parameters (an average of them, say) adds their names to ``guarded``.
 
     Args:
         head: from :func:`cronos_flax.find_head`.
-        solver: how the head is solved.
-        model_state: the module's other collections, such as ``{"batch_stats": …}``.
-        guard: what to go back to, and what was decided (``state.figures``); None for a state without guard.
+        solver: how the head is solved, with the defaults of an alternation filled in.
+        model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
+        guard: the state of the guard; None without guard. ``state.figures`` shows it as numbers.
     """
 
     head: Head = struct.field(pytree_node=False)
     solver: Cronos = struct.field(pytree_node=False)
     model_state: Any = struct.field(default_factory=dict)
-    guard: Guard | None = None
+    guard: GuardState | None = None
 
     guarded: ClassVar[tuple[str, ...]] = ("params", "opt_state", "model_state")
 
@@ -134,46 +55,50 @@ class CronosTrainState(TrainState):
         tx: optax.GradientTransformation,
         head: Head,
         solver: Cronos | None = None,
-        guard: bool = True,
+        guard: Guard | bool | None = True,
         **kwargs: Any,
     ) -> Self:
-        """As ``TrainState.create``; ``tx`` is routed to the backbone, at a rate that the guard sets.
+        """As ``TrainState.create``; ``tx`` is applied to the backbone only, at a rate that the guard sets.
 
         Args:
             apply_fn: usually ``model.apply``.
             params: ``variables["params"]``.
             tx: any Optax optimizer.
             head: from :func:`cronos_flax.find_head`.
-            solver: how the head is solved, with the loss that the gradients are of; None means ``Cronos()``. Where its
-                ``max_iters`` is None, each solve takes a few steps only, unless the module is nothing but its head.
-            guard: go back to the last good state when a solve ends above the best so far, and lower the backbone's
-                rate. Keeps a copy of parameters, collections and optimizer state. False: every solve is accepted.
-            **kwargs: ``model_state`` and the fields of subclasses.
+            solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. Settings that
+                are None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio``
+                .005, unless the module is nothing but its head. ``print(state.solver)`` shows them.
+            guard: settings of the guard, which restores the last good state if a solve ends above the best loss so far,
+                and lowers the backbone's rate. It keeps a copy of parameters, collections and optimizer state. True
+                means ``cf.Guard()``; False or None means no guard: every solve is accepted.
+            **kwargs: ``model_state``, and the fields of subclasses.
 
         Raises:
-            ValueError: for a ``tx``, ``head`` or ``solver`` of the wrong kind.
+            ValueError: for a ``tx``, ``head``, ``solver`` or ``guard`` of the wrong kind.
         """
-        solver = short_solves(checked(head, Head, solver, "CronosTrainState"), head)
-        tx = _routed(tx, head)
+        check_optimizer("CronosTrainState", tx)
+        check_head("CronosTrainState", head, LinenModule)
+        solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head)
+        settings = guard_settings("CronosTrainState", guard)
+        tx = rated_backbone_only(tx, head)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
-        if not guard:
+        if settings is None:
             return state
-        # A head that was found with mutable collections sees what a training step sees, not the running statistics.
-        drifts = bool(jax.tree.leaves(state.model_state)) and not head.kwargs.get("mutable")
-        return state.replace(guard=Guard.of(state._parts_with(None), drifts=drifts))
+        drifts = bool(jax.tree.leaves(state.model_state)) and not head.in_training
+        return state.replace(guard=GuardState.init(settings, state._parts_with(None), drifts))
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the module is applied with."""
+        """The variables that the module is applied with."""
         return {"params": module_params(self.params), **self.model_state}
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the guard decided so far, as flat Python numbers; nothing without a guard."""
+        """The guard's decisions so far, as flat Python numbers; empty without a guard."""
         return {} if self.guard is None else self.guard.figures
 
     def _parts_with(self, network: TwoLayer | None) -> dict[str, Any]:
-        """The guarded parts, with this head; None for the present one."""
+        """The guarded parts of the state with this head; None stands for the present head."""
         parts = {name: getattr(self, name) for name in self.guarded}
         if network is None:
             return parts
@@ -193,22 +118,22 @@ class CronosTrainState(TrainState):
     ) -> tuple[Self, Solution]:
         """Solve for the head on the present features, starting from the present head.
 
-        Runs on the host, between jitted training steps; ``step`` stays as it is. The regularised loss of the network on
-        ``data`` never rises. If it ends above the least that an earlier solve ended at, by more than a hundredth of the
-        loss of the best constant, then the steps in between have done harm: parameters, collections and optimizer state
-        go back to what they were after the last solve that was accepted, the backbone goes on at a lower rate, and
-        ``solution.status`` is ``Status.rejected``. Solves that are accepted raise the rate again.
+        Runs on the host, between jitted training steps; ``step`` does not change. The regularised loss of the network
+        on ``data`` never rises. If it ends above the least loss of earlier solves, by more than the guard's tolerance,
+        the solve is rejected: parameters, collections and optimizer state go back to those of the last accepted solve,
+        the backbone continues at a lower rate, and ``solution.status`` is ``Status.rejected``. Accepted solves raise
+        the rate again (see :class:`cronos_flax.Guard`).
 
         Args:
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments. The guard compares losses from solve
-                to solve, so these should be the same rows, or samples of the same rows.
+                to solve, so give the same rows each time, or samples of the same rows.
             unpack: how to take a batch apart.
-            key: key of samples and revived neurons; None means one that follows from ``step``.
+            key: key of samples and revived neurons; None derives one from ``step``.
             callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end.
-            throw: raise on numerical failure that there is no earlier state to go back from.
+            throw: raise on numerical failure if no earlier state can be restored.
 
         Returns:
-            The state with the new head, or the state gone back to, and the :class:`Solution`.
+            The state with the new head, or the restored state; and the :class:`Solution`.
 
         Raises:
             ValueError: for data that do not fit.

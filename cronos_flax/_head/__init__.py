@@ -1,1 +1,1 @@
-"""A head in a module: find it, read, write and feed it, fit it, graft one."""
+"""The head of a module: find it, read, write and feed it, fit it; or graft one."""

@@ -1,11 +1,12 @@
-"""One pass over the user's batches: the head's input of every row, with its target and its weight.
+"""One pass over the user's batches: the head's input for every row, with its target and its weight.
 
-Only features are kept, on the host: a batch may go as soon as it has been through the backbone, and rows of no weight
-(masked tokens) are dropped with it. Rows come out in an order of their own, by target and then along a fixed random
-direction, so that a fit does not depend on the order in which batches came, and what is sampled from consecutive
-stretches of rows has every class in its share.
+Only features are kept, in host memory: a batch is released after its pass through the backbone. Rows of weight zero
+(masked tokens) are dropped. The rows that :func:`gather` returns are sorted by target, and then along a fixed random
+direction. So a fit does not depend on the order of the batches, and a sample of consecutive stretches of rows has its
+share of every class.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
@@ -15,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # of whole arrays, per pass through the backbone
+_CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
 
-Tap = Callable[[tuple, Mapping], Array]  # of positional and keyword arguments: the head's input (..., p)
+Tap = Callable[[tuple, Mapping], Array]  # from positional and keyword arguments to the head's input (..., p)
 Unpack = Callable[[Any], tuple]
 
 
 class Batch(NamedTuple):
-    """What the module is called with, the targets, and the weights (copies: loaders use their buffers again)."""
+    """The module's arguments, the targets and the weights; the last two are copies, as loaders reuse their buffers."""
 
     args: tuple
     kwargs: Mapping[str, Any]
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any = None) -> Self:
+        """A batch with targets and weights as arrays of numbers."""
         return cls(args, kwargs, _numbers("targets", y), None if weight is None else _numbers("`weight`", weight))
 
 
@@ -47,22 +49,30 @@ def _numbers(name: str, value: Any) -> np.ndarray:
     return array
 
 
-class Rows(NamedTuple):
-    """Features ``(n, p)``, labels ``(n,)`` or targets ``(n, C)``, and weights ``(n,)`` or None."""
+class GatheredRows(NamedTuple):
+    """The rows of a fit.
+
+    Args:
+        X: features ``(n, p)``.
+        y: labels ``(n,)`` or targets ``(n, C)``.
+        weight: ``(n,)``, positive; None if all are equal.
+        finite: whether all features are finite.
+    """
 
     X: np.ndarray
     y: np.ndarray
     weight: np.ndarray | None
+    finite: bool
 
 
 def gather(
     tap: Tap, outputs: int, data: Any, unpack: Unpack | None, callback: Callable[[dict[str, float]], Any] | None
-) -> Rows:
+) -> GatheredRows:
     """All rows of ``data``.
 
     Args:
-        tap: the head's input for one batch.
-        outputs: the number of outputs of the head, which the targets must have.
+        tap: gives the head's input for one batch.
+        outputs: the head's number of outputs C, which the targets must fit.
         data: as for :func:`cronos_flax.fit_head`.
         unpack: as for :func:`cronos_flax.fit_head`.
         callback: called after every batch with ``rows`` (so far) and ``seconds``.
@@ -74,7 +84,7 @@ def gather(
         raise ValueError(f"fit_head: `callback` must be a function of one dict, got {callback!r}.")
     if unpack is not None and not callable(unpack):
         raise ValueError(f"fit_head: `unpack` must be a function of one batch, got {unpack!r}.")
-    pieces: list[Rows] = []
+    pieces: list[GatheredRows] = []
     start, count = time.perf_counter(), 0
     pending: tuple[Array, Batch] | None = None
 
@@ -87,7 +97,7 @@ def gather(
 
     for batch in batches(data, unpack):
         features = tap(batch.args, batch.kwargs)
-        if pending is not None:  # while this batch is under way
+        if pending is not None:  # copied to the host while the device works on this batch
             finish(*pending)
         pending = features, batch
     if pending is None:
@@ -102,27 +112,29 @@ def gather(
     return _joined(pieces)
 
 
-def _rows(features: Array, batch: Batch, outputs: int) -> Rows:
-    """A batch on the host, leading axes flattened, without the rows of weight zero."""
+def _rows(features: Array, batch: Batch, outputs: int) -> GatheredRows:
+    """A batch in host memory, leading axes flattened, without the rows of weight zero."""
     leading, p = features.shape[:-1], features.shape[-1]
     X = np.asarray(features, jnp.promote_types(features.dtype, jnp.float32)).reshape(-1, p)
-    y = flat_targets(batch.y, leading, outputs)
-    if batch.weight is None:
-        return Rows(X, y, None)
-    weight = batch.weight
-    if weight.shape[: len(leading)] != leading[: weight.ndim] or weight.ndim > len(leading):
-        raise ValueError(
-            f"fit_head: `weight` must have one entry for each row, shape {leading}, or for each example, shape "
-            f"{leading[:1]}, got {weight.shape}."
-        )
-    weight = weight.reshape(weight.shape + (1,) * (len(leading) - weight.ndim))
-    weight = np.broadcast_to(weight, leading).reshape(-1).astype(X.dtype)
-    there = weight != 0
-    return Rows(X[there], y[there], weight[there])
+    y, weight = flat_targets(batch.y, leading, outputs), None
+    if batch.weight is not None:
+        weight = flat_weight(batch.weight, leading).astype(X.dtype)
+        counts = weight != 0
+        X, y, weight = X[counts], y[counts], weight[counts]
+    return GatheredRows(X, y, weight, bool(np.all(np.isfinite(X))))
 
 
 def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.ndarray:
-    """Labels ``(rows,)`` or targets ``(rows, C)``; what the loss makes of them, the solver says."""
+    """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
+
+    Args:
+        y: the targets of a batch.
+        leading: the leading axes of the features.
+        outputs: the number of outputs C; for ``C = 1`` the last axis is optional.
+
+    Raises:
+        ValueError: for any other shape.
+    """
     rows = int(np.prod(leading))
     is_float = jnp.issubdtype(y.dtype, jnp.floating)
     if y.shape in (leading, (rows,)) and (outputs == 1 or not is_float):
@@ -135,31 +147,50 @@ def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.nd
     )
 
 
-def _joined(pieces: list[Rows]) -> Rows:
-    """All pieces in an order that does not depend on theirs; each is let go as soon as it has been copied."""
+def flat_weight(weight: Any, leading: tuple[int, ...]) -> Any:
+    """Weights ``(rows,)``, from one for each row or one for each example.
+
+    Args:
+        weight: an array of NumPy or JAX.
+        leading: the leading axes of the features: the first is that of examples, all together are those of rows.
+
+    Raises:
+        ValueError: for any other shape.
+    """
+    if weight.shape != leading[: weight.ndim]:
+        raise ValueError(
+            f"fit_head: `weight` must have one entry for each row, shape {leading}, or for each example, shape "
+            f"{leading[:1]}, got {weight.shape}."
+        )
+    return weight.reshape(-1).repeat(math.prod(leading[weight.ndim :]))
+
+
+def _joined(pieces: list[GatheredRows]) -> GatheredRows:
+    """All rows, sorted as the module's docstring says; each piece is released as soon as it is copied."""
     n, (p, dtype) = sum(len(piece.X) for piece in pieces), (pieces[0].X.shape[1], pieces[0].X.dtype)
     direction = np.asarray(np.random.default_rng(0).normal(size=p), dtype)
     first = [piece.y if piece.y.ndim == 1 else piece.y[:, 0] for piece in pieces]
     place = np.empty(n, int)
     place[np.lexsort((np.concatenate([piece.X @ direction for piece in pieces]), np.concatenate(first)))] = np.arange(n)
-    whole = Rows(
+    whole = GatheredRows(
         np.empty((n, p), dtype),
         np.empty((n, *pieces[0].y.shape[1:]), np.result_type(*(piece.y for piece in pieces))),
         None if pieces[0].weight is None else np.empty(n, dtype),
+        all(piece.finite for piece in pieces),
     )
     start = 0
     while pieces:
         piece = pieces.pop(0)
         to = place[start : start + len(piece.X)]
-        for field, value in zip(whole, piece, strict=True):
-            if field is not None:
-                field[to] = value
+        whole.X[to], whole.y[to] = piece.X, piece.y
+        if whole.weight is not None:
+            whole.weight[to] = piece.weight
         start += len(piece.X)
     return whole
 
 
 def batches(data: Any, unpack: Unpack | None) -> Iterator[Batch]:
-    """The batches of what :func:`cronos_flax.fit_head` takes."""
+    """The batches of ``data``, in any form that :func:`cronos_flax.fit_head` takes."""
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
         yield from _chunks(*data)
         return
@@ -186,7 +217,7 @@ def _kind(value: Any) -> str:
 
 
 def _chunks(x: Any, y: Any) -> Iterator[Batch]:
-    """Whole arrays, cut so that a pass through the backbone stays small."""
+    """Whole arrays in pieces, so that a pass through the backbone needs little memory."""
     leaves = jax.tree.leaves(x)
     arrays = all(isinstance(leaf, np.ndarray | Array) for leaf in (*leaves, y))
     counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()

@@ -1,4 +1,4 @@
-"""A solve for the head of a module from rows of features, the same for linen and NNX."""
+"""A solve for the head of a module, the same for linen and NNX."""
 
 import dataclasses
 import numbers
@@ -9,48 +9,71 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cronos_flax._head.features import Rows
+from cronos_flax._head.features import GatheredRows
+from cronos_flax._head.head import Head
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 
 
-def checked(head: Any, kind: type, solver: Cronos | None, where: str) -> Cronos:
-    """The solver, None being the default; with a head of the right kind."""
-    if not isinstance(head, kind):
-        raise ValueError(f"{where}: `head` must come from its find_head, got {type(head).__name__}.")
-    solver = Cronos() if solver is None else solver
-    if not isinstance(solver, Cronos):
-        raise ValueError(f"{where}: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
-    return solver
+def fit_data(
+    head: Head,
+    variables: Any,
+    data: Any,
+    solver: Cronos,
+    unpack: Callable[[Any], tuple] | None,
+    key: Array | None,
+    callback: Callable[[dict[str, float]], Any] | None,
+    throw: bool,
+) -> tuple[Any, Solution]:
+    """Gather the head's input, solve, and write the solution into the head.
 
+    Args:
+        head: the head.
+        variables: the variables of a linen module, or an NNX model.
+        data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
+        solver: how the head is solved.
+        unpack: how to take a batch apart.
+        key: key of samples and revived neurons.
+        callback: called after each batch and at each check of the solve.
+        throw: raise on numerical failure.
 
-def check_network(network: Any, like: TwoLayer) -> None:
-    """Weights that can be written where ``like`` is: of any width, with the same biases."""
-    fits = isinstance(network, TwoLayer) and all(
-        (getattr(network, name) is None) == (getattr(like, name) is None) for name in ("bias1", "bias2")
-    )
-    if not fits:
+    Returns:
+        What ``head.write`` returns, or ``variables`` if no better head was found; and the solution.
+
+    Raises:
+        ValueError: for data that do not fit, or features that are not finite.
+        FloatingPointError: if the loss of the present head is not finite, and ``throw``.
+    """
+    rows = head.gather(variables, data, unpack, callback)
+    if not rows.finite:
         raise ValueError(
-            "write: `network` must be a cf.TwoLayer with the biases that the head has, "
-            f"{'a' if like.bias1 is not None else 'no'} bias1 and {'a' if like.bias2 is not None else 'no'} bias2, got "
-            f"{network!r}."
+            "fit_head: the features must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
+            "and remove or impute the rows of `data` that are not finite."
         )
+    network, solution = fit_rows(head.read(variables), rows, solver, key, callback, throw)
+    return variables if network is None else head.write(variables, network), solution
 
 
-def fit(
+def fit_rows(
     network: TwoLayer,
-    rows: Rows,
+    rows: GatheredRows,
     solver: Cronos,
     key: Array | None,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
 ) -> tuple[TwoLayer | None, Solution]:
-    """What is to be written in place of ``network``, in its dtypes; None if nothing.
+    """Solve on finite features, starting from ``network``.
+
+    Returns:
+        The new network in the dtypes of the old one, or None if rounding to these dtypes loses what the solve gained;
+        and the solution, whose figures are those of the rounded network.
 
     Raises:
-        FloatingPointError: if the loss of the present head is not finite, and ``throw``.
+        FloatingPointError: if the loss of ``network`` is not finite, and ``throw``.
     """
-    solution = solver.solve(rows.X, rows.y, init=network, sample_weight=rows.weight, key=key, callback=callback)
+    solution = solver.solve_features(
+        rows.X, rows.y, init=network, sample_weight=rows.weight, key=key, callback=callback
+    )
     if throw and solution.status == Status.nonfinite:
         raise FloatingPointError(f"fit_head: {solution.status.message}")
 
@@ -60,7 +83,6 @@ def fit(
     rounded = jax.tree.map(lambda old, new: new.astype(old.dtype), network, solution.params)
     if jnp.result_type(network.kernel1, network.kernel2) == solution.params.kernel1.dtype:
         return rounded, solution
-    # Rounding to the parameters' own precision comes after the solve, and may undo it.
     objective = solver.objective(as_solved(rounded), rows.X, rows.y, solution.stats.beta, sample_weight=rows.weight)
     better = bool(objective <= solution.stats.initial_objective)
     stats = dataclasses.replace(solution.stats, objective=objective if better else solution.stats.initial_objective)
@@ -68,8 +90,16 @@ def fit(
     return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept), stats=stats)
 
 
-def failed(network: TwoLayer) -> Solution:
-    """The solution that stands for a solve on features that are not finite."""
+def solver_or_default(where: str, solver: Cronos | None) -> Cronos:
+    """The solver given; None means ``Cronos()``."""
+    solver = Cronos() if solver is None else solver
+    if not isinstance(solver, Cronos):
+        raise ValueError(f"{where}: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
+    return solver
+
+
+def nonfinite_solution(network: TwoLayer) -> Solution:
+    """The solution of a solve that was not tried, because the features are not finite: ``network``, unchanged."""
     nan, zero = jnp.full((), jnp.nan), jnp.zeros((), jnp.int32)
     stats = Stats(
         objective=nan,
@@ -84,14 +114,13 @@ def failed(network: TwoLayer) -> Solution:
 
 
 def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:
-    """The same network without the neurons that do (nearly) nothing.
+    """The same network without the neurons that contribute (nearly) nothing.
 
-    A solve uses exactly the neurons that it is given, and says in ``stats.active_neurons`` how many it needed. The
-    smaller head fits a module of the smaller width: ``model.clone(width=…)`` and ``head.write`` in linen, new layers
-    in NNX.
+    A solve uses all neurons that it is given; ``stats.active_neurons`` says how many it needed. The smaller network
+    fits a module of the smaller width: ``model.clone(width=…)`` and ``head.write`` in linen, new layers in NNX.
 
-    A neuron goes if neither ``‖kernel1ᵢ‖ ‖kernel2ᵢ‖`` nor ``|bias1ᵢ| ‖kernel2ᵢ‖`` is above ``tol`` times the largest
-    of its kind; these do not change when a neuron is rebalanced.
+    Neuron i is dropped if both ``‖kernel1ᵢ‖ ‖kernel2ᵢ‖`` and ``|bias1ᵢ| ‖kernel2ᵢ‖`` are at most ``tol`` times the
+    largest of their kind. Rescaling a neuron's two layers against each other does not change these products.
 
     Args:
         params: the network, with m neurons.

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
 
 Pool = Callable[..., Any]
@@ -21,14 +21,14 @@ def _two_layers(x: jax.Array, hidden: int, features: int, parent: nn.Module, **l
 
 
 class Grafted(nn.Module):
-    """A module with a two-layer head; made by :func:`graft`. Its parameters are those of ``backbone``, and of the head.
+    """A module with a two-layer head; made by :func:`graft`. Its parameters are those of ``backbone`` and of the head.
 
     Args:
         backbone: the module.
         at: path of the layer whose place the head takes; None for a head after the module's output.
         hidden: number of hidden neurons m.
         features: number of outputs C; None for as many as the layer had.
-        pool: what is done to the head's input first.
+        pool: applied to the head's input first; None for nothing.
     """
 
     backbone: nn.Module
@@ -68,9 +68,9 @@ class Grafted(nn.Module):
             out = self.backbone(*args, **kwargs)
         if path not in called:
             depth = len(self.backbone.path)
-            there = ", ".join(dict.fromkeys(slashed(p[depth:]) for p in called))
+            there = ", ".join(dict.fromkeys(format_path(p[depth:]) for p in called))
             raise ValueError(
-                f"graft: `at` must be the path of a layer that is called, got {slashed(self.at)}; {there}."
+                f"graft: `at` must be the path of a layer that is called, got {format_path(self.at)}; {there}."
             )
         return out
 
@@ -83,27 +83,27 @@ def graft(
     features: int | None = None,
     pool: Pool | None = None,
 ) -> nn.Module:
-    """A module with the head ``Dense(hidden) → relu → Dense(features)`` in the place of one of its layers.
+    """Replace a layer of a module by the head ``Dense(hidden) → relu → Dense(features)``.
 
-    Most pretrained models end in one Dense, or in none; this gives them a head that can be solved for. The result is
-    an ordinary module, called as ``model`` is (``__call__`` only). Its variables are those of ``model`` under
-    ``backbone``, with ``hidden`` and ``output`` at the path of the layer that went; :func:`graft_variables` brings
-    pretrained ones over.
+    Most pretrained models end in one Dense, or in none; a grafted model has a head that can be solved for. It is an
+    ordinary module, and is called like ``model`` (``__call__`` only). Its variables are those of ``model`` under
+    ``backbone``, with ``hidden`` and ``output`` at the path of the replaced layer; :func:`graft_variables` copies
+    pretrained ones.
 
     Args:
         model: any linen module; it is not changed.
         at: path of the layer to replace, within the module's parameters: ``("fc",)`` or ``"encoder/fc"``. None puts the
-            head after the module's output, ``hidden`` and ``output`` beside ``backbone``.
+            head after the module's output; ``hidden`` and ``output`` are then beside ``backbone``.
         hidden: number of hidden neurons m.
-        features: number of outputs C; None for as many as the layer had.
-        pool: called with the head's input, and then with everything that the module was called with; returns what
-            the head gets instead: the mean over tokens, say, with the mask that is among the arguments.
+        features: number of outputs C; None for as many as the layer has.
+        pool: a function of the head's input and of all arguments of the module, that returns the new input of the head:
+            for instance the mean over tokens, by a mask among the arguments.
 
     Returns:
         The grafted module.
 
     Raises:
-        ValueError: for arguments outside their range. Calling the module raises it if nothing is called at ``at``.
+        ValueError: for arguments outside their range; and, when the module is called, if it calls no layer at ``at``.
 
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf
@@ -126,7 +126,7 @@ def graft(
 
 
 def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Variables of a grafted module: pretrained ones for the backbone, fresh ones for the head.
+    """The variables of a grafted module: pretrained ones for the backbone, random ones for the head.
 
     Args:
         grafted: from :func:`graft`.
@@ -156,7 +156,7 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     wanted = {path for path in fresh if path[1] == "backbone" and not is_replaced((path[0], *path[2:]))}
     wrong = wanted ^ moved.keys() | {p for p in wanted & moved.keys() if _shape(fresh[p]) != _shape(moved[p])}
     if wrong:
-        names = ", ".join(sorted(slashed((path[0], *path[2:])) for path in wrong)[:5])
+        names = ", ".join(sorted(format_path((path[0], *path[2:])) for path in wrong)[:5])
         raise ValueError(
             "graft_variables: `pretrained` must be the variables of the module that was grafted; missing, left over or "
             f"of another shape: {names}."

@@ -1,4 +1,4 @@
-"""The layer-solver on linen modules: find the head, read, write and feed it, and replace it by a solve."""
+"""Heads of linen modules: find one, and replace it by a solve."""
 
 import dataclasses
 import functools
@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax import Array
-from jaxtyping import Float
 
-from cronos_flax._head.features import Rows, gather
-from cronos_flax._head.find import Call, Found, Layer, Path, find, jitted, selected
-from cronos_flax._head.fit import check_network, checked, fit
+from cronos_flax._head.find import find
+from cronos_flax._head.fit import fit_data, solver_or_default
+from cronos_flax._head.head import Call, Head, Layer, Path, check_head, selected
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
@@ -25,13 +24,20 @@ _DENSE = nn.Dense, nn.DenseGeneral
 
 
 @dataclasses.dataclass(frozen=True)
-class _Linen:
-    """A linen module in functional form."""
+class LinenModule:
+    """A linen module as pure functions of its variables; calls of layers are seen by Flax's interceptor.
+
+    Args:
+        model: the module.
+        method: the method to call, as for ``model.apply``.
+        output: which of several outputs ends in the head.
+    """
 
     model: nn.Module
     method: Any
     output: Any
 
+    finder: ClassVar[str] = "cf.find_head"
     dense: ClassVar[str] = "nn.Dense"
     graft: ClassVar[str] = "cf.graft"
     numbered: ClassVar[bool] = False
@@ -40,11 +46,26 @@ class _Linen:
     def name(self) -> str:
         return type(self.model).__name__
 
+    def variables(self, given: Any, where: str) -> Mapping:
+        if not isinstance(given, Mapping) or "params" not in given:
+            raise ValueError(
+                f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
+                f"{sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__}."
+            )
+        return given
+
     def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
-        out, inputs, dtypes, _ = self.tapped(variables, args, kwargs, lambda _: True)
+        out, inputs, dtypes, _ = self._apply(variables, args, kwargs, lambda _: True)
         return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
 
-    def tapped(
+    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Mapping | None]:
+        _, inputs, _, updates = self._apply(variables, args, kwargs, lambda other: other == path)
+        return inputs[path], None if kwargs.get("mutable", False) is False else updates
+
+    def in_training(self, kwargs: Mapping) -> bool:
+        return bool(kwargs.get("mutable"))
+
+    def _apply(
         self, variables: Mapping, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
     ) -> tuple[Any, dict[Path, Array], dict[Path, Any], Mapping]:
         """The chosen output; inputs and dtypes of results by path, in call order; and the collections that changed."""
@@ -57,7 +78,7 @@ class _Linen:
             if inputs and wanted(module.path):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
-            dtypes.pop(module.path, None)  # the last call counts
+            dtypes.pop(module.path, None)  # order by the last call
             dtypes[module.path] = out.dtype
             return out
 
@@ -75,8 +96,8 @@ class _Linen:
         except (KeyError, TypeError):
             return ()
 
-    def read(self, variables: Mapping, paths: tuple[Path, Path]) -> TwoLayer:
-        hidden, output = (_at(variables["params"], path) for path in paths)
+    def read(self, given: Mapping, paths: tuple[Path, Path]) -> TwoLayer:
+        hidden, output = (_at(given["params"], path) for path in paths)
         return TwoLayer(hidden["kernel"], hidden.get("bias"), output["kernel"], output.get("bias"))
 
     def write(self, variables: Mapping, paths: tuple[Path, Path], network: TwoLayer) -> Mapping:
@@ -89,67 +110,10 @@ class _Linen:
             params = _replace(params, path, nn.meta.replace_boxed(old, new))
         return _replace(variables, ("params",), params)
 
+    store = write
+
     def count(self, variables: Mapping) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Head(Found):
-    """The two-layer head of a linen module: where it is, and how to read, write and feed it.
-
-    Made by :func:`find_head`. ``print(head)`` shows where it is, what was proved, what a solve writes and what it
-    leaves alone, and how much memory that takes.
-    """
-
-    def read(self, variables: Mapping) -> TwoLayer:
-        """The head's weights as they are in ``variables``."""
-        return self.module.read(variables, self.paths)
-
-    def write(self, variables: Mapping, network: TwoLayer) -> Mapping:
-        """A copy of ``variables`` with these weights in the head, in the dtypes that were there."""
-        check_network(network, self.read(variables))
-        return self.module.write(variables, self.paths, network)
-
-    def gather(self, variables: Mapping, data: Any, unpack: Callable | None, callback: Callable | None) -> Rows:
-        """The head's input for all rows of ``data``, with targets and weights; arguments as for :func:`fit_head`."""
-        return gather(lambda args, kwargs: self._pass(variables, args, kwargs)[0], self.outputs, data, unpack, callback)
-
-    def inputs(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
-        """The head's input for a batch, by one jitted pass through the backbone.
-
-        Args:
-            variables: the module's variables.
-            *args: positional arguments of the module.
-            **kwargs: keyword arguments; those of :func:`find_head` are kept where none is given.
-
-        Returns:
-            Features ``(n, p)``, leading axes flattened. If ``mutable`` is among the keyword arguments, a pair of these
-            and the collections that changed, as from ``model.apply``.
-
-        Raises:
-            ValueError: if the module does not take the batch.
-        """
-        features, updates = self._pass(variables, args, kwargs)
-        rows: Float[Array, "n p"] = features.reshape(-1, self.features)
-        return (rows, updates) if "mutable" in {**self.kwargs, **kwargs} else rows
-
-    def _pass(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Array, Mapping]:
-        """Features with their leading axes, and the collections that changed."""
-        try:
-            return self._tap(variables, args, {**self.kwargs, **kwargs})
-        except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
-            shapes = jax.tree.map(jnp.shape, args)
-            raise ValueError(
-                f"fit_head: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
-            ) from error
-
-    @functools.cached_property
-    def _tap(self) -> Callable[[Mapping, tuple, Mapping], tuple[Array, Mapping]]:
-        def tap(variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Array, Mapping]:
-            _, inputs, _, updates = self.module.tapped(variables, args, kwargs, lambda p: p == self.hidden_path)
-            return inputs[self.hidden_path], updates
-
-        return jitted(tap)
 
 
 def _at(tree: Mapping, path: Path) -> Mapping:
@@ -164,15 +128,6 @@ def _replace(tree: Mapping, path: Path, value: Mapping) -> Mapping:
     return FrozenDict(new) if isinstance(tree, FrozenDict) else new
 
 
-def check_variables(where: str, variables: Any) -> None:
-    """What ``model.init`` returns."""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError(
-            f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
-            f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__}."
-        )
-
-
 def find_head(
     model: nn.Module,
     variables: Mapping,
@@ -182,26 +137,26 @@ def find_head(
     paths: Any = None,
     **kwargs: Any,
 ) -> Head:
-    """Find the head ``Dense → relu → Dense`` that a linen module ends in, and prove it by value.
+    """Find the head ``Dense → relu → Dense`` that a linen module ends in, and verify it numerically.
 
-    Called as ``model.apply`` would be, on one real batch; the arguments given by keyword (``train=False``, ``rngs``,
+    Takes the arguments of ``model.apply``, for one real batch. Keyword arguments (``train=False``, ``rngs``,
     ``mutable``, …) are used again for every feature pass. The module and the variables are not changed.
 
     Args:
-        model: a linen module; nothing in it needs to be prepared.
+        model: any linen module.
         variables: its variables, with ``"params"``.
         *args: the positional arguments of ``model.apply`` for one batch of at least two rows.
         method: as for ``model.apply``.
-        output: which output ends in the head, where there are several: a key, an index, or a function of the outputs.
-        paths: the paths of hidden and output layer within ``variables["params"]``, such as ``("fc1", "out/fc2")``,
-            instead of a search; they are proved all the same.
+        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs.
+        paths: the paths of the hidden and the output layer within ``variables["params"]``, such as
+            ``("fc1", "out/fc2")``; they are verified too. None searches for them.
         **kwargs: the keyword arguments of ``model.apply``.
 
     Returns:
         The :class:`Head`.
 
     Raises:
-        ValueError: if the module has no such head; the message says what was found instead, and what can be done.
+        ValueError: if the module has no such head; the message says what was found instead and what to do.
 
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf
@@ -215,8 +170,8 @@ def find_head(
         raise ValueError(
             f"find_head: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.find_head."
         )
-    check_variables("find_head", variables)
-    return Head(**vars(find(_Linen(model, method, output), variables, args, kwargs, paths)))
+    module = LinenModule(model, method, output)
+    return find(module, module.variables(variables, "find_head"), args, kwargs, paths)
 
 
 def fit_head(
@@ -230,34 +185,32 @@ def fit_head(
     callback: Callable[[dict[str, float]], Any] | None = None,
     throw: bool = True,
 ) -> tuple[Mapping, Solution]:
-    """Solve for the head of a module on its own features, everything else frozen, starting from the head that is there.
+    """Solve for the head of a module on the module's own features, starting from the present head.
 
-    The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises; ``variables`` are not changed.
-    Batches go through the backbone once, and only features stay. The order in which they come does not matter.
+    The backbone stays as it is. The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises.
+    Each batch goes through the backbone once, and only its features are kept; the order of batches does not matter.
 
     Args:
         head: from :func:`find_head`.
-        variables: the module's variables.
-        data: ``(x, y)``, whole arrays; or an iterable of batches, each ``(x, y)``. Targets are what the solver's
-            loss takes: labels, or floats with the shape of the module's output, the last axis optional for one output.
+        variables: the module's variables; they are not changed.
+        data: whole arrays ``(x, y)``, or an iterable of batches ``(x, y)``. Targets are what the solver's loss takes:
+            labels, or floats with the shape of the module's output (for one output the last axis is optional).
         solver: None means ``Cronos()``.
-        unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)`` with
-            ``args`` the tuple of positional arguments of the module, or a dict of keyword arguments. A weight is
-            one for each example, or for each row that reaches the head (a mask of tokens).
+        unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)``, with
+            ``args`` a tuple of the module's positional arguments or a dict of keyword arguments, and one weight for
+            each example or for each row that reaches the head (a mask of tokens).
         key: as for :meth:`cronos_flax.Cronos.solve`.
         callback: called with ``{"rows", "seconds"}`` after each batch, and then as by
             :meth:`cronos_flax.Cronos.solve`.
-        throw: raise on numerical failure; else ``solution.status`` tells.
+        throw: raise on numerical failure; if False, ``solution.status`` tells.
 
     Returns:
         New variables, and the :class:`Solution`.
 
     Raises:
-        ValueError: for data that do not fit the module, or each other.
+        ValueError: for data that do not fit the module, or each other, and for features that are not finite.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    solver = checked(head, Head, solver, "fit_head")
-    check_variables("fit_head", variables)
-    rows = head.gather(variables, data, unpack, callback)
-    params, solution = fit(head.read(variables), rows, solver, key, callback, throw)
-    return variables if params is None else head.write(variables, params), solution
+    check_head("fit_head", head, LinenModule)
+    solver = solver_or_default("fit_head", solver)
+    return fit_data(head, variables, data, solver, unpack, key, callback, throw)

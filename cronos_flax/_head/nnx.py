@@ -1,7 +1,7 @@
-"""The layer-solver on NNX models: find the head, read, write and feed it, and replace it by a solve.
+"""Heads of NNX models: find one, and replace it by a solve.
 
-NNX has no interceptor, and patching a layer would be felt everywhere. So a copy of the model is watched, in which every
-fully connected layer is of a class that hands its input on; the user's model is read, and written to by a solve only.
+NNX has no interceptor. So layers are watched in a copy of the model, in which every fully connected layer belongs to a
+subclass that records its input. The user's model is only read; a solve writes to it once, at the end.
 """
 
 import contextlib
@@ -17,37 +17,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from cronos_flax._head.features import Rows, gather
-from cronos_flax._head.find import Call, Found, Layer, Path, find, jitted, selected, slashed
-from cronos_flax._head.fit import check_network, checked, fit
+from cronos_flax._head.find import find
+from cronos_flax._head.fit import fit_data, solver_or_default
+from cronos_flax._head.head import Call, Head, Layer, Path, check_head, format_path, selected
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
 LAYERS = nnx.Linear, nnx.LinearGeneral
-_trace = threading.local()  # .calls: dtypes of results by path, while a copy is being traced
+_trace = threading.local()  # .calls: dtypes of results by path, while a watched copy is traced
 
 
 class Tapped(nnx.Variable):
-    """The input of a layer, in the copy of a model that is watched."""
+    """The recorded input of a layer, in a watched copy of a model."""
 
 
 @functools.cache
 def _tapping(kind: Any) -> type:
-    """A subclass of a layer's class that hands its input on."""
+    """A subclass of a layer's class that records the layer's input."""
 
     def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         path, wanted = self.tap
         if wanted:
             self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
-        _trace.calls.pop(path, None)  # the last call counts
+        _trace.calls.pop(path, None)  # order by the last call
         _trace.calls[path] = out.dtype
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
 
 
-def _tap(layer: Any, path: Path, wanted: bool) -> None:
+def _watch(layer: Any, path: Path, wanted: bool) -> None:
+    """Make a layer record its calls, and, if wanted, its input."""
     kind: Any = type(layer)
     layer.__class__ = _tapping(kind)
     layer.tap = nnx.static((path, wanted))
@@ -55,7 +56,7 @@ def _tap(layer: Any, path: Path, wanted: bool) -> None:
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[dict[Path, Any]]:
-    """Calls of watched layers in this thread."""
+    """The calls of watched layers in this thread: dtypes of results by path."""
     before, _trace.calls = getattr(_trace, "calls", None), {}
     try:
         yield _trace.calls
@@ -64,30 +65,57 @@ def _recorded() -> Iterator[dict[Path, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Nnx:
-    """An NNX model in functional form; its variables are the model's state."""
+class NnxModule:
+    """An NNX model as pure functions of its variables, which are its state.
+
+    Args:
+        name: the name of the model's class.
+        graphdef: its structure, in the mode in which features are computed.
+        method: the name of the method to call, or a function; None calls the model.
+        output: which of several outputs ends in the head.
+        eval_mode: whether features are computed as after ``model.eval()``.
+    """
 
     name: str
     graphdef: Any
     method: Any
     output: Any
+    eval_mode: bool
 
+    finder: ClassVar[str] = "cf.nnx.find_head"
     dense: ClassVar[str] = "nnx.Linear"
     graft: ClassVar[str] = "cf.nnx.graft"
     numbered: ClassVar[bool] = True
 
-    def watch(self, state: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
-        out, inputs, dtypes = self.tapped(state, args, kwargs, lambda _: True)
+    def variables(self, given: Any, where: str) -> Any:
+        if not isinstance(given, nnx.Module):
+            raise ValueError(f"{where}: `model` must be an NNX module, got {type(given).__name__}.")
+        graphdef, state = _functional(given, self.eval_mode)
+        if self.eval_mode and graphdef != self.graphdef:
+            raise ValueError(
+                f"{where}: `model` must be the {self.name} that the head was found in, unchanged in structure, "
+                f"got a {type(given).__name__} of another structure. Call find_head again."
+            )
+        return state
+
+    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+        out, inputs, dtypes = self._apply(variables, args, kwargs, lambda _: True)
         return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
 
-    def tapped(
-        self, state: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, None]:
+        return self._apply(variables, args, kwargs, lambda other: other == path)[1][path], None
+
+    def in_training(self, kwargs: Mapping) -> bool:
+        return not self.eval_mode
+
+    def _apply(
+        self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
     ) -> tuple[Any, dict[Path, Array], dict[Path, Any]]:
         """The chosen output; and inputs and dtypes of results by path, in call order."""
-        model = nnx.merge(self.graphdef, state, copy=True)
+        model = nnx.merge(self.graphdef, variables, copy=True)
         for path, module in nnx.iter_modules(model):
             if isinstance(module, LAYERS):
-                _tap(module, tuple(path), wanted(path))
+                _watch(module, tuple(path), wanted(path))
 
         def call(model: nnx.Module) -> Any:
             method = self.method or type(model).__call__
@@ -97,18 +125,18 @@ class _Nnx:
         with _recorded() as dtypes:
             out, sown = nnx.capture(call, Tapped)(model)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
-        # A jitted part of the model that was traced before hands its inputs on, but is not recorded.
+        # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
         return selected(out, self.output), inputs, unseen | dtypes
 
-    def kernel_shape(self, state: Any, path: Path) -> tuple[int, ...]:
+    def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         try:
-            return jnp.shape(_at(state, path)["kernel"][...])
+            return jnp.shape(_at(variables, path)["kernel"][...])
         except KeyError:  # shared with a layer that comes before
             return ()
 
-    def read(self, state: Any, paths: tuple[Path, Path]) -> TwoLayer:
-        hidden, output = (_at(state, path) for path in paths)
+    def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
+        hidden, output = (_weights(given, path) for path in paths)
         return TwoLayer(
             hidden["kernel"][...],
             hidden["bias"][...] if "bias" in hidden else None,
@@ -116,23 +144,38 @@ class _Nnx:
             output["bias"][...] if "bias" in output else None,
         )
 
-    def write(self, state: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
-        new = jax.tree.map(lambda leaf: leaf, state)
-        _assign([_at(new, path) for path in paths], network)
+    def write(self, variables: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
+        new = jax.tree.map(lambda leaf: leaf, variables)
+        _assign([_weights(new, path) for path in paths], network)
         return new
 
-    def count(self, state: Any) -> int:
-        return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+    def store(self, given: nnx.Module, paths: tuple[Path, Path], network: TwoLayer) -> nnx.Module:
+        old, new = (jax.tree.map(jnp.shape, weights) for weights in (self.read(given, paths), network))
+        if old != new:
+            raise ValueError(
+                f"write: `network` must have the widths of the head, {old}, got {new}. For other widths replace the "
+                "model's layers."
+            )
+        _assign([_weights(given, path) for path in paths], network)
+        return given
+
+    def count(self, variables: Any) -> int:
+        return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(nnx.filter_state(variables, nnx.Param)))
 
 
-def _at(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def _at(state: Any, path: Path) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], path, state)
 
 
-def _assign(layers: list[Any], network: TwoLayer) -> None:
-    """Write the weights of two layers, in the dtypes that were there: all of them, or none."""
+def _weights(given: Any, path: Path) -> Mapping[str, nnx.Variable]:
+    """The Variables of a layer by name, in a model or in a state of it."""
+    if not isinstance(given, nnx.Module):
+        return _at(given, path)
+    return {name: value for name, value in vars(module_at(given, path)).items() if isinstance(value, nnx.Variable)}
+
+
+def _assign(layers: list[Mapping[str, nnx.Variable]], network: TwoLayer) -> None:
+    """Write the weights of two layers, in the dtypes of the old ones: all of them, or, on an error, none."""
     values = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
     changes = []
     for layer, (kernel, bias) in zip(layers, values, strict=True):
@@ -144,13 +187,14 @@ def _assign(layers: list[Any], network: TwoLayer) -> None:
 
 
 def module_at(model: Any, path: Path) -> Any:
+    """The part of a model at ``path``, of attributes and of keys or indices."""
     for key in path:
         model = getattr(model, str(key)) if isinstance(model, nnx.Module) and hasattr(model, str(key)) else model[key]
     return model
 
 
 def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
-    """Graph and state of a copy, without what the model has sown."""
+    """Structure and state of a copy of the model, without what the model has sown."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):
         for name, value in list(vars(module).items()):
@@ -159,83 +203,6 @@ def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
     if eval_mode:
         copy.eval()
     return nnx.split(copy)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Head(Found):
-    """The two-layer head of an NNX model: where it is, and how to read, write and feed it.
-
-    Made by :func:`find_head`. ``print(head)`` shows where it is, what was proved, what a solve writes and what it
-    leaves alone, and how much memory that takes.
-    """
-
-    eval_mode: bool = dataclasses.field(kw_only=True)
-
-    def state(self, model: nnx.Module) -> Any:
-        """The state that features are taken with.
-
-        Raises:
-            ValueError: if the model is not of the structure that the head was found in.
-        """
-        if not isinstance(model, nnx.Module):
-            raise ValueError(f"fit_head: `model` must be an NNX module, got {type(model).__name__}.")
-        graphdef, state = _functional(model, self.eval_mode)
-        if self.eval_mode and graphdef != self.module.graphdef:
-            raise ValueError(
-                f"fit_head: `model` must be the {self.module.name} that the head was found in, unchanged in structure, "
-                f"got a {type(model).__name__} of another structure. Call find_head again."
-            )
-        return state
-
-    def read(self, model: nnx.Module) -> TwoLayer:
-        """The head's weights as they are in ``model``."""
-        return self.module.read(nnx.state(model), self.paths)
-
-    def write(self, model: nnx.Module, network: TwoLayer) -> None:
-        """Write these weights into the head, in place, in the dtypes that are there; the widths must be the same."""
-        old = self.read(model)
-        check_network(network, old)
-        if jax.tree.map(jnp.shape, old) != jax.tree.map(jnp.shape, network):
-            raise ValueError(
-                f"write: `network` must have the widths of the head, {jax.tree.map(jnp.shape, old)}, got "
-                f"{jax.tree.map(jnp.shape, network)}. For other widths replace the model's layers."
-            )
-        layers = [vars(module_at(model, path)) for path in self.paths]
-        _assign(layers, network)
-
-    def gather(self, model: nnx.Module, data: Any, unpack: Callable | None, callback: Callable | None) -> Rows:
-        """The head's input for all rows of ``data``, with targets and weights; arguments as for :func:`fit_head`."""
-        state = self.state(model)
-        return gather(lambda args, kwargs: self._pass(state, args, kwargs), self.outputs, data, unpack, callback)
-
-    def inputs(self, model: nnx.Module, *args: Any, **kwargs: Any) -> Array:
-        """The head's input for a batch, ``(n, p)`` with leading axes flattened, by one jitted pass.
-
-        Args:
-            model: the model.
-            *args: positional arguments of the model.
-            **kwargs: keyword arguments; those of :func:`find_head` are kept where none is given.
-
-        Raises:
-            ValueError: if the model does not take the batch.
-        """
-        return self._pass(self.state(model), args, kwargs).reshape(-1, self.features)
-
-    def _pass(self, state: Any, args: tuple, kwargs: Mapping) -> Array:
-        try:
-            return self._tap(state, args, {**self.kwargs, **kwargs})
-        except (AttributeError, TypeError, ValueError) as error:
-            shapes = jax.tree.map(jnp.shape, args)
-            raise ValueError(
-                f"fit_head: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
-            ) from error
-
-    @functools.cached_property
-    def _tap(self) -> Callable[[Any, tuple, Mapping], Array]:
-        wanted = self.hidden_path
-        return jitted(
-            lambda state, args, kwargs: self.module.tapped(state, args, kwargs, lambda p: p == wanted)[1][wanted]
-        )
 
 
 def find_head(
@@ -247,28 +214,28 @@ def find_head(
     eval_mode: bool = True,
     **kwargs: Any,
 ) -> Head:
-    """Find the head ``Linear → relu → Linear`` that an NNX model ends in, and prove it by value.
+    """Find the head ``Linear → relu → Linear`` that an NNX model ends in, and verify it numerically.
 
-    Called as the model would be, on one real batch; arguments given by keyword are used again for every feature pass.
-    The model is not changed.
+    Takes the arguments of the model, for one real batch. Keyword arguments are used again for every feature pass. The
+    model is not changed.
 
     Args:
-        model: an NNX model; nothing in it needs to be prepared.
+        model: any NNX model.
         *args: its positional arguments for one batch of at least two rows.
         method: the name of the method to call, or a function of the model and the arguments; None calls the model.
-        output: which output ends in the head, where there are several: a key, an index, or a function of the outputs.
-        paths: the paths of hidden and output layer, such as ``("fc1", "layers/2")``, instead of a search; they are
-            proved all the same.
-        eval_mode: features are taken as after ``model.eval()``, whatever mode the model is in: no dropout, running
-            averages in norms. False takes the mode that the model is in now; with BatchNorm, alternations need that of
-            ``model.train()``.
+        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs.
+        paths: the paths of the hidden and the output layer, such as ``("fc1", "layers/2")``; they are verified too.
+            None searches for them.
+        eval_mode: compute features as after ``model.eval()``, whatever the model's mode: no dropout, running averages
+            in norms. False takes the mode that the model is in now; for models with BatchNorm call ``model.train()``
+            first, and alternate on the features of training.
         **kwargs: its keyword arguments.
 
     Returns:
-        The :class:`Head`.
+        The :class:`cronos_flax.Head`.
 
     Raises:
-        ValueError: if the model has no such head; the message says what was found instead, and what can be done.
+        ValueError: if the model has no such head; the message says what was found instead and what to do.
 
     Example:
         >>> import jax, cronos_flax as cf
@@ -284,11 +251,11 @@ def find_head(
         raise ValueError(
             f"find_head: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.find_head."
         )
-    bridged = [slashed(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
+    bridged = [format_path(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
     graphdef, state = _functional(model, eval_mode)
-    module = _Nnx(type(model).__name__, graphdef, method, output)
+    module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode)
     try:
-        found = find(module, state, args, kwargs, paths)
+        return find(module, state, args, kwargs, paths)
     except ValueError as error:
         if not bridged:
             raise
@@ -296,7 +263,6 @@ def find_head(
             f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; use "
             "cf.find_head on the linen module."
         ) from error
-    return Head(**vars(found), eval_mode=eval_mode)
 
 
 def fit_head(
@@ -310,31 +276,28 @@ def fit_head(
     callback: Callable[[dict[str, float]], Any] | None = None,
     throw: bool = True,
 ) -> Solution:
-    """Solve for the head of a model on its own features, and write it into the model, in place.
+    """Solve for the head of a model on the model's own features, and write it into the model, in place.
 
     The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises. The head's Params are written at
-    the end, all of them; nothing else of the model changes, and after an exception nothing has.
+    the end, all of them; nothing else in the model changes. After an exception the model is unchanged.
 
     Args:
         head: from :func:`find_head`.
-        model: the model, of the structure that it had then.
+        model: the model that the head was found in, or one of the same structure.
         data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
         solver: None means ``Cronos()``.
         unpack: how to take a batch apart.
         key: key of samples and revived neurons.
         callback: called after each batch and at each check of the solve.
-        throw: raise on numerical failure; else ``solution.status`` tells.
+        throw: raise on numerical failure; if False, ``solution.status`` tells.
 
     Returns:
         The :class:`Solution`.
 
     Raises:
-        ValueError: for data that do not fit the model, or each other.
+        ValueError: for data that do not fit the model, or each other, and for features that are not finite.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    solver = checked(head, Head, solver, "fit_head")
-    rows = head.gather(model, data, unpack, callback)
-    params, solution = fit(head.read(model), rows, solver, key, callback, throw)
-    if params is not None:
-        head.write(model, params)
-    return solution
+    check_head("fit_head", head, NnxModule)
+    solver = solver_or_default("fit_head", solver)
+    return fit_data(head, model, data, solver, unpack, key, callback, throw)[1]

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-from cronos_flax._head.find import Path, as_path, slashed
+from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._head.nnx import LAYERS, module_at
 from cronos_flax._solver.checks import positive_integer
 
@@ -18,9 +18,9 @@ class TwoLayerHead(nnx.Module):
         in_features: width p of the input.
         hidden: number of hidden neurons m.
         features: number of outputs C.
-        pool: what is done to the input first.
+        pool: applied to the input first; None for nothing.
         rngs: for the weights.
-        **settings: of both layers, such as ``dtype``.
+        **settings: keyword arguments of both layers, such as ``dtype``.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ def graft(
     pool: Callable[..., Any] | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """A copy of a model with the head ``Linear(hidden) → relu → Linear(features)`` in the place of one of its layers.
+    """Copy a model, with one layer replaced by the head ``Linear(hidden) → relu → Linear(features)``.
 
     All other Params are those of ``model``; the model itself is not changed.
 
@@ -72,9 +72,9 @@ def graft(
         model: any NNX model.
         at: path of the layer to replace, ``("fc",)`` or ``"layers/2"``; None puts the head after the model's output.
         hidden: number of hidden neurons m.
-        features: number of outputs C; None for as many as the layer had.
-        in_features: width p of the head's input; None for as many as the layer had.
-        pool: called with the head's input first; returns what the head gets instead (the mean over tokens, say).
+        features: number of outputs C; None for as many as the layer has.
+        in_features: width p of the head's input; None for as many as the layer has.
+        pool: a function that maps the head's input to its new input, for instance the mean over tokens.
         rngs: for the weights of the head.
 
     Returns:
@@ -106,9 +106,9 @@ def graft(
         try:
             old = module_at(copy, path)
         except (AttributeError, KeyError, IndexError, TypeError):
-            there = ", ".join(slashed(p) for p, module in nnx.iter_modules(copy) if isinstance(module, LAYERS))
+            there = ", ".join(format_path(p) for p, module in nnx.iter_modules(copy) if isinstance(module, LAYERS))
             raise ValueError(
-                f"graft: `at` must be the path of a layer, got {slashed(path)}; there are {there}."
+                f"graft: `at` must be the path of a layer, got {format_path(path)}; there are {there}."
             ) from None
         features = getattr(old, "out_features", None) if features is None else features
         in_features = getattr(old, "in_features", None) if in_features is None else in_features

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cronos_flax._alternation.train import scoring, train
+from cronos_flax._alternation.steps import scoring
+from cronos_flax._alternation.train import train
 from cronos_flax._alternation.train_state import CronosTrainState
-from cronos_flax._head.fit import fit
-from cronos_flax._head.linen import Head, find_head
+from cronos_flax._head.fit import fit_rows
+from cronos_flax._head.head import Head
+from cronos_flax._head.linen import find_head
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.losses import loss_of
 from cronos_flax.compare.data import Dataset, Split, load, targets_for
@@ -274,7 +276,7 @@ def _frozen(task: Task, run: Run, watch: Callable[[Row], Any]) -> list[Row]:
 
     def solved(network: Any, rows: Any, number: int, beta: Any) -> Any:
         with_beta = dataclasses.replace(solver, beta=beta)
-        return fit(network, rows, with_beta, jax.random.fold_in(key, number), None, throw=True)
+        return fit_rows(network, rows, with_beta, jax.random.fold_in(key, number), None, throw=True)
 
     def compiled() -> None:
         rows = features()

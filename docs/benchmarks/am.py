@@ -32,7 +32,7 @@ from rows import keep, kept
 
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
-from cronos_flax._alternation import train as _driver
+from cronos_flax._alternation.defaults import SolveSchedule
 from cronos_flax._solver import refreshed as _refresh
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
@@ -92,14 +92,14 @@ def _stay(self: Any, parts: Any, stats: Any) -> Any:
     return guard.replace(kept=parts), _guard.copied(parts)
 
 
-judge = _guard.Guard.judge
+judge = cf.GuardState.judge
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no guard": {"create": {"guard": False}},
-    "rate lowered, nothing gone back to": {"patch": (_guard.Guard, {"judge": _stay})},
-    "gone back, rate as before": {"patch": (_guard, {"_LOWER": 1.0, "_RAISE": 1.0})},
-    "rate raised beyond the optimizer's own": {"patch": (_guard, {"_HIGHEST": 1e6})},
-    "rate never raised": {"patch": (_guard, {"_RAISE": 1.0})},
+    "rate lowered, nothing gone back to": {"patch": (cf.GuardState, {"judge": _stay})},
+    "gone back, rate as before": {"create": {"guard": cf.Guard(decrease_factor=1.0, increase_factor=1.0)}},
+    "rate raised beyond the optimizer's own": {"create": {"guard": cf.Guard(highest_rate=1e6)}},
+    "rate never raised": {"create": {"guard": cf.Guard(increase_factor=1.0)}},
     "full steps or none, damping only raised": {
         "patch": (_refresh, {"_STEP_LENGTHS": (1.0, 0.0), "_DAMPING_FACTORS": (1.0, 4.0)}),
     },
@@ -110,8 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "5 steps of ADMM on the gates that are there": {"solver": {"gates": "fixed", "max_iters": 5}},
     "solve every 10 steps": {"train": {"solve_every": 10}},
     "solve at the start and at the end only": {"train": {"solve_every": 10**9}},
-    "solve before every epoch": {"patch": (_driver, {"_DENSE_EPOCHS": 1000})},
-    "solve when stale": {"train": {"solve_every": "stale"}},
+    "solve before every epoch": {"train": {"solve_every": SolveSchedule(dense_epochs=1000)}},
 }
 CHOICES: dict[str, dict[str, Any]] = {
     f"beta ratio {ratio}, {steps} a solve": {"solver": {"beta_ratio": ratio, "max_iters": steps}}
@@ -300,7 +299,7 @@ def variants_table(rows: list[dict[str, Any]], default: str) -> None:
         return {(r["seed"], r["data"], r["rate"]): r for r in rows if r["variant"] == variant}
 
     reference = by_run(default)
-    for variant in sorted({r["variant"] for r in rows}, key=list(VARIANTS | CHOICES).index):
+    for variant in filter(by_run, VARIANTS | CHOICES):
         mine = by_run(variant)
         cells = [[r["final"] for (_, *column), r in mine.items() if tuple(column) == c] for c in columns]
         both = [run for run in mine if run in reference]

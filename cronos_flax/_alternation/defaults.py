@@ -1,0 +1,53 @@
+"""The defaults of an alternation, which solves again and again and needs less of each solve than a single fit does."""
+
+import dataclasses
+
+from cronos_flax._head.head import Head
+from cronos_flax._solver.cronos import Cronos
+
+_MAX_ITERS = 3
+_BETA_RATIO = 0.005
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolveSchedule:
+    """The epochs that a head solve comes before: each of the first few, then every few.
+
+    Args:
+        dense_epochs: the number of first epochs, ``≥ 0``, that each have a solve before them.
+        then_every: after these, one solve in so many epochs, ``≥ 1``.
+    """
+
+    dense_epochs: int = 5
+    then_every: int = 3
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether a solve comes before this epoch; the first is number 0."""
+        later = epoch - self.dense_epochs
+        return later < 0 or later % self.then_every == self.then_every - 1
+
+
+def alternation_defaults(solver: Cronos, head: Head) -> Cronos:
+    """Fill in the settings of ``solver`` that are None.
+
+    | setting                             | alternation | single fit |
+    |-------------------------------------|-------------|------------|
+    | ``max_iters``, iterations per solve | 3           | 500        |
+    | ``beta_ratio``, β / β_max           | .005        | .001       |
+
+    A module that is nothing but its head has no backbone to alternate with: its solver stays as it is.
+
+    Args:
+        solver: the user's solver.
+        head: the head that it solves for.
+
+    Returns:
+        The solver of the alternation; ``print(state.solver)`` shows its settings.
+    """
+    if not head.frozen:
+        return solver
+    return dataclasses.replace(
+        solver,
+        max_iters=_MAX_ITERS if solver.max_iters is None else solver.max_iters,
+        beta_ratio=_BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio,
+    )

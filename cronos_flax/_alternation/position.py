@@ -1,0 +1,98 @@
+"""How far a run of ``cf.train`` is, and the checkpoints that it is resumed from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flax.training.train_state import TrainState
+
+from cronos_flax._alternation.checkpoint import restored, save_checkpoint
+from cronos_flax._alternation.defaults import SolveSchedule
+
+State = TypeVar("State", bound=TrainState)
+
+_KEEP = 3  # checkpoints of a run
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run is, between two steps: Python numbers, which a checkpoint holds beside the state.
+
+    Args:
+        step: gradient steps done.
+        epoch: epochs done.
+        batch: batches done of the epoch under way.
+        loss_sum: the sum of their losses.
+        last_solve_step: the step before which the head was last solved for.
+        seconds: training time, with solves.
+        solve_seconds: time of the last solve.
+        epoch_seconds: time of the last epoch, with a solve.
+        history: the rows so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    last_solve_step: int = -1
+    seconds: float = 0.0
+    solve_seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def solve_is_due(self, schedule: int | SolveSchedule) -> bool:
+        """Whether a solve comes before the next step."""
+        if isinstance(schedule, int):
+            return self.step % schedule == 0
+        return self.batch == 0 and schedule.is_due(self.epoch)
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of a run; without a directory there are none.
+
+    Args:
+        directory: where they lie.
+        settings: a run is resumed only with the settings that it was saved with.
+        every: steps between two; None for one after each epoch.
+        newest: the step of the newest.
+    """
+
+    directory: str | Path | None
+    settings: dict[str, Any]
+    every: int | None
+    newest: int | None = None
+
+    def resumed(self, state: State) -> tuple[State, Position]:
+        """The saved state and its position, or, if there is none, the state given."""
+        extra: Any = None
+        if self.directory is not None:
+            state, self.newest, extra = restored(self.directory, state)
+        if self.newest is None:
+            return state, Position(step=int(state.step))
+        self._check_same_run(extra)
+        return state, Position(**extra["position"])
+
+    def is_missing(self, step: int) -> bool:
+        """Whether there is a directory, and no checkpoint of this step yet."""
+        return self.directory is not None and self.newest != step
+
+    def save(self, state: Any, position: Position) -> None:
+        """Save a checkpoint that is missing."""
+        assert self.directory is not None
+        extra = {"settings": self.settings, "position": dataclasses.asdict(position)}
+        save_checkpoint(self.directory, state, position.step, extra=extra, keep=_KEEP)
+        self.newest = position.step
+
+    def _check_same_run(self, extra: Any) -> None:
+        if not isinstance(extra, dict) or set(extra) != {"settings", "position"}:
+            raise ValueError(
+                f"train: `directory` must hold a run of cf.train, got checkpoints of another kind in {self.directory}."
+            )
+        for name, value in self.settings.items():
+            saved = extra["settings"].get(name)
+            if saved != value:
+                raise ValueError(
+                    f"train: `directory` {self.directory} holds a run with {name}={saved!r}, and this one has "
+                    f"{value!r}. Use the same, or another directory."
+                )

@@ -1,0 +1,324 @@
+"""The two-layer head of a module: where it is, and how to read, write and feed it.
+
+A :class:`Head` is the same for every kind of module. All that depends on the kind is asked of its ``module``, a
+:class:`Functional`; linen and NNX each implement one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cronos_flax._head.features import GatheredRows, gather
+from cronos_flax._solver.solution import TwoLayer
+
+Path = tuple[Hashable, ...]
+
+_PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four arrays (n, m)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A fully connected layer that was called: its path, and the dtype of its result."""
+
+    path: Path
+    dtype: Any
+
+
+class Call(NamedTuple):
+    """A call of a layer, and the layer's input; None if a transform hides it."""
+
+    layer: Layer
+    input: Array | None
+
+
+class Functional(Protocol):
+    """A module as pure functions of its variables.
+
+    Variables are one pytree: linen's collections, or the state of an NNX model. ``given`` is what the user holds:
+    the same collections, or the NNX model itself.
+    """
+
+    finder: ClassVar[str]  # the public function that finds a head in modules of this kind
+    dense: ClassVar[str]  # the name of a fully connected layer
+    graft: ClassVar[str]  # the public function that replaces a layer by a two-layer head
+    numbered: ClassVar[bool]  # whether paths have indices in them
+
+    @property
+    def name(self) -> str:
+        """The name of the module's class."""
+
+    @property
+    def output(self) -> Any:
+        """Which of several outputs ends in the head: a key, an index, a function, or None for the only one."""
+
+    def variables(self, given: Any, where: str) -> Any:
+        """The variables that the user's object holds.
+
+        Raises:
+            ValueError: if it is not the module's; the message starts with ``where``, the caller's name.
+        """
+
+    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+        """The chosen output, and every fully connected layer in the order of its last call."""
+
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Any]:
+        """The input of the layer at ``path``, and the collections that changed; None if none may change."""
+
+    def in_training(self, kwargs: Mapping) -> bool:
+        """Whether a call with these keyword arguments sees batch statistics, as a training step does."""
+
+    def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
+        """The shape of a layer's kernel; () if it has no plain one."""
+
+    def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
+        """The weights of two layers, from variables or from what the user holds."""
+
+    def write(self, variables: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
+        """A copy of the variables with these weights, in the dtypes of the old ones."""
+
+    def store(self, given: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
+        """What the user holds, with these weights: a copy for linen; for NNX the model, changed in place."""
+
+    def count(self, variables: Any) -> int:
+        """The number of parameters."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Head:
+    """The two-layer head ``Dense → relu → Dense`` that a module ends in.
+
+    Made by :func:`cronos_flax.find_head` or :func:`cronos_flax.nnx.find_head`. ``print(head)`` shows where it is, how
+    it was verified, how many parameters a solve changes, and how much memory a solve takes.
+
+    The methods take ``variables``: the variables of a linen module (``model.init`` returns them), or an NNX model.
+
+    Attributes:
+        hidden_path: path of the hidden layer.
+        output_path: path of the output layer.
+        features: width p of the head's input.
+        hidden: number m of hidden neurons.
+        outputs: number C of outputs.
+        error: largest difference between the module's outputs and those of the head, relative to the largest output,
+            over the module's own weights and random ones.
+        rows: number of rows that the head was verified on.
+        frozen: number of parameters that a solve does not change.
+        module: the module as pure functions.
+        kwargs: the keyword arguments that the module was called with; feature passes use them again.
+    """
+
+    hidden_path: Path
+    output_path: Path
+    features: int
+    hidden: int
+    outputs: int
+    error: float
+    rows: int
+    frozen: int
+    module: Functional
+    kwargs: Mapping[str, Any]
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """The paths of the hidden and of the output layer."""
+        return self.hidden_path, self.output_path
+
+    @property
+    def in_training(self) -> bool:
+        """Whether features are those of a training step, with batch statistics rather than running averages."""
+        return self.module.in_training(self.kwargs)
+
+    def read(self, variables: Any) -> TwoLayer:
+        """The head's weights in ``variables``."""
+        return self.module.read(variables, self.paths)
+
+    def write(self, variables: Any, network: TwoLayer) -> Any:
+        """Write weights into the head, in the dtypes of the old ones; nothing else changes.
+
+        Args:
+            variables: the variables of a linen module, which are not changed, or an NNX model, which is changed in
+                place: both layers, or neither.
+            network: the weights. In linen they may have another width m, for a module of that width.
+
+        Returns:
+            The variables with these weights: a copy for linen, the same model for NNX.
+
+        Raises:
+            ValueError: if ``network`` is not a network with the head's biases, or, in NNX, has other widths.
+        """
+        _check_network(network, self.read(variables))
+        return self.module.store(variables, self.paths, network)
+
+    def inputs(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The head's input for a batch, by one jitted pass through the backbone.
+
+        Args:
+            variables: the variables of a linen module, or an NNX model.
+            *args: positional arguments of the module.
+            **kwargs: keyword arguments; those of ``find_head`` are used where none is given.
+
+        Returns:
+            Features ``(n, p)``, leading axes flattened. If ``mutable`` is among the keyword arguments of a linen
+            module, the features and the collections that changed, as from ``model.apply``.
+
+        Raises:
+            ValueError: if the module does not take the batch.
+        """
+        features, updates = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
+        rows = features.reshape(-1, self.features)
+        return rows if updates is None else (rows, updates)
+
+    def gather(
+        self,
+        variables: Any,
+        data: Any,
+        unpack: Callable[[Any], tuple] | None = None,
+        callback: Callable[[dict[str, float]], Any] | None = None,
+    ) -> GatheredRows:
+        """The head's input for all rows of ``data``, with targets and weights.
+
+        Args:
+            variables: the variables of a linen module, or an NNX model.
+            data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
+            unpack: how to take a batch apart.
+            callback: called after each batch with ``rows`` (so far) and ``seconds``.
+
+        Returns:
+            The rows, in host memory.
+
+        Raises:
+            ValueError: for data that do not fit the module, or each other.
+        """
+        variables = self.module.variables(variables, "fit_head")
+
+        def features(args: tuple, kwargs: Mapping) -> Array:
+            return self._pass(variables, args, kwargs, "fit_head")[0]
+
+        return gather(features, self.outputs, data, unpack, callback)
+
+    def solve_bytes(self, rows: int) -> int:
+        """Roughly the memory, in bytes, of a solve on so many rows of float32 features."""
+        return int(_PEAK * 4 * rows * (2 * (self.features + 1) + 4 * self.hidden))
+
+    def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str) -> tuple[Array, Any]:
+        """Features with their leading axes, and the collections that changed or None."""
+        try:
+            return self._tap(variables, args, {**self.kwargs, **kwargs})
+        except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
+            shapes = jax.tree.map(jnp.shape, args)
+            raise ValueError(
+                f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _tap(self) -> Callable[[Any, tuple, Mapping], tuple[Array, Any]]:
+        return jitted(lambda variables, args, kwargs: self.module.tap(variables, args, kwargs, self.hidden_path))
+
+    def __str__(self) -> str:
+        hidden, output = map(format_path, self.paths)
+        width = max(len(hidden), len(output))
+        same = f"agree to {self.error:.0e}" if self.error else "are the same"
+        solved = self.hidden * (self.features + 1) + self.outputs * (self.hidden + 1)
+        lines = {
+            "hidden": f"{hidden:<{width}}  {self.features} → {self.hidden}, relu",
+            "output": f"{output:<{width}}  {self.hidden} → {self.outputs}",
+            "verified": f"numerically on {self.rows} rows: outputs {same}, also with random weights",
+            "solved": f"about {solved:,} parameters of these two layers",
+            "frozen": f"{self.frozen:,} other parameters",
+            "memory": f"about {self.solve_bytes(10_000) / 1e6:,.0f} MB for a solve on 10,000 rows",
+        }
+        longest = max(map(len, lines))
+        return "\n".join(
+            [f"Head of {self.module.name}", *(f"  {label:<{longest}}  {line}" for label, line in lines.items())]
+        )
+
+    __repr__ = __str__
+
+
+def check_head(where: str, head: Any, kind: type[Functional]) -> None:
+    """Raise a ValueError unless ``head`` was found in a module of this kind."""
+    if not isinstance(head, Head):
+        raise ValueError(f"{where}: `head` must come from {kind.finder}, got {type(head).__name__}.")
+    if not isinstance(head.module, kind):
+        raise ValueError(f"{where}: `head` must come from {kind.finder}, got one that {head.module.finder} found.")
+
+
+def _check_network(network: Any, like: TwoLayer) -> None:
+    """Raise a ValueError unless ``network`` is a network with the biases of ``like``; widths may differ."""
+    fits = isinstance(network, TwoLayer) and all(
+        (getattr(network, name) is None) == (getattr(like, name) is None) for name in ("bias1", "bias2")
+    )
+    if not fits:
+        raise ValueError(
+            "write: `network` must be a cf.TwoLayer with the biases that the head has, "
+            f"{'a' if like.bias1 is not None else 'no'} bias1 and {'a' if like.bias2 is not None else 'no'} bias2, got "
+            f"{network!r}."
+        )
+
+
+def format_path(path: Path) -> str:
+    """A path as text, ``"backbone/fc"``."""
+    return "/".join(map(str, path)) or "the module itself"
+
+
+def as_path(where: str, path: Any, numbered: bool = False) -> Path:
+    """A path that a user gave, ``"a/b"`` or a tuple; if ``numbered``, digits in the text are indices."""
+    if isinstance(path, str):
+        return tuple(int(key) if numbered and key.isdigit() else key for key in path.split("/"))
+    if not isinstance(path, tuple) or not all(isinstance(key, str | int) for key in path):
+        raise ValueError(f"{where} must be a path, such as ('backbone', 'fc') or 'backbone/fc', got {path!r}.")
+    return path
+
+
+def selected(out: Any, output: Any) -> Any:
+    """The output that the user chose: by a key, an index, or a function; None for ``out`` itself."""
+    if output is None or callable(output):
+        return out if output is None else output(out)
+    try:
+        return out[output]
+    except (KeyError, IndexError, TypeError):
+        there = sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__
+        raise ValueError(
+            f"`output` must be a key or an index of the outputs, or a function, got {output!r}; the outputs: {there}"
+        ) from None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The arguments of a call that are not arrays, and the places of those that are."""
+
+    treedef: Any
+    rest: tuple
+
+    @classmethod
+    def split(cls, arguments: Any) -> tuple[list[Any], Self]:
+        leaves, treedef = jax.tree.flatten(arguments)
+        is_array = [isinstance(leaf, Array | np.ndarray | np.generic) for leaf in leaves]
+        # With the type: 1 and True are equal, but a module may tell them apart.
+        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, is_array, strict=True))
+        return [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one], cls(treedef, rest)
+
+    def join(self, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(remaining) if r is None else r[0] for r in self.rest])
+
+
+def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, Mapping], Any]:
+    """``jax.jit`` of a function of variables, positional and keyword arguments; only arrays are traced."""
+
+    @jax.jit
+    def run(variables: Any, arrays: list[Any], static: _Static) -> Any:
+        return call(variables, *static.join(arrays))
+
+    def split(variables: Any, args: tuple, kwargs: Mapping) -> Any:
+        return run(variables, *_Static.split((args, dict(kwargs))))
+
+    return split
