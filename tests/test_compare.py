@@ -16,12 +16,21 @@ import numpy as np
 import optax
 import pytest
 
-from cronos_flax.compare import plots, tables
+from cronos_flax.compare import plots, summaries, tables
 from cronos_flax.compare.cli import main
-from cronos_flax.compare.data import EMBEDDED, Split, load, targets_for
-from cronos_flax.compare.methods import BASELINES, BaselineState, linear_probe, optimizer
+from cronos_flax.compare.data import EMBEDDED, Split, load
+from cronos_flax.compare.methods import (
+    BASELINES,
+    BaselineState,
+    check_method,
+    grid,
+    linear_probe,
+    optimizer,
+    rows_of,
+)
 from cronos_flax.compare.models import MODELS, model_of
-from cronos_flax.compare.sweep import Run, Settings, Task, check_method, grid, kept, rows_of, sweep
+from cronos_flax.compare.sweep import kept, sweep
+from cronos_flax.compare.task import Run, Settings, Task, targets_for
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "compile_seconds")
@@ -224,15 +233,15 @@ def test_cells_and_checks_are_chosen_by_validation_rows_and_reported_by_test_row
     ]
     rows[1] |= {"solves": 2, "rejections": 0}
     rows[3] |= {"solves": 2, "rejections": 1}
-    ours, adam = tables.summaries(rows)
+    ours, adam = summaries.summaries(rows)
     assert adam.rates == (0.1, 0.2)
-    assert adam.test(tables.peak) == {0: 20.0, 1: 50.0}
-    assert adam.test(tables.last) == {0: 20.0, 1: 90.0}
-    assert ours.test(tables.peak) == {0: 70.0, 1: 80.0}
+    assert adam.test(summaries.peak) == {0: 20.0, 1: 50.0}
+    assert adam.test(summaries.last) == {0: 20.0, 1: 90.0}
+    assert ours.test(summaries.peak) == {0: 70.0, 1: 80.0}
     assert adam.finals() == pytest.approx([65.0, 30.0])
-    assert tables.default_target([ours, adam]) == pytest.approx(65.0)
-    assert tables.time_to(65.0, adam.best[0]) == 2.0
-    assert tables.time_to(65.0, adam.best[1]) is None
+    assert summaries.default_target([ours, adam]) == pytest.approx(65.0)
+    assert summaries.time_to(65.0, adam.best[0]) == 2.0
+    assert summaries.time_to(65.0, adam.best[1]) is None
     (own, cells) = (
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in tables.table(rows).splitlines()

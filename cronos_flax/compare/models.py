@@ -53,7 +53,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"mlp": MLP, "cnn": CNN, "two-la
 
 
 class Model(NamedTuple):
-    """A module, how it is called to train and to evaluate, and the variables that it came with, if it did."""
+    """A module, its own variables if it came with some, and its keyword arguments in training and in evaluation."""
 
     module: nn.Module
     variables: Mapping[str, Any] | None

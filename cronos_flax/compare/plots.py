@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from cronos_flax.compare.sweep import FROZEN, Row
-from cronos_flax.compare.tables import Summary, curves, score, summaries
+from cronos_flax.compare.methods import FROZEN
+from cronos_flax.compare.summaries import Summary, score, summaries
+from cronos_flax.compare.task import Row
 
 _LOW, _HIGH = 5, 95  # percentiles, as in the paper
 _POINTS = 200  # of the time axis
@@ -25,7 +26,7 @@ def draw(rows: list[Row], path: Path) -> None:
         path: where to.
     """
     methods = [m for m in summaries(row for row in rows if "error" not in row)]
-    timed = all(row["seconds"] is not None for m in methods for run in curves(m) for row in run)
+    timed = all(row["seconds"] is not None for m in methods for run in m.runs() for row in run)
     figure = Figure(figsize=(12, 4.8) if timed else (7, 4.8), layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
     for i, method in enumerate(methods):
@@ -42,7 +43,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes[1].xaxis.set_minor_formatter(NullFormatter())
-    stepped = [row["epoch"] for m in methods if m.method != FROZEN for run in curves(m) for row in run]
+    stepped = [row["epoch"] for m in methods if m.method != FROZEN for run in m.runs() for row in run]
     if stepped:  # of a frozen backbone the checks are steps of the solver, and there may be many more
         axes[0].set_xlim(0, 1.02 * max(stepped))
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -64,12 +65,12 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _draw(ax: Axes, method: Summary, along: str, color: str) -> None:
-    if all(len(run) == 1 for run in curves(method)):  # solved at once
-        low, middle, high = np.percentile([score(run[0], "validation") for run in curves(method)], (_LOW, 50, _HIGH))
-        place, errors = np.median([run[0][along] for run in curves(method)]), [[middle - low], [high - middle]]
+    if all(len(run) == 1 for run in method.runs()):  # solved at once
+        low, middle, high = np.percentile([score(run[0], "validation") for run in method.runs()], (_LOW, 50, _HIGH))
+        place, errors = np.median([run[0][along] for run in method.runs()]), [[middle - low], [high - middle]]
         ax.errorbar([place], [middle], yerr=errors, fmt="D", color=color, capsize=3, label=method.method)
         return
-    grid, values = _on_grid(curves(method), along)
+    grid, values = _on_grid(method.runs(), along)
     low, middle, high = np.percentile(values, (_LOW, 50, _HIGH), axis=0)
     ax.plot(grid, middle, color=color, label=method.method)
     ax.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
@@ -92,7 +93,7 @@ def _on_grid(runs: list[list[Row]], along: str) -> tuple[np.ndarray, np.ndarray]
 
 def _limit(ax: Axes, methods: list[Summary]) -> None:
     """Leave most of the axis to what works."""
-    scores = [score(row, "validation") for method in methods for run in curves(method) for row in run]
+    scores = [score(row, "validation") for method in methods for run in method.runs() for row in run]
     scores = [value for value in scores if np.isfinite(value)]
     if not scores:
         return

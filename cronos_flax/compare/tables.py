@@ -1,88 +1,22 @@
-"""What the rows of a comparison say: for each method its best cell, chosen by validation rows, and the whole grid."""
+"""A comparison as Markdown: each method's best cell and whole grid."""
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
-from cronos_flax.compare.sweep import ALTERNATION, FROZEN, PROBE, Row
-
-_NO_SCORE = -np.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """One method; scores are accuracies in %, or negative losses where there are no classes.
-
-    Args:
-        method: its name.
-        rates: of its cells, from the best mean peak on validation rows to the worst.
-        cells: for each of these, by seed, the checks of the run.
-    """
-
-    method: str
-    rates: tuple[float | None, ...]
-    cells: tuple[dict[int, list[Row]], ...]
-
-    @property
-    def best(self) -> dict[int, list[Row]]:
-        """The runs of the best cell, by seed."""
-        return self.cells[0]
-
-    def test(self, which: Callable[[list[Row]], Row]) -> dict[int, float]:
-        """Test scores of the best cell by seed, at one check of each run."""
-        return {seed: score(which(checks), "test") for seed, checks in sorted(self.best.items())}
-
-    def finals(self) -> list[float]:
-        """Mean final validation score of each cell, from the best to the worst."""
-        return sorted((_mean(cell, last) for cell in self.cells), reverse=True)
-
-
-def score(row: Row, split: str) -> float:
-    """Of a check, on ``"validation"`` or ``"test"`` rows."""
-    if f"{split}_accuracy" in row:
-        return 100 * row[f"{split}_accuracy"]
-    loss = row.get(f"{split}_loss")
-    return _NO_SCORE if loss is None else -loss
-
-
-def peak(checks: list[Row]) -> Row:
-    """The first check with the best validation score."""
-    return max(checks, key=lambda row: score(row, "validation"))
-
-
-def last(checks: list[Row]) -> Row:
-    """The check at the end."""
-    return checks[-1]
-
-
-def _mean(cell: dict[int, list[Row]], which: Callable[[list[Row]], Row]) -> float:
-    return float(np.mean([score(which(checks), "validation") for checks in cell.values()]))
-
-
-def summaries(rows: Iterable[Row]) -> list[Summary]:
-    """The methods in the order in which they come."""
-    methods: dict[str, dict[float | None, dict[int, list[Row]]]] = {}
-    for row in rows:
-        cells = methods.setdefault(row["method"], {})
-        cells.setdefault(row["rate"], {}).setdefault(row["seed"], []).append(row)
-    ordered = {
-        name: sorted(cells.items(), key=lambda item: _mean(item[1], peak), reverse=True)
-        for name, cells in methods.items()
-    }
-    return [Summary(name, *map(tuple, zip(*cells, strict=True))) for name, cells in ordered.items()]
-
-
-def default_target(methods: list[Summary]) -> float:
-    """What the best cells of all methods reach on average: the lowest of their mean peaks, linear probes left out."""
-    peaks = [_mean(method.best, peak) for method in methods if method.method != PROBE]
-    return min((mean for mean in peaks if mean > _NO_SCORE), default=_NO_SCORE)
-
-
-def time_to(target: float, checks: list[Row]) -> float | None:
-    """Seconds until the first check at the target or above; None where there is none, or no time."""
-    return next((row.get("seconds") for row in checks if score(row, "validation") >= target), None)
+from cronos_flax.compare.methods import FROZEN, PROBE
+from cronos_flax.compare.summaries import (
+    NO_SCORE,
+    Summary,
+    default_target,
+    last,
+    peak,
+    reference,
+    score,
+    summaries,
+    time_to,
+)
+from cronos_flax.compare.task import Row
 
 
 def table(rows: list[Row], target: float | None = None) -> str:
@@ -101,9 +35,9 @@ def table(rows: list[Row], target: float | None = None) -> str:
     solving = any("solves" in row for row in rows)
     if solving:
         head.append("solves (rejected)")
-    reference = next((m for name in (ALTERNATION, FROZEN) for m in methods if m.method == name), None)
-    if reference is not None:
-        head.append(f"{reference.method} − this")
+    ours = reference(methods)
+    if ours is not None:
+        head.append(f"{ours.method} − this")
     lines = [_protocol(rows, target), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in methods:
         cells = [
@@ -119,8 +53,8 @@ def table(rows: list[Row], target: float | None = None) -> str:
             _epochs(method),
             *([_solves(method)] if solving else []),
         ]
-        if reference is not None:
-            cells.append("" if method is reference else _difference(reference, method))
+        if ours is not None:
+            cells.append("" if method is ours else _difference(ours, method))
         lines.append("| " + " | ".join(cells) + " |")
     failed = [row for row in rows if "error" in row]
     lines += ["", *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed)]
@@ -133,12 +67,12 @@ def _protocol(rows: list[Row], target: float) -> str:
         return "No run is done yet."
     row = rows[0]
     what = "accuracy in %" if any("test_accuracy" in r for r in rows) else "minus the loss"
-    budget = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
+    length = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
     seeds = len({r["seed"] for r in rows})
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     return (
         f"{row['dataset']}, inputs {_SCALED[row['scaling']]}; model {row['model']}, loss {row['loss'] or 'of the set'};"
-        f" batch size {row['batch_size']}, {budget} a run, {seeds} seed(s); {row['device']}, {row['cores']} cores; "
+        f" batch size {row['batch_size']}, {length} a run, {seeds} seed(s); {row['device']}, {row['cores']} cores; "
         f"{versions}.\n\n"
         f"Scores are {what}, mean ± standard deviation over seeds. For each method the cell (rate) and, in each run, "
         "the check (epoch) of the peak are chosen by validation rows; test rows only report. Grid: mean validation "
@@ -153,7 +87,7 @@ _SCALED = {"standardise": "standardised", "unit": "scaled to 1", "none": "as the
 
 def _number(value: float, digits: int | None = None) -> str:
     """Two digits of an accuracy in %, four of a loss, which is small."""
-    if value == _NO_SCORE:
+    if value == NO_SCORE:
         return "failed"
     return f"{value:.{_digits(value) if digits is None else digits}f}"
 
@@ -218,8 +152,3 @@ def _difference(reference: Summary, method: Summary) -> str:
     digits = _digits(float(np.mean(list(ours.values()))))
     error = f" ± {each.std(ddof=1) / np.sqrt(len(each)):.{digits}f}" if len(each) > 1 else ""
     return f"{each.mean():+.{digits}f}{error}"
-
-
-def curves(method: Summary) -> list[list[Row]]:
-    """All runs of all cells."""
-    return list(itertools.chain.from_iterable(cell.values() for cell in method.cells))
