@@ -101,7 +101,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "resumes where it was stopped. Writes into DIR:\n"
         "  results.jsonl  the checks of all runs\n"
         "  table.md       each method at its best rate, chosen by validation, and its grid\n"
-        "  curves.png     validation scores during training",
+        "  curves.png     validation scores during training, a panel for each method\n"
+        "  budget.png     the test score to expect for a compute budget, tuning included",
         epilog="methods:\n" + "\n".join(_method_lines(METHODS)),
     )  # fmt: skip
     runs = compare.add_argument_group("runs")
@@ -257,7 +258,8 @@ def _compare(args: argparse.Namespace) -> int:
     done = by_run(rows)  # an earlier call may have done more runs, in another order
     rows = [row for run in runs for row in done[run]]
     (args.out / "table.md").write_text(tables.table(rows, args.target))
-    plots.draw(rows, args.out / "curves.png")
+    plots.draw_curves(rows, args.out / "curves.png")
+    plots.draw_budget(rows, args.out / "budget.png")
     if not args.quiet:
         progress.show(summaries(rows), args.out)
     return 0
@@ -280,7 +282,7 @@ def _train(args: argparse.Namespace) -> int:
         rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
     rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
     (args.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plots.draw(rows, args.out / "curves.png")
+    plots.draw_curves(rows, args.out / "curves.png")
     return 0
 
 

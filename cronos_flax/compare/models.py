@@ -1,5 +1,6 @@
 """Models for the command line: those of the published experiments, and yours, by the name of a factory."""
 
+import functools
 import importlib
 import inspect
 import os
@@ -82,7 +83,7 @@ def model_of(name: str, outputs: int) -> Model:
     Raises:
         ValueError: if there is no such factory, or it returns something else.
     """
-    made = (MODELS[name] if name in MODELS else _factory(name))(outputs)
+    made = _named(name, outputs) if name in MODELS else _factory(name)(outputs)
     module, variables = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module) or not (variables is None or "params" in variables):
         raise ValueError(
@@ -94,6 +95,12 @@ def model_of(name: str, outputs: int) -> Model:
         if flag in parameters:
             return Model(module, variables, {flag: training}, {flag: not training})
     return Model(module, variables, {}, {})
+
+
+@functools.cache
+def _named(name: str, outputs: int) -> nn.Module:
+    """The same object each time, so that its programs are compiled once."""
+    return MODELS[name](outputs)
 
 
 def _factory(name: str) -> Callable[[int], Any]:

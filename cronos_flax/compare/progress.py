@@ -73,7 +73,7 @@ class Progress:
     def show(self, methods: list[Summary], out: Path) -> None:
         """Print the table at the end, and the names of the files."""
         self._console.print(_table(methods))
-        self._console.print(f"{out}: results.jsonl, table.md, curves.png", highlight=False)
+        self._console.print(f"{out}: results.jsonl, table.md, curves.png, budget.png", highlight=False)
 
 
 def _figures(row: Row) -> str:

@@ -1,9 +1,10 @@
-"""A comparison as Markdown: each method's best cell and whole grid."""
+"""A comparison as Markdown: each method's best cell and whole grid, and what it reaches for a budget with tuning."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
+from cronos_flax.compare.budget import Budget, budget, is_timed
 from cronos_flax.compare.methods import FROZEN, PROBE
 from cronos_flax.compare.summaries import (
     NO_SCORE,
@@ -58,7 +59,46 @@ def table(rows: list[Row], target: float | None = None) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     failed = [row for row in rows if "error" in row]
     lines += ["", *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed)]
+    if any(len(method.cells) > 1 for method in methods):
+        lines += [*([""] if failed else []), budget_table(rows)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def budget_table(rows: list[Row]) -> str:
+    """The test score to expect for a budget that includes tuning, as Markdown.
+
+    Args:
+        rows: of :func:`cronos_flax.compare.sweep.sweep`.
+    """
+    methods = summaries(rows)
+    timed, ours = is_timed(methods), reference(methods)
+    budgets = [budget(method, timed=timed) for method in methods]
+    most = max((len(each.mean) for each in budgets), default=0)
+    counts = sorted({*(2**i for i in range(most.bit_length())), most} - {0})
+    target = next((float(each.mean[0]) for each in budgets if ours is not None and each.method == ours.method), None)
+    head = ["method", "a run, s" if timed else "a run, epochs", *(f"{k} run{'s' * (k > 1)}" for k in counts)]
+    if ours is not None:
+        head.append(f"runs to match {ours.method}")
+    lines = [_BUDGET, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for each in budgets:
+        cells = [each.method, _number(each.per_run, 1) if np.isfinite(each.per_run) else "–"]
+        cells += [_expected(each, k) if k <= len(each.mean) else "" for k in counts]
+        if ours is not None and target is not None:
+            cells.append("" if each.method == ours.method else str(each.runs_to(target) or f"> {len(each.mean)}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_BUDGET = (
+    "Expected test score for a budget that includes tuning: draw k of the method's runs (rates) at random without "
+    "replacement, keep the one with the best validation peak, report its test score there. Exact expectation for each "
+    "seed; mean over seeds ± standard error. A method without a rate to search takes one run."
+)
+
+
+def _expected(each: Budget, runs: int) -> str:
+    mean, error = float(each.mean[runs - 1]), float(each.error[runs - 1])
+    return _number(mean) + (f" ± {_number(error, _digits(mean))}" if np.isfinite(error) else "")
 
 
 def _protocol(rows: list[Row], target: float) -> str:
