@@ -212,7 +212,7 @@ def test_cells_and_checks_are_chosen_by_validation_rows_and_reported_by_test_row
     assert summaries.time_to(65.0, adam.best[1]) is None
     (own, cells) = (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in tables.table(rows).splitlines()
+        for line in tables.table(rows).partition("Expected")[0].splitlines()
         if line.startswith(("| cronos-am", "| adam"))
     )
     assert own[9:11] == ["2.0", "2.0 (0.5)"]

@@ -75,7 +75,7 @@ def draw_curves(rows: list[Row], path: Path) -> Figure:
         figure.supylabel(f"validation {_unit(rows)}", fontsize=10)
         figure.legend(handles=_key(curves, ours), loc="outside lower center", ncols=min(max(columns, 2), 3))
         figure.suptitle(_name(rows) if curves else "no run has ended well", fontsize=10, color="0.35")
-        figure.savefig(path, dpi=150)
+        style.save(figure, path)
     return figure
 
 
@@ -102,7 +102,7 @@ def draw_budget(rows: list[Row], path: Path) -> Figure:
         note = "markers: 1, 2, … runs drawn from the grid,\nthe best chosen by validation; ± standard error"
         ax.text(0.98, 0.04, note, transform=ax.transAxes, ha="right", fontsize=9, color="0.35", bbox=_WHITE)
         style.label_ends(ax, labels)
-        figure.savefig(path, dpi=150)
+        style.save(figure, path)
     return figure
 
 

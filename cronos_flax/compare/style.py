@@ -1,7 +1,9 @@
 """The look of all pictures: one palette that colour-blind readers can tell apart, quiet axes, labels at line ends."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -9,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
 
 OURS, OTHER, QUIET = "#0072B2", "#D55E00", "0.72"  # the reference method, the method of a panel, all others
 # Okabe and Ito, without the blue of the reference; yellow is darkened for white paper.
@@ -58,6 +61,13 @@ def styled(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Save a figure as PNG with a palette of 256 colours, a third of the size."""
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=dpi, format="png")
+        Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
+
+
 def log_axis(ax: Axes, low: float, high: float) -> None:
     """A logarithmic x axis from the one to the other, with plain numbers at 1, 2, 5, 10, … or, of many, at 1 and 3."""
     ax.set_xscale("log")
@@ -89,14 +99,16 @@ def label_ends(ax: Axes, labels: Sequence[Label], size: float = 9) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    gap = 1.2 * size / 72 / (ax.get_window_extent().height / figure.dpi)
+    box = ax.get_window_extent()
+    points = figure.dpi / 72
+    gap, beside = 1.2 * size * points / box.height, 1 + 1.5 * size * points / box.width
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = np.clip([to_axes.transform((label.x, label.y))[1] for label in labels], 0, 1)
     for label, place in zip(labels, spread(ends, gap), strict=True):
         ax.annotate(
             label.text,
             (label.x, label.y),
-            (1.04, float(place)),
+            (beside, float(place)),
             textcoords="axes fraction",
             va="center",
             color=label.color,
