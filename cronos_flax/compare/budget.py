@@ -11,7 +11,7 @@ from math import comb
 
 import numpy as np
 
-from cronos_flax.compare.methods import FROZEN, PROBE
+from cronos_flax.compare.methods import BASELINES, FROZEN, PROBE
 from cronos_flax.compare.summaries import NO_SCORE, Summary, last, peak, score
 
 
@@ -24,12 +24,14 @@ class Budget:
         per_run: mean training seconds of a run; if times were not kept, mean epochs, NaN where there are none.
         mean: expected test score of the run that validation chooses, mean over seeds.
         error: the standard error of that mean; NaN for a single seed.
+        usual: the same two of one run at the method's usual rate; None if the grid has no such rate.
     """
 
     method: str
     per_run: float
     mean: np.ndarray
     error: np.ndarray
+    usual: tuple[float, float] | None = None
 
     @property
     def spent(self) -> np.ndarray:
@@ -82,14 +84,27 @@ def budget(method: Summary, *, timed: bool) -> Budget:
             by_seed.setdefault(seed, []).append((score(row, "validation"), score(row, "test")))
     sizes = min(map(len, by_seed.values()))
     each = np.array([expected_best(*zip(*runs, strict=True))[:sizes] for runs in by_seed.values()])
-    with np.errstate(invalid="ignore"):  # of runs that failed: -inf
-        mean = np.mean(each, axis=0)
-        error = np.std(each, axis=0, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.full(sizes, np.nan)
+    mean, error = _mean_and_error(each)
+    rate = BASELINES[method.method].usual if method.method in BASELINES else None
+    usual = None
+    if rate is not None and rate in method.rates:
+        cell = method.cells[method.rates.index(rate)]
+        m, e = _mean_and_error(np.array([score(peak(checks), "test") for checks in cell.values()]))
+        usual = (float(m), float(e))
     costs: list[float] = []
     if timed or method.method not in (FROZEN, PROBE):  # which have no epochs
         along = "seconds" if timed else "epoch"
         costs = [last(run)[along] for run in method.runs() if score(peak(run), "validation") > NO_SCORE]
-    return Budget(method.method, float(np.mean(costs)) if costs else np.nan, mean, error)
+    return Budget(method.method, float(np.mean(costs)) if costs else np.nan, mean, error, usual)
+
+
+def _mean_and_error(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over seeds, the first axis."""
+    with np.errstate(invalid="ignore"):  # minus infinity, the score of runs that failed
+        mean = np.mean(each, axis=0)
+        if len(each) == 1:
+            return mean, np.full_like(mean, np.nan)
+        return mean, np.std(each, axis=0, ddof=1) / np.sqrt(len(each))
 
 
 def is_timed(methods: Sequence[Summary]) -> bool:

@@ -41,24 +41,26 @@ _NO_LIMIT = 10**6  # epochs, where seconds are the limit
 class Baseline(NamedTuple):
     """An optimizer as a function of its rate, and its grid: the exponents of ten of the lowest and highest rate.
 
-    ``evaluate(opt_state, params)`` gives the parameters to evaluate, where these are not the ones trained.
+    ``usual`` is the rate that users take without a search, where there is one. ``evaluate(opt_state, params)`` gives
+    the parameters to evaluate, where these are not the ones trained.
     """
 
     make: Callable[[float], optax.GradientTransformation]
     low: float
     high: float
+    usual: float | None = None
     evaluate: Callable[[Any, Any], Any] | None = None
 
 
 BASELINES = {
-    "adam": Baseline(optax.adam, -4.5, -1.5),
-    "adamw": Baseline(lambda rate: optax.adamw(rate, weight_decay=_WEIGHT_DECAY), -4.5, -1.5),
+    "adam": Baseline(optax.adam, -4.5, -1.5, 1e-3),
+    "adamw": Baseline(lambda rate: optax.adamw(rate, weight_decay=_WEIGHT_DECAY), -4.5, -1.5, 1e-3),
     "sgd": Baseline(lambda rate: optax.sgd(rate, momentum=0.9), -3.5, -0.5),
     "yogi": Baseline(optax.yogi, -4, -1),
     "muon": Baseline(optax.contrib.muon, -3.5, -0.5),
     # The next two find a rate themselves; theirs here is a factor on it, 1 by default.
-    "dadapt_adamw": Baseline(lambda rate: optax.contrib.dadapt_adamw(rate, weight_decay=_WEIGHT_DECAY), -1.5, 1.5),
-    "prodigy": Baseline(optax.contrib.prodigy, -1.5, 1.5),
+    "dadapt_adamw": Baseline(lambda rate: optax.contrib.dadapt_adamw(rate, weight_decay=_WEIGHT_DECAY), -1.5, 1.5, 1.0),
+    "prodigy": Baseline(optax.contrib.prodigy, -1.5, 1.5, 1.0),
     "mechanize": Baseline(
         lambda rate: optax.contrib.mechanize(optax.adamw(rate, weight_decay=_WEIGHT_DECAY)), -4.5, -1.5
     ),
@@ -66,6 +68,7 @@ BASELINES = {
         lambda rate: optax.contrib.schedule_free_adamw(rate, weight_decay=_WEIGHT_DECAY),
         -4,
         -1,
+        None,
         optax.contrib.schedule_free_eval_params,
     ),
 }

@@ -21,6 +21,7 @@ from cronos_flax.compare.task import Row
 
 _LOW, _HIGH = 5, 95  # percentiles of the band, as in the paper
 _WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+_BESIDE = 0.85  # where runs at the usual rate are drawn, as a fraction of the compute of one run
 _POINTS = 200  # of the time axis
 _FAILED = -1e9  # drawn for a run without a score
 _LOWEST_SHARE = 0.75  # of the height of an axis, at most, that lies below the worst of the methods' best scores
@@ -100,6 +101,8 @@ def draw_budget(rows: list[Row], path: Path) -> Figure:
         ax.set_xlabel(f"total training time, tuning included, {'s' if timed else 'epochs'}")
         ax.set_title(_name(rows), color="0.35")
         note = "markers: 1, 2, … runs drawn from the grid,\nthe best chosen by validation; ± standard error"
+        if any(each.usual for each in budgets):
+            note += "\nhollow: one run at the usual rate"
         ax.text(0.98, 0.04, note, transform=ax.transAxes, ha="right", fontsize=9, color="0.35", bbox=_WHITE)
         style.label_ends(ax, labels)
         style.save(figure, path)
@@ -111,7 +114,8 @@ def budget_panel(ax: Axes, budgets: Sequence[Budget], ours: str | None = None, *
 
     Args:
         ax: the axes.
-        budgets: one for each method; points that are not finite are left out.
+        budgets: one for each method; points that are not finite are left out. Left of all, a hollow marker shows one
+            run at the usual rate.
         ours: the reference method. A method without a grid goes on as a level line to the right end.
         is_accuracy: whether scores are accuracies in %, whose error is drawn on a logarithmic scale.
 
@@ -121,7 +125,10 @@ def budget_panel(ax: Axes, budgets: Sequence[Budget], ours: str | None = None, *
     shown = [each for each in budgets if each.per_run > 0 and np.any(np.isfinite(each.mean))]
     if not shown:
         return []
+    left = min(each.spent[np.isfinite(each.mean)][0] for each in shown)
     right = max(each.spent[-1] for each in shown)
+    if any(each.usual for each in shown):
+        left *= _BESIDE
     looks = itertools.cycle(zip(style.COLORS, style.MARKERS, strict=True))
     labels: list[Label] = []
     lows: list[float] = []
@@ -135,6 +142,13 @@ def budget_panel(ax: Axes, budgets: Sequence[Budget], ours: str | None = None, *
             spent, mean, marker, color=color, markersize=11 if is_ours else 4.5,
             markeredgecolor="white", markeredgewidth=0.5, zorder=5, clip_on=False,
         )  # fmt: skip
+        if each.usual and np.isfinite(each.usual[0]):
+            ax.plot(
+                left, each.usual[0], marker, color=color, markersize=5.5,
+                markerfacecolor="white", markeredgewidth=1.3, zorder=6, clip_on=False,
+            )  # fmt: skip
+            lows.append(each.usual[0])
+            highs.append(each.usual[0])
         if len(each.mean) == 1 and spent[-1] < right:  # there is nothing to tune: more compute changes nothing
             spent, mean, error = np.append(spent, right), np.repeat(mean, 2), np.repeat(error, 2)
         if is_ours:
@@ -145,7 +159,7 @@ def budget_panel(ax: Axes, budgets: Sequence[Budget], ours: str | None = None, *
         labels.append(Label(spent[-1], mean[-1], each.method, color, is_ours))
         lows.append(float(np.min(mean - error)))
         highs.append(float(np.max(mean + error)))
-    style.log_axis(ax, min(each.spent[np.isfinite(each.mean)][0] for each in shown), right)
+    style.log_axis(ax, left, right)
     margin = 0.03 * (max(highs) - min(lows)) or 0.01 * abs(max(highs)) or 1.0
     if is_accuracy:
         style.error_axis(ax)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cronos_flax.compare.budget import Budget, budget, is_timed
+from cronos_flax.compare.budget import budget, is_timed
 from cronos_flax.compare.methods import FROZEN, PROBE
 from cronos_flax.compare.summaries import (
     NO_SCORE,
@@ -76,13 +76,15 @@ def budget_table(rows: list[Row]) -> str:
     most = max((len(each.mean) for each in budgets), default=0)
     counts = sorted({*(2**i for i in range(most.bit_length())), most} - {0})
     target = next((float(each.mean[0]) for each in budgets if ours is not None and each.method == ours.method), None)
-    head = ["method", "a run, s" if timed else "a run, epochs", *(f"{k} run{'s' * (k > 1)}" for k in counts)]
+    head = ["method", "a run, s" if timed else "a run, epochs", "usual rate, 1 run"]
+    head += [f"{k} run{'s' * (k > 1)}" for k in counts]
     if ours is not None:
         head.append(f"runs to match {ours.method}")
     lines = [_BUDGET, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for each in budgets:
         cells = [each.method, _number(each.per_run, 1) if np.isfinite(each.per_run) else "–"]
-        cells += [_expected(each, k) if k <= len(each.mean) else "" for k in counts]
+        cells.append(_expected(*each.usual) if each.usual else "")
+        cells += [_expected(each.mean[k - 1], each.error[k - 1]) if k <= len(each.mean) else "" for k in counts]
         if ours is not None and target is not None:
             cells.append("" if each.method == ours.method else str(each.runs_to(target) or f"> {len(each.mean)}"))
         lines.append("| " + " | ".join(cells) + " |")
@@ -92,12 +94,12 @@ def budget_table(rows: list[Row]) -> str:
 _BUDGET = (
     "Expected test score for a budget that includes tuning: draw k of the method's runs (rates) at random without "
     "replacement, keep the one with the best validation peak, report its test score there. Exact expectation for each "
-    "seed; mean over seeds ± standard error. A method without a rate to search takes one run."
+    "seed; mean over seeds ± standard error. A method without a rate to search takes one run. Usual rate: one run at "
+    "the rate that users take without a search (Adam, AdamW .001; Prodigy, D-adapted AdamW 1), if the grid has it."
 )
 
 
-def _expected(each: Budget, runs: int) -> str:
-    mean, error = float(each.mean[runs - 1]), float(each.error[runs - 1])
+def _expected(mean: float, error: float) -> str:
     return _number(mean) + (f" ± {_number(error, _digits(mean))}" if np.isfinite(error) else "")
 
 

@@ -58,7 +58,7 @@ def draw_result(path: Path) -> None:
         figure.supylabel("expected test accuracy, % (error on a log scale)", fontsize=10)
         figure.suptitle(
             "One run of CRONOS-AM, nothing tuned, against random search over 7 learning rates:\n"
-            "each marker is one more run, the best of the runs chosen by validation",
+            "each marker is one more run, the best chosen by validation; hollow, left: the usual rate",
             fontsize=10,
         )
         style.save(figure, path, dpi=200)
