@@ -16,7 +16,7 @@ _INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """With defaults in the help, and text that keeps its lines."""
+    """A parser whose help shows defaults and keeps line breaks."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=_Help, **kwargs)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: its arguments; None for those of the process.
+        argv: the arguments; None for those of the process.
 
     Returns:
         The exit status: 0, or 130 after an interrupt. Wrong arguments exit with 2, as argparse does.
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"cronos-flax needs {error.name}: {_EXTRA}", file=sys.stderr)
         return 2
-    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS and Orbax talk by it
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS and Orbax log through it
     parser, commands = _parsers()
     args = parser.parse_args(argv)
     try:
@@ -51,20 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _refuse(commands[args.command], error)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where this one stopped.", file=sys.stderr)
+        print("\nInterrupted. The same command resumes where this one stopped.", file=sys.stderr)
         return _INTERRUPTED
 
 
 def _refuse(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
-    """Exit as for any wrong option, the message wrapped."""
+    """Exit as argparse does for a wrong option, with the message wrapped."""
     said = textwrap.fill(str(error), 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     parser.exit(2, f"{parser.prog}: error:\n{said}\n")
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     from cronos_flax.compare.data import EMBEDDED, SCALINGS
+    from cronos_flax.compare.methods import METHODS
     from cronos_flax.compare.models import MODELS
-    from cronos_flax.compare.sweep import METHODS
 
     parser = _Parser(prog="cronos-flax", description="Convex training of the last two layers of Flax modules.")
     version = importlib.metadata.version("cronos_flax")
@@ -77,7 +77,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--dataset", default="digits", metavar="NAME",
         help=f"{', '.join(EMBEDDED)}; a file.npz with x, y (and x_test, y_test); or the name of a prepared TFDS set",
     )  # fmt: skip
-    data.add_argument("--data-dir", metavar="DIR", help="where prepared TFDS sets lie")
+    data.add_argument("--data-dir", metavar="DIR", help="directory of prepared TFDS sets")
     data.add_argument(
         "--model", default="mlp", metavar="NAME",
         help=f"{', '.join(MODELS)}; or module:factory, a function of the number of outputs that returns a linen "
@@ -85,74 +85,92 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )  # fmt: skip
     data.add_argument(
         "--loss", choices=("softmax", "squared", "logistic", "huber", "hinge"),
-        help="softmax where there are classes, else squared, if not given",
+        help="if not given: softmax for classes, squared for regression",
     )  # fmt: skip
     data.add_argument("--scaling", choices=SCALINGS, default="standardise", help="of the inputs")
     data.add_argument("--rows", type=_positive, metavar="N", help="fit on N rows only")
     data.add_argument(
         "--validation", type=_positive_float, default=0.2, metavar="N",
-        help="rows of the training split held back to choose by; below 1, which part of it",
+        help="rows of the training split held back for validation; below 1, a fraction",
     )  # fmt: skip
     data.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="rows of a gradient step")
 
     compare = kinds.add_parser(
         "compare", parents=[task], help="CRONOS-AM against tuned optimizers, on your model and data",
-        description="Compare methods over grids of rates and over seeds, at equal budgets. Leaves\n"
-        "results.jsonl, table.md and curves.png in DIR; the same command goes on where it\nwas stopped.",
+        description="Compare methods over grids of rates and over seeds, at equal budgets. The same command\n"
+        "resumes where it was stopped. Writes into DIR:\n"
+        "  results.jsonl  the checks of all runs\n"
+        "  table.md       each method at its best rate, chosen by validation, and its grid\n"
+        "  curves.png     validation scores during training, a panel for each method\n"
+        "  budget.png     the test score to expect for a compute budget, tuning included",
         epilog="methods:\n" + "\n".join(_method_lines(METHODS)),
     )  # fmt: skip
     runs = compare.add_argument_group("runs")
     runs.add_argument("--methods", default="cronos-am,adam,sgd", metavar="LIST", help="separated by commas; see below")
-    runs.add_argument("--seeds", type=_positive, default=3, metavar="N", help="of split, weights and order of the rows")
-    runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="they are N, N+1, …")
+    runs.add_argument(
+        "--seeds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="number of seeds; a seed fixes split, weights, order of rows",
+    )
+    runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds are N, N+1, …")
     budget = runs.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=_positive, metavar="N", help="of each run; 10 if --seconds is not given")
-    budget.add_argument("--seconds", type=_positive_float, metavar="S", help="of training, in place of epochs")
+    budget.add_argument(
+        "--epochs", type=_positive, metavar="N", help="length of each run; 10 if --seconds is not given"
+    )
+    budget.add_argument(
+        "--seconds", type=_positive_float, metavar="S", help="training time of each run, in place of epochs"
+    )
     runs.add_argument("--rates", type=_positive, default=7, metavar="N", help="rates in each method's grid")
     runs.add_argument(
         "--rate-range", type=_positive_float, nargs=2, metavar=("LOW", "HIGH"),
-        help="of all optimizers; without it what is usual for each, three decades",
+        help="of all optimizers; if not given, three decades that are usual for each",
     )  # fmt: skip
-    runs.add_argument("--random-rates", type=int, metavar="SEED", help="draw the rates instead of spacing them")
+    runs.add_argument("--random-rates", type=int, metavar="SEED", help="draw rates at random instead of spacing them")
     runs.add_argument(
         "--jobs", type=_positive, default=1, metavar="N",
-        help="runs side by side, a core each; with more than 1 times are not kept",
+        help="runs side by side, one core each; with more than 1, times are not kept",
     )  # fmt: skip
     shown = compare.add_argument_group("output")
-    shown.add_argument("--target", type=float, metavar="SCORE", help="validation accuracy in %%, for times to it")
+    shown.add_argument(
+        "--target", type=float, metavar="SCORE", help="validation accuracy in %% that times are given to"
+    )
     _add_output(shown)
 
     train = kinds.add_parser(
         "train", parents=[task], help="one run of CRONOS-AM",
-        description="Train by CRONOS-AM. Leaves checkpoints, history.jsonl and curves.png in DIR; the\n"
-        "same command goes on where it was stopped.",
+        description="Train by CRONOS-AM. Writes checkpoints, history.jsonl and curves.png into DIR; the\n"
+        "same command resumes where it was stopped.",
     )  # fmt: skip
     how = train.add_argument_group("run")
     how.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes through the rows")
-    how.add_argument("--optimizer", default="adam", metavar="NAME", help="of the backbone, one of those of compare")
-    how.add_argument("--rate", type=_positive_float, default=1e-3, metavar="R", help="its rate")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of split, weights and order of the rows")
+    how.add_argument(
+        "--optimizer", default="adam", metavar="NAME", help="of the backbone: one of the optimizers of compare"
+    )
+    how.add_argument("--rate", type=_positive_float, default=1e-3, metavar="R", help="its learning rate")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes split, weights and order of rows")
     _add_output(train.add_argument_group("output"))
 
     info = kinds.add_parser(
         "info", parents=[task], help="versions, devices, and the head of a model",
-        description="Print versions and devices, and what is found in a model: its head, or why it has none.",
+        description="Print versions and devices, and the head of a model, or the reason why it has none.",
     )  # fmt: skip
     return parser, {"compare": compare, "train": train, "info": info}
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the results")
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _method_lines(names: Sequence[str]) -> list[str]:
-    from cronos_flax.compare.sweep import ALTERNATION, FROZEN, PROBE
+    from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE
 
     said = {
-        ALTERNATION: "CRONOS-AM as it comes, with Adam at 1e-3 for the backbone",
-        FROZEN: "the head solved for once, on the backbone as it is",
-        PROBE: "a linear model on the features of the backbone as it is",
+        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 1e-3 for the backbone",
+        FROZEN: "the head solved once, on the untrained backbone",
+        PROBE: "a linear model on the features of the untrained backbone",
     }
     optimizers = ", ".join(name for name in names if name not in said)
     own = [f"  {name:<23}{text}" for name, text in said.items()]
@@ -181,7 +199,7 @@ def _positive_float(text: str) -> float:
 
 
 def _check_writable(out: Path) -> None:
-    """Before any work."""
+    """Raise before any work if the directory cannot be written to."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
@@ -190,7 +208,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from cronos_flax.compare.sweep import Settings
+    from cronos_flax.compare.task import Settings
 
     return Settings(
         dataset=args.dataset,
@@ -208,9 +226,11 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax.compare import plots, tables
-    from cronos_flax.compare.methods import BASELINES
+    from cronos_flax.compare.methods import BASELINES, check_method, grid
     from cronos_flax.compare.progress import Progress
-    from cronos_flax.compare.sweep import Run, Task, by_run, check_method, grid, sweep
+    from cronos_flax.compare.summaries import summaries
+    from cronos_flax.compare.sweep import by_run, sweep
+    from cronos_flax.compare.task import Run, Task
 
     if args.epochs is None and args.seconds is None:
         args.epochs = 10
@@ -235,21 +255,21 @@ def _compare(args: argparse.Namespace) -> int:
         _ = task.head
     with Progress(len(runs), quiet=args.quiet) as progress:
         rows = sweep(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
-    done = by_run(rows)  # of which there may be more than are asked for, and in another order
+    done = by_run(rows)  # an earlier call may have done more runs, in another order
     rows = [row for run in runs for row in done[run]]
-    text = tables.table(rows, args.target)
-    (args.out / "table.md").write_text(text)
-    plots.draw(rows, args.out / "curves.png")
+    (args.out / "table.md").write_text(tables.table(rows, args.target))
+    plots.draw_curves(rows, args.out / "curves.png")
+    plots.draw_budget(rows, args.out / "budget.png")
     if not args.quiet:
-        progress.show(tables.summaries(rows), args.out)
+        progress.show(summaries(rows), args.out)
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
     from cronos_flax.compare import plots
-    from cronos_flax.compare.methods import BASELINES
+    from cronos_flax.compare.methods import ALTERNATION, BASELINES, rows_of
     from cronos_flax.compare.progress import Progress
-    from cronos_flax.compare.sweep import ALTERNATION, Run, Task, rows_of
+    from cronos_flax.compare.task import Run, Task
 
     if args.optimizer not in BASELINES:
         raise ValueError(f"`--optimizer` must be one of {', '.join(BASELINES)}, got {args.optimizer!r}.")
@@ -262,14 +282,15 @@ def _train(args: argparse.Namespace) -> int:
         rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
     rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
     (args.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plots.draw(rows, args.out / "curves.png")
+    plots.draw_curves(rows, args.out / "curves.png")
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
     import jax
 
-    from cronos_flax.compare.sweep import VERSIONS, Task
+    from cronos_flax.compare.sweep import VERSIONS
+    from cronos_flax.compare.task import Task
 
     for name in VERSIONS:
         print(f"{name:12} {importlib.metadata.version(name)}")

@@ -11,8 +11,6 @@ import tensorflow_datasets as tfds
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
-from cronos_flax._solver.loss import signed_targets
-
 EMBEDDED = ("digits", "wine", "breast_cancer", "diabetes")
 SCALINGS = ("standardise", "unit", "none")
 TEST_SHARE = 0.2  # of sets that come without a test split
@@ -197,28 +195,3 @@ def _with_test(x: np.ndarray, y: np.ndarray) -> Dataset:
     labels = y if np.issubdtype(y.dtype, np.integer) and np.bincount(y).min() > 1 else None
     x, x_test, y, y_test = train_test_split(x, y, test_size=TEST_SHARE, random_state=0, stratify=labels)
     return Dataset(x, y, x_test, y_test)
-
-
-def targets_for(loss: str, y: np.ndarray, num_classes: int | None) -> tuple[np.ndarray, int]:
-    """What a loss takes, and how many outputs a module has for it.
-
-    Args:
-        loss: a name that :class:`cronos_flax.Cronos` knows.
-        y: labels, or floats.
-        num_classes: how many classes there are; None for regression.
-
-    Raises:
-        ValueError: if the loss is not one for such targets.
-    """
-    if num_classes is None:
-        if loss not in ("squared", "huber"):
-            raise ValueError(f"`loss` must be 'squared' or 'huber' for a set without classes, got {loss!r}.")
-        return y[:, None], 1
-    if loss == "softmax":
-        return y, num_classes
-    if loss == "logistic":
-        if num_classes != 2:
-            raise ValueError(f"`loss` 'logistic' is for two classes, the set has {num_classes}. Use 'softmax'.")
-        return y[:, None].astype("float32"), 1
-    signs = np.asarray(signed_targets(y, num_classes), "float32")
-    return signs, signs.shape[1]

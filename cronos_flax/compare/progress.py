@@ -1,4 +1,4 @@
-"""What is seen of a comparison while it runs: a bar and each method's best so far, or plain lines."""
+"""Progress of a comparison on the terminal: a bar and each method's best so far; elsewhere, a line for each run."""
 
 from pathlib import Path
 from types import TracebackType
@@ -10,15 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from cronos_flax.compare.sweep import Row, Run
-from cronos_flax.compare.tables import Summary, last, peak, score, summaries
+from cronos_flax.compare.summaries import Summary, last, peak, score, summaries
+from cronos_flax.compare.task import Row, Run
 
 
 class Progress:
-    """Shows runs as they are made; a context manager, and what :func:`cronos_flax.compare.sweep` calls ``watch``.
+    """Show runs as they are made: a context manager, and the ``watch`` of :func:`cronos_flax.compare.sweep.sweep`.
 
     Args:
-        total: runs, or epochs, that there will be.
+        total: the number of runs, or of epochs.
         quiet: show nothing.
     """
 
@@ -50,7 +50,7 @@ class Progress:
             self._live.stop()
 
     def __call__(self, event: str, run: Run, what: Any) -> None:
-        """A check (a row), a run that is done or was done before (its rows)."""
+        """Take a check (its row), or a run that is done or was done before (its rows)."""
         name = run.method + ("" if run.rate is None else f" {run.rate:g}") + f", seed {run.seed}"
         if event == "check":
             self._bar.update(self._task, description=f"{name}, epoch {what['epoch']}")
@@ -65,19 +65,19 @@ class Progress:
             self._console.print(f"[{self._done}/{self._total}] {name}: {said}", markup=False, highlight=False)
 
     def epoch(self, row: Row) -> None:
-        """A check of a single run."""
+        """Take a check of a single run."""
         self._bar.update(self._task, completed=row["epoch"], description="")
         said = f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, {_figures(row)}"
         self._console.print(said, markup=False, highlight=False)
 
     def show(self, methods: list[Summary], out: Path) -> None:
-        """The end: a table, and where everything is."""
+        """Print the table at the end, and the names of the files."""
         self._console.print(_table(methods))
-        self._console.print(f"{out}: results.jsonl, table.md, curves.png", highlight=False)
+        self._console.print(f"{out}: results.jsonl, table.md, curves.png, budget.png", highlight=False)
 
 
 def _figures(row: Row) -> str:
-    """Scores of a check."""
+    """The scores of a check, as a text."""
     unit = " %" if "validation_accuracy" in row else ""
     seconds = "" if row.get("seconds") is None else f", {row['seconds']:.1f} s"
     return f"validation {score(row, 'validation'):.4g}{unit} at epoch {row['epoch']}{seconds}"

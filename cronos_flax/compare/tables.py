@@ -1,88 +1,23 @@
-"""What the rows of a comparison say: for each method its best cell, chosen by validation rows, and the whole grid."""
+"""A comparison as Markdown: each method's best cell and whole grid, and what it reaches for a budget with tuning."""
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
-from cronos_flax.compare.sweep import ALTERNATION, FROZEN, PROBE, Row
-
-_NO_SCORE = -np.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """One method; scores are accuracies in %, or negative losses where there are no classes.
-
-    Args:
-        method: its name.
-        rates: of its cells, from the best mean peak on validation rows to the worst.
-        cells: for each of these, by seed, the checks of the run.
-    """
-
-    method: str
-    rates: tuple[float | None, ...]
-    cells: tuple[dict[int, list[Row]], ...]
-
-    @property
-    def best(self) -> dict[int, list[Row]]:
-        """The runs of the best cell, by seed."""
-        return self.cells[0]
-
-    def test(self, which: Callable[[list[Row]], Row]) -> dict[int, float]:
-        """Test scores of the best cell by seed, at one check of each run."""
-        return {seed: score(which(checks), "test") for seed, checks in sorted(self.best.items())}
-
-    def finals(self) -> list[float]:
-        """Mean final validation score of each cell, from the best to the worst."""
-        return sorted((_mean(cell, last) for cell in self.cells), reverse=True)
-
-
-def score(row: Row, split: str) -> float:
-    """Of a check, on ``"validation"`` or ``"test"`` rows."""
-    if f"{split}_accuracy" in row:
-        return 100 * row[f"{split}_accuracy"]
-    loss = row.get(f"{split}_loss")
-    return _NO_SCORE if loss is None else -loss
-
-
-def peak(checks: list[Row]) -> Row:
-    """The first check with the best validation score."""
-    return max(checks, key=lambda row: score(row, "validation"))
-
-
-def last(checks: list[Row]) -> Row:
-    """The check at the end."""
-    return checks[-1]
-
-
-def _mean(cell: dict[int, list[Row]], which: Callable[[list[Row]], Row]) -> float:
-    return float(np.mean([score(which(checks), "validation") for checks in cell.values()]))
-
-
-def summaries(rows: Iterable[Row]) -> list[Summary]:
-    """The methods in the order in which they come."""
-    methods: dict[str, dict[float | None, dict[int, list[Row]]]] = {}
-    for row in rows:
-        cells = methods.setdefault(row["method"], {})
-        cells.setdefault(row["rate"], {}).setdefault(row["seed"], []).append(row)
-    ordered = {
-        name: sorted(cells.items(), key=lambda item: _mean(item[1], peak), reverse=True)
-        for name, cells in methods.items()
-    }
-    return [Summary(name, *map(tuple, zip(*cells, strict=True))) for name, cells in ordered.items()]
-
-
-def default_target(methods: list[Summary]) -> float:
-    """What the best cells of all methods reach on average: the lowest of their mean peaks, linear probes left out."""
-    peaks = [_mean(method.best, peak) for method in methods if method.method != PROBE]
-    return min((mean for mean in peaks if mean > _NO_SCORE), default=_NO_SCORE)
-
-
-def time_to(target: float, checks: list[Row]) -> float | None:
-    """Seconds until the first check at the target or above; None where there is none, or no time."""
-    return next((row.get("seconds") for row in checks if score(row, "validation") >= target), None)
+from cronos_flax.compare.budget import budget, is_timed
+from cronos_flax.compare.methods import FROZEN, PROBE
+from cronos_flax.compare.summaries import (
+    NO_SCORE,
+    Summary,
+    default_target,
+    last,
+    peak,
+    reference,
+    score,
+    summaries,
+    time_to,
+)
+from cronos_flax.compare.task import Row
 
 
 def table(rows: list[Row], target: float | None = None) -> str:
@@ -101,9 +36,9 @@ def table(rows: list[Row], target: float | None = None) -> str:
     solving = any("solves" in row for row in rows)
     if solving:
         head.append("solves (rejected)")
-    reference = next((m for name in (ALTERNATION, FROZEN) for m in methods if m.method == name), None)
-    if reference is not None:
-        head.append(f"{reference.method} − this")
+    ours = reference(methods)
+    if ours is not None:
+        head.append(f"{ours.method} − this")
     lines = [_protocol(rows, target), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in methods:
         cells = [
@@ -119,12 +54,53 @@ def table(rows: list[Row], target: float | None = None) -> str:
             _epochs(method),
             *([_solves(method)] if solving else []),
         ]
-        if reference is not None:
-            cells.append("" if method is reference else _difference(reference, method))
+        if ours is not None:
+            cells.append("" if method is ours else _difference(ours, method))
         lines.append("| " + " | ".join(cells) + " |")
     failed = [row for row in rows if "error" in row]
     lines += ["", *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed)]
+    if any(len(method.cells) > 1 for method in methods):
+        lines += [*([""] if failed else []), budget_table(rows)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def budget_table(rows: list[Row]) -> str:
+    """The test score to expect for a budget that includes tuning, as Markdown.
+
+    Args:
+        rows: of :func:`cronos_flax.compare.sweep.sweep`.
+    """
+    methods = summaries(rows)
+    timed, ours = is_timed(methods), reference(methods)
+    budgets = [budget(method, timed=timed) for method in methods]
+    most = max((len(each.mean) for each in budgets), default=0)
+    counts = sorted({*(2**i for i in range(most.bit_length())), most} - {0})
+    target = next((float(each.mean[0]) for each in budgets if ours is not None and each.method == ours.method), None)
+    head = ["method", "a run, s" if timed else "a run, epochs", "usual rate, 1 run"]
+    head += [f"{k} run{'s' * (k > 1)}" for k in counts]
+    if ours is not None:
+        head.append(f"runs to match {ours.method}")
+    lines = [_BUDGET, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for each in budgets:
+        cells = [each.method, _number(each.per_run, 1) if np.isfinite(each.per_run) else "–"]
+        cells.append(_expected(*each.usual) if each.usual else "")
+        cells += [_expected(each.mean[k - 1], each.error[k - 1]) if k <= len(each.mean) else "" for k in counts]
+        if ours is not None and target is not None:
+            cells.append("" if each.method == ours.method else str(each.runs_to(target) or f"> {len(each.mean)}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_BUDGET = (
+    "Expected test score for a budget that includes tuning: draw k of the method's runs (rates) at random without "
+    "replacement, keep the one with the best validation peak, report its test score there. Exact expectation for each "
+    "seed; mean over seeds ± standard error. A method without a rate to search takes one run. Usual rate: one run at "
+    "the rate that users take without a search (Adam, AdamW .001; Prodigy, D-adapted AdamW 1), if the grid has it."
+)
+
+
+def _expected(mean: float, error: float) -> str:
+    return _number(mean) + (f" ± {_number(error, _digits(mean))}" if np.isfinite(error) else "")
 
 
 def _protocol(rows: list[Row], target: float) -> str:
@@ -133,12 +109,12 @@ def _protocol(rows: list[Row], target: float) -> str:
         return "No run is done yet."
     row = rows[0]
     what = "accuracy in %" if any("test_accuracy" in r for r in rows) else "minus the loss"
-    budget = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
+    length = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
     seeds = len({r["seed"] for r in rows})
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     return (
         f"{row['dataset']}, inputs {_SCALED[row['scaling']]}; model {row['model']}, loss {row['loss'] or 'of the set'};"
-        f" batch size {row['batch_size']}, {budget} a run, {seeds} seed(s); {row['device']}, {row['cores']} cores; "
+        f" batch size {row['batch_size']}, {length} a run, {seeds} seed(s); {row['device']}, {row['cores']} cores; "
         f"{versions}.\n\n"
         f"Scores are {what}, mean ± standard deviation over seeds. For each method the cell (rate) and, in each run, "
         "the check (epoch) of the peak are chosen by validation rows; test rows only report. Grid: mean validation "
@@ -153,7 +129,7 @@ _SCALED = {"standardise": "standardised", "unit": "scaled to 1", "none": "as the
 
 def _number(value: float, digits: int | None = None) -> str:
     """Two digits of an accuracy in %, four of a loss, which is small."""
-    if value == _NO_SCORE:
+    if value == NO_SCORE:
         return "failed"
     return f"{value:.{_digits(value) if digits is None else digits}f}"
 
@@ -218,8 +194,3 @@ def _difference(reference: Summary, method: Summary) -> str:
     digits = _digits(float(np.mean(list(ours.values()))))
     error = f" ± {each.std(ddof=1) / np.sqrt(len(each)):.{digits}f}" if len(each) > 1 else ""
     return f"{each.mean():+.{digits}f}{error}"
-
-
-def curves(method: Summary) -> list[list[Row]]:
-    """All runs of all cells."""
-    return list(itertools.chain.from_iterable(cell.values() for cell in method.cells))

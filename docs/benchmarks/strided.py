@@ -1,20 +1,9 @@
-"""A small convolutional network for ``cronos-flax compare --model strided:CNN``, from where this file is.
+"""The model ``strided:CNN`` that rows of ``fashion_mnist-cnn.jsonl.gz`` name, importable from where this file is.
 
-Strides in place of pooling: the gradient of ``nn.max_pool`` takes most of a step on CPUs.
+It is the model ``strided-cnn`` of ``cronos-flax compare``. The old name stays because a comparison resumes only with
+the settings that its rows have.
 """
 
-import flax.linen as nn
-import jax
+from cronos_flax.compare import models
 
-
-class CNN(nn.Module):
-    """Two convolutions and a two-layer head."""
-
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Outputs ``(n, outputs)`` for images ``(n, height, width, channels)``."""
-        for features in (16, 32):
-            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
-        return nn.Dense(self.outputs)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
+CNN = models.StridedCNN

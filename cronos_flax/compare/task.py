@@ -1,0 +1,147 @@
+"""What all runs of a comparison share: settings, data, the model and its head."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cronos_flax._head.linen import Head, find_head
+from cronos_flax._solver.losses import LOSSES, loss_of
+from cronos_flax.compare.data import Dataset, Split, load
+from cronos_flax.compare.models import Model, model_of
+
+Row = dict[str, Any]  # one check of one run: figures by name
+
+_SAMPLE = 64  # rows that the head is found with
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings that all runs of a comparison share.
+
+    Args:
+        dataset: a name for :func:`cronos_flax.compare.data.load`.
+        model: a name for :func:`cronos_flax.compare.models.model_of`.
+        loss: a name that ``cf.Cronos`` knows; None for ``"softmax"``, or ``"squared"`` where there are no classes.
+        epochs: the length of each run; or
+        budget: its length in seconds of training.
+        batch_size: rows of a gradient step.
+        rows: how many rows to fit at most.
+        validation: how many rows are held back for validation; below 1, which fraction.
+        scaling: one of ``cronos_flax.compare.data.SCALINGS``.
+        data_dir: where TFDS sets lie; two comparisons that differ only in this are the same.
+    """
+
+    dataset: str
+    model: str = "mlp"
+    loss: str | None = None
+    epochs: int | None = None
+    budget: float | None = None
+    batch_size: int = 128
+    rows: int | None = None
+    validation: float = 0.2
+    scaling: str = "standardise"
+    data_dir: str | None = dataclasses.field(default=None, compare=False)
+
+    def shared(self) -> Row:
+        """The settings as every row repeats them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
+
+
+class Run(NamedTuple):
+    """One cell of a method's grid at one seed; ``rate`` is None for a method without a grid."""
+
+    method: str
+    rate: float | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """The data, the model and its head, made once for all runs."""
+
+    settings: Settings
+    dataset: Dataset
+    loss: str
+    model: Model
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Task":
+        """Read the data and make the model.
+
+        Raises:
+            ValueError: if one of them does not exist, or if they do not fit together.
+        """
+        dataset = load(settings.dataset, settings.data_dir)
+        loss = settings.loss or ("softmax" if dataset.num_classes else "squared")
+        _, outputs = targets_for(loss, dataset.y, dataset.num_classes)
+        return cls(settings, dataset, loss, model_of(settings.model, outputs))
+
+    @property
+    def held_back(self) -> int:
+        """The number of validation rows."""
+        share = self.settings.validation
+        return round(share * len(self.dataset.y)) if share < 1 else int(share)
+
+    def labelled(self, seed: int) -> Split:
+        """The rows that this seed splits off, with labels, or values for regression."""
+        return Split.of(self.dataset, seed, self.held_back, self.settings.scaling, self.settings.rows)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a task lives as long as its process
+    def split(self, seed: int) -> Split:
+        """The same rows, with targets for the loss."""
+        split = self.labelled(seed)
+        y, y_validation, y_test = (
+            targets_for(self.loss, part, self.dataset.num_classes)[0]
+            for part in (split.y, split.y_validation, split.y_test)
+        )
+        return split._replace(y=y, y_validation=y_validation, y_test=y_test)
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The head of the model as it is evaluated; found once, so that all seeds share its compiled programs.
+
+        Raises:
+            ValueError: if the model has no head; the message says why and what to do.
+        """
+        x = self.split(0).x[:_SAMPLE]
+        return find_head(self.model.module, self.model.init(0, x), x, **self.model.eval_kwargs)
+
+    @functools.cached_property
+    def head_in_training(self) -> Head:
+        """The head of the model as it is trained.
+
+        It differs where the model has running statistics: then solves see the features that gradients see.
+        """
+        x = self.split(0).x[:_SAMPLE]
+        variables = self.model.init(0, x)
+        collections = [name for name in variables if name != "params"]
+        if not (collections and self.model.train_kwargs):
+            return self.head
+        kwargs = {"mutable": collections, "rngs": {"dropout": jax.random.key(0)}, **self.model.train_kwargs}
+        return find_head(self.model.module, variables, x, **kwargs)
+
+
+def targets_for(loss: str, y: np.ndarray, num_classes: int | None) -> tuple[np.ndarray, int]:
+    """The targets that a loss takes, and the number of outputs that a module needs for them.
+
+    Args:
+        loss: a name that :class:`cronos_flax.Cronos` knows.
+        y: labels, or values for regression.
+        num_classes: the number of classes; None for regression.
+
+    Raises:
+        ValueError: if the loss does not fit such labels or values.
+    """
+    made = loss_of(loss)
+    if num_classes is None:
+        if not made.takes_values:
+            takes = " or ".join(repr(name) for name, each in LOSSES.items() if each.takes_values)
+            raise ValueError(f"`loss` must be {takes} for a set without classes, got {loss!r}.")
+        return y[:, None], 1
+    targets = np.asarray(made.from_labels(y, num_classes))
+    if targets.ndim == 1:
+        return targets, num_classes
+    return targets.astype("float32"), targets.shape[1]
