@@ -21,6 +21,7 @@ autodoc_default_options = {"members": True, "exclude-members": "replace"}  # whi
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 napoleon_preprocess_types = False
 
 html_theme = "furo"
