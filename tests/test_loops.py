@@ -1,4 +1,4 @@
-"""The ordinary loops of the examples, and the lines of docs/usage.md that make them CRONOS-AM."""
+"""The ordinary loops of the examples, and the lines of the guides that make them CRONOS-AM."""
 
 import re
 import subprocess
@@ -14,8 +14,9 @@ EPOCHS = 3
 
 def changed(name):
     """The loop after the diff of the docs, and how many lines that adds."""
-    usage, source = (ROOT / "docs" / "usage.md").read_text(), (ROOT / "examples" / "loops" / f"{name}.py").read_text()
-    (diff,) = re.findall(rf"`examples/loops/{name}\.py`[^`]*```diff\n(.*?)```", usage, re.DOTALL)
+    guides = "".join(path.read_text() for path in sorted((ROOT / "docs" / "guides").glob("*.md")))
+    source = (ROOT / "examples" / "loops" / f"{name}.py").read_text()
+    (diff,) = re.findall(rf"`examples/loops/{name}\.py`:\n\n```diff\n(.*?)```", guides, re.DOTALL)
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines()
         old, new = ("\n".join(line[1:] for line in lines if line[:1] in (" ", sign)) for sign in "-+")

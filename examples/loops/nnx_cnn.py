@@ -2,7 +2,7 @@
 
     python examples/loops/nnx_cnn.py --epochs 10
 
-docs/usage.md shows the lines that turn it into CRONOS-AM.
+docs/guides/nnx.md shows the lines that turn it into CRONOS-AM.
 """
 
 import argparse

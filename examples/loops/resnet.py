@@ -2,7 +2,7 @@
 
     python examples/loops/resnet.py --epochs 10
 
-docs/usage.md shows the lines that turn it into CRONOS-AM.
+docs/guides/batchnorm-dropout.md shows the lines that turn it into CRONOS-AM.
 """
 
 import argparse
