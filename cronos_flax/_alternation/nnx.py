@@ -123,7 +123,7 @@ class CronosOptimizer(nnx.Optimizer):
             throw: raise on numerical failure if no earlier state can be restored.
 
         Returns:
-            The :class:`Solution`.
+            The :class:`cronos_flax.Solution`.
 
         Raises:
             ValueError: for data that do not fit.

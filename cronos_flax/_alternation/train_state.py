@@ -133,7 +133,7 @@ class CronosTrainState(TrainState):
             throw: raise on numerical failure if no earlier state can be restored.
 
         Returns:
-            The state with the new head, or the restored state; and the :class:`Solution`.
+            The state with the new head, or the restored state; and the :class:`cronos_flax.Solution`.
 
         Raises:
             ValueError: for data that do not fit.

@@ -205,7 +205,7 @@ def fit_head(
         throw: raise on numerical failure; if False, ``solution.status`` tells.
 
     Returns:
-        New variables, and the :class:`Solution`.
+        New variables, and the :class:`cronos_flax.Solution`.
 
     Raises:
         ValueError: for data that do not fit the module, or each other, and for features that are not finite.

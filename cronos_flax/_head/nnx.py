@@ -292,7 +292,7 @@ def fit_head(
         throw: raise on numerical failure; if False, ``solution.status`` tells.
 
     Returns:
-        The :class:`Solution`.
+        The :class:`cronos_flax.Solution`.
 
     Raises:
         ValueError: for data that do not fit the model, or each other, and for features that are not finite.

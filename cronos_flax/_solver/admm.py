@@ -1,4 +1,4 @@
-"""ADMM on the program with held gates (method.md section 2), in its compact state.
+"""ADMM on the program with held gates (method.md, "Held gates"), in its compact state.
 
 With the splits ``U = V`` and ``G X U = S ≥ 0`` and scaled duals Λ, N, one iteration is
 

@@ -56,7 +56,7 @@ def climb(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Neurons:
 
 
 def beta_max(rows: Rows, key: Array) -> Scalar:
-    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖`` (section 3).
+    """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖``.
 
     The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, and agrees
     over keys to a few hundredths. Of many rows, a sample is climbed on; what is reached there is measured on all.

@@ -50,7 +50,7 @@ State = RefreshedState | HeldState
 class Cronos:
     r"""Solver for two-layer ReLU networks, ``relu(X kernel1 + bias1) kernel2 + bias2``.
 
-    With ``f_j`` the output for row j, ``w_j`` its weight, and s the root mean squared row norm of X, it minimises
+    With ``f_j`` the output for row j, ``w_j`` its weight, and s the root mean squared row norm of X, it minimises::
 
         Σ w_j ℓ(f_j, y_j) / Σ w_j + (beta/2) (‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)
 
@@ -175,7 +175,8 @@ class Cronos:
                 within each class or range of y.
 
         Returns:
-            The :class:`Solution`. The regularised loss of ``solution.params`` is never above that of the start.
+            The :class:`cronos_flax.Solution`. The regularised loss of ``solution.params`` is never above that of the
+            start.
 
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.

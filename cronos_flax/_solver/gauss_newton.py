@@ -1,4 +1,4 @@
-"""The linear system of a step of the refreshed path (method.md section 5), its preconditioner, and its solution.
+"""The linear system of a refreshed step (method.md, "Refreshed gates"), its preconditioner, and its solution.
 
 With the gates D of the current neurons, outputs are linear in a step ``δ = (δU, δA, δb)`` of neurons, directions and
 output bias, ``J δ = P ((D ∘ X δU) A + relu(X U) δA) + 1 δbᵀ``, and the step is Levenberg–Marquardt's,

@@ -1,6 +1,6 @@
 """The path of held gates: ADMM to a certificate, and the way from its iterate back to a network.
 
-The loop checks its certificate every few iterations (method.md section 4), adapts ρ, and extrapolates by Anderson
+The loop checks its certificate every few iterations (method.md, "Held gates"), adapts ρ, and extrapolates by Anderson
 acceleration. The program's iterate may break its gates, and its network then be worse than the start's; so the network
 goes towards it only as far as its own loss falls.
 """

@@ -22,9 +22,9 @@ _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 @dataclasses.dataclass(frozen=True)
 class Structured:
-    """The U-step of ADMM by Woodbury on the eigenbasis (method.md section 2).
+    """The U-step of ADMM by Woodbury on the eigenbasis (method.md, "Held gates").
 
-    There ``K = I + XᵀX`` is diagonal and the step is one system with ``n·C`` unknowns,
+    There ``K = I + XᵀX`` is diagonal and the step is one system with ``n·C`` unknowns::
 
         p = K⁻¹ r,      (κ I + F K⁻¹ F*) z = F p,      U = p − K⁻¹ F* z
 
@@ -120,7 +120,9 @@ class Structured:
 
 @dataclasses.dataclass(frozen=True)
 class NystromPCG:
-    """The U-step, and with it the ADMM, as published: the primal system by Nyström-preconditioned conjugate gradients.
+    """The U-step, and with it the ADMM, as published.
+
+    Nyström-preconditioned conjugate gradients solve the primal system::
 
         (I + G*G + κ⁻¹ F*F) U = r
 

@@ -1,7 +1,7 @@
 """The interface of a loss: what the solver asks of one row, and which targets it takes.
 
 A :class:`Loss` says everything the solver needs to know. The refreshed path asks for value, gradient and curvature,
-held gates for the prox, their lower bound for the conjugate (method.md sections 2, 4 and 5). All work on whole arrays,
+held gates for the prox, their lower bound for the conjugate (method.md). All work on whole arrays,
 row by row, and know nothing of weights.
 """
 

@@ -1,4 +1,4 @@
-"""The convex program of method.md section 1, one function per symbol.
+"""The convex program of method.md, "The program", one function per symbol.
 
 With gates ``D`` and output directions ``A`` held fixed,
 
@@ -94,7 +94,7 @@ def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
 
 
 def lower_bound(program: Program, alpha: Outputs, nu: Activations) -> Scalar:
-    """A number no point of the program is below (method.md section 4).
+    """A number no point of the program is below (method.md, "Held gates").
 
     With α a gradient of the loss that the output bias cannot lower, and any ``ν ≥ 0``, weak duality gives ``−L*(cα)``
     for every ``c ≥ 0`` with ``c · maxᵢ ‖Fᵢ*α − Gᵢ*νᵢ‖ ≤ β``; for the squared loss the best such c has a closed form.

@@ -1,4 +1,4 @@
-"""The refreshed path (method.md section 5): gates renewed at every step, so the loss of the network can only fall.
+"""The refreshed path (method.md, "Refreshed gates"): gates renewed at every step, so the loss can only fall.
 
 Each step is Levenberg–Marquardt's (:mod:`cronos_flax._solver.gauss_newton`), followed by a line search on the
 regularised loss of the network. The damping μ follows the line search, so nothing needs to be tuned. All rows are

@@ -7,7 +7,7 @@ from cronos_flax._solver.checks import positive_integer
 
 @dataclasses.dataclass(frozen=True)
 class Refreshed:
-    """Constants of ``gates="refreshed"``; the defaults were chosen once, for all data sets (method.md section 5).
+    """Constants of ``gates="refreshed"``; one set of defaults for all data (method.md, "Refreshed gates").
 
     Args:
         step_lengths: lengths θ that the line search tries, from the longest to 0.
@@ -60,7 +60,7 @@ class Refreshed:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Constants of ADMM, for ``gates="fixed"`` and ``"paired"`` (method.md section 2).
+    """Constants of ADMM, for ``gates="fixed"`` and ``"paired"`` (method.md, "Held gates").
 
     Args:
         over_relaxation: of the U-step, in (0, 2); ``cf.NystromPCG`` takes 1.

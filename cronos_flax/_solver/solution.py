@@ -71,7 +71,21 @@ class TwoLayer:
 
 
 def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
-    """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``."""
+    """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``.
+
+    Args:
+        params: the network.
+        X: features, shape ``(n, p)``.
+
+    Returns:
+        Outputs, shape ``(n, C)``. For ``"softmax"`` and ``"logistic"`` these are logits.
+
+    Example:
+        >>> import jax.numpy as jnp, cronos_flax as cf
+        >>> network = cf.TwoLayer(jnp.array([[1.0, -1.0]]), None, jnp.array([[1.0], [1.0]]), None)
+        >>> cf.predict(network, jnp.array([[-2.0], [3.0]])).tolist()  # |x|
+        [[2.0], [3.0]]
+    """
     hidden = X @ params.kernel1
     if params.bias1 is not None:
         hidden = hidden + params.bias1
@@ -105,7 +119,7 @@ def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "
 class Stats:
     """The figures of one solve; losses are in the units of :class:`cronos_flax.Cronos` (a weighted mean over rows).
 
-    Attributes:
+    Args:
         objective: regularised loss of the network that is returned.
         initial_objective: regularised loss of the network the solve started from.
         null_loss: mean loss of the best constant output.
