@@ -1,6 +1,13 @@
 """What the tests share: data, twins, and the skip for data that is not part of the project."""
 
+import hashlib
+import os
+import platform
 from pathlib import Path
+
+# A test compiles for seconds what runs for milliseconds. Subprocesses inherit this; tests that are about the code that
+# users run take the fixture `optimised`. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -10,6 +17,23 @@ from sklearn.datasets import load_digits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config):
+    """Keep compiled programs in pytest's cache, so that the next run need not compile them: `--cache-clear` ends that.
+
+    Each worker has its own, as JAX's writes are not atomic, and each kind of CPU, as the code is for that.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+        return
+    described = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    features = [line for line in described if line.startswith(("flags", "Features"))]
+    kind = hashlib.sha256("".join([platform.machine(), *features[:1]]).encode()).hexdigest()[:12]
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax-{kind}") / worker)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
     """Compiled programs hold memory maps; Linux allows a process 65,530, and beyond that XLA's compiler crashes."""
@@ -17,6 +41,17 @@ def _forget_compiled_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """Programs compiled in this test are optimised, as users' are."""
+    jax.clear_caches()
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
