@@ -1,8 +1,12 @@
 """Checkpoints: what is restored is what was saved, to the bit, or the reason is said."""
 
+import contextlib
 import functools
+import gc
 import json
 import shutil
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -18,6 +22,14 @@ import cronos_flax as cf
 from cronos_flax._alternation import checkpoint as _checkpoint
 
 X = jax.random.normal(jax.random.key(0), (32, 5))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage():
+    """Each restore collects garbage: without what is there before these tests, that takes a tenth of the time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class MLP(nn.Module):
@@ -113,6 +125,66 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
             noticed += was_noticed
         file.write_bytes(sound)
     assert noticed > 10
+
+
+class Moments:
+    """Copies of a directory, one before each operation on files while it is watched: what a kill would leave there."""
+
+    OPERATIONS = frozenset(["open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"])
+
+    def __init__(self, directory):
+        self.directory, self.seen, self.local, self.watching = directory, [], threading.local(), False
+        sys.addaudithook(self.hook)  # for ever, but idle when nothing is watched
+
+    def hook(self, event, _):
+        if self.watching and event in self.OPERATIONS and not getattr(self.local, "copies", False):
+            self.local.copies = True
+            self.note()
+            self.local.copies = False
+
+    def note(self):
+        files = {}
+        for path in sorted(self.directory.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):  # TensorStore's threads go on
+                files[path.relative_to(self.directory)] = path.read_bytes() if path.is_file() else None
+        if files not in self.seen:
+            self.seen.append(files)
+
+    @contextlib.contextmanager
+    def noted(self):
+        self.watching = True
+        yield
+        self.watching = False
+        self.note()
+
+    def laid_out(self, parent):
+        """Each in a directory of its own."""
+        for number, files in enumerate(self.seen):
+            for path, content in files.items():
+                to = parent / str(number) / path
+                (to if content is None else to.parent).mkdir(parents=True, exist_ok=True)
+                if content is not None:
+                    to.write_bytes(content)
+            yield parent / str(number)
+
+
+def test_a_save_may_be_killed_at_any_moment(tmp_path):
+    for step in (1, 2):
+        cf.save_checkpoint(tmp_path / "run", made(step), step)
+    moments = Moments(tmp_path / "run")
+    with moments.noted():
+        cf.save_checkpoint(tmp_path / "run", made(3), 3, keep=2)
+    found = []
+    for directory in moments.laid_out(tmp_path / "left"):
+        state, step, _ = _checkpoint.restored(directory, made())
+        assert_same(state, made(step))
+        found.append(step)
+        if step == 2:  # then the run goes on, and comes to where it was killed
+            cf.save_checkpoint(directory, made(3), 3, keep=2)
+            assert_same(cf.restore_checkpoint(directory, made()), made(3))
+    assert found == sorted(found)
+    assert set(found) == {2, 3}
+    assert len(found) > 20
 
 
 def test_a_file_cut_short_or_gone_is_noticed(tmp_path):
