@@ -22,13 +22,14 @@ def pytest_configure(config):
 
     Each worker has its own, as JAX's writes are not atomic, and each kind of CPU, as the code is for that.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    hands_out = config.getoption("numprocesses", None) and not worker  # and compiles nothing itself
+    if hands_out or "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
         return
     described = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     features = [line for line in described if line.startswith(("flags", "Features"))]
     kind = hashlib.sha256("".join([platform.machine(), *features[:1]]).encode()).hexdigest()[:12]
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax-{kind}") / worker)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax-{kind}") / (worker or "alone"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -47,7 +48,7 @@ def _forget_compiled_programs():
 def optimised():
     """Programs compiled in this test are optimised, as users' are."""
     jax.clear_caches()
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -1,8 +1,8 @@
 """A small run of ``cf.train`` with checkpoints, to be killed and started again: ``python resumed.py DIRECTORY WHEN``.
 
 WHEN is where the process kills itself: ``save 12`` where the checkpoint of step 12 is written and has not its name yet,
-``epoch 2`` after that epoch, and the solve at its end, before anything of them is saved; or ``never 0``. Prints at its end
-a checksum of everything in the final state and of the history.
+``epoch 2`` after that epoch, and the solve at its end, before anything of them is saved; or ``never 0``. Prints at its
+end a checksum of everything in the final state and of the history.
 """
 
 import json

@@ -201,7 +201,7 @@ def test_solves_between_few_steps_take_no_more_rows_than_the_guard_needs(monkeyp
 
     def watched(self, data, **kwargs):
         seen.append(len(data[1]))
-        return solve_head(self, data, **kwargs)
+        return solve_head(self, tuple(rows[:256] for rows in data), **kwargs)  # one program for all
 
     monkeypatch.setattr(cf.CronosTrainState, "solve_head", watched)
     many = np.tile(X[:256], (40, 1)), np.tile(Y[:256], 40)

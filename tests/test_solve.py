@@ -25,10 +25,9 @@ def optimum_of(solution, X, y, beta, weight=None, **biases):
 
 # n, p, m, C, biases, weights, β, gates, linear solver
 PROGRAMS = [
-    (50, 6, 9, C, biases, weighted, beta, gates, solver)
+    (50, 6, 9, C, biases, biases == (C == 1), beta, gates, solver)  # each two of C, biases and weights in each way
     for C in (1, 3)
     for biases in (True, False)
-    for weighted in (True, False)
     for beta, gates, solver in (
         (0.02, "fixed", cf.Structured()),
         (0.1, "paired", cf.Structured()),
@@ -104,7 +103,7 @@ def test_the_bound_holds_at_every_check_and_converged_means_it(max_iters):
         assert stats.objective <= stats.initial_objective
 
 
-def test_digits_even_odd_refreshed_descends_far_below_held_gates(digits):
+def test_digits_even_odd_refreshed_descends_far_below_held_gates(digits, optimised):
     X, labels = digits
     y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
     s = np.sqrt(np.mean(np.sum(X[:1400] ** 2, axis=1)))
@@ -239,8 +238,8 @@ def test_rows_of_no_weight_are_as_if_absent(gates):
     assert float(with_them.stats.objective) == pytest.approx(float(without.stats.objective), rel=1e-4)
 
 
-def test_the_first_damping_hardly_matters(digits):
-    X, labels = digits
+def test_the_first_damping_hardly_matters(digits, optimised):
+    X, labels = digits[0][:600], digits[1][:600]
     y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")
 
     def end(rho, seed):
@@ -319,16 +318,17 @@ def test_sweeping_beta_rho_and_tol_compiles_once():
 
 
 def test_solve_goes_through_vmap_and_jit():
-    X, y = random_problem(5)
-    sweep = jnp.asarray([1e-3, 1e-1])
+    X, y = random_problem(5, dtype="float64")
 
     @jax.jit
     @jax.vmap
     def objective(beta):
         return cf.Cronos(beta=beta, max_iters=20).solve(X, y, hidden=5).stats.objective
 
-    one_by_one = [cf.Cronos(beta=float(beta), max_iters=20).solve(X, y, hidden=5).stats.objective for beta in sweep]
-    np.testing.assert_allclose(objective(sweep), one_by_one, rtol=1e-3)
+    with jax.enable_x64(True):  # in float32 rounding grows to per cents
+        sweep = jnp.asarray([1e-3, 1e-1])
+        one_by_one = [cf.Cronos(beta=float(beta), max_iters=20).solve(X, y, hidden=5).stats.objective for beta in sweep]
+        np.testing.assert_allclose(objective(sweep), one_by_one, rtol=1e-6)
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed"])
