@@ -61,7 +61,7 @@ def main():
         head,
         variables,
         Stream(),
-        solver=cf.Cronos(loss="softmax"),
+        solver=cf.Cronos(loss="softmax", max_iters=5),  # what a step takes, any number takes
         unpack=lambda batch: ((batch["image"].astype("float32"),), batch["label"]),
     )
     ended.set()

@@ -112,7 +112,6 @@ CASES = {
     "unknown loss": (lambda: cf.Cronos(loss="l1"), "`loss`"),
     "unknown gates": (lambda: cf.Cronos(gates="random"), "`gates`"),
     "no iterations": (lambda: cf.Cronos(max_iters=0), "`max_iters`"),
-    "another linear solver": (lambda: cf.Cronos(linear_solver="cg"), "`linear_solver`"),
     "no CG steps": (lambda: cf.Structured(max_steps=0), "`max_steps`"),
     "float labels": (lambda: cf.signed_targets([0.5], 2), "`labels`"),
     "labels out of range": (lambda: cf.signed_targets([0, 3], 3), "`labels`"),

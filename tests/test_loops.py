@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "cnn", "resnet", "nnx_cnn"
-EPOCHS = 3
+EPOCHS = 2
 
 
 def changed(name):
