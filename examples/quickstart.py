@@ -76,17 +76,18 @@ def draw(histories: dict[str, History], title: str, path: Path) -> None:
     """Save the picture; its axes end where the lines end."""
     colors = dict(zip(histories, (*style.COLORS[: len(histories) - 1], style.OURS), strict=True))
     with style.styled(7, 4) as figure:
-        axes, labels, worst = figure.subplots(), [], []
+        axes, labels, worst, best = figure.subplots(), [], [], []
         for name, checks in histories.items():
             seconds = [row["seconds"] for row in checks]
             accuracies = [100 * row["validation_accuracy"] for row in checks]
             ours = name == "CRONOS-AM"
             axes.plot(seconds, accuracies, color=colors[name], linewidth=2.4 if ours else 1.3, zorder=3 if ours else 2)
             labels.append(style.Label(seconds[-1], accuracies[-1], name, colors[name], ours))
-            worst.append(min(accuracies[len(accuracies) // 20 :]))  # the first steps of a run need not be in sight
+            worst.append(min(accuracies[len(accuracies) // 20 :]))  # the first epochs need not be in sight
+            best.append(max(accuracies))
         starts = [checks[0]["seconds"] for checks in histories.values()]
         axes.set_xlim(min(starts), max(label.x for label in labels))
-        axes.set_ylim(bottom=min(worst))
+        axes.set_ylim(min(worst), max(best) + 0.05 * (max(best) - min(worst) + 1))
         axes.set(xlabel="training time, s", ylabel="validation accuracy, %", title=title)
         style.label_ends(axes, labels)
         style.save(figure, path)

@@ -11,7 +11,6 @@ written when it is done, and a row that is there is not run again. Rows of one c
 cores, one core each, so their seconds compare with each other only. ``profile`` runs alone, and adds rows each time.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -28,7 +27,7 @@ import jax
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
-from rows import keep, kept
+from rows import keep, kept, parser
 
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
@@ -334,12 +333,10 @@ def _one_core(counter: Any) -> None:
 
 def main() -> None:
     """Do what is missing, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie; without it the tables only")
-    parser.add_argument("--out", type=Path, default=Path("am.jsonl"))
-    parser.add_argument("--case", choices=("robust", "defaults", "ablation", "profile"), default="robust")
-    parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args()
+    options = parser(__file__, __doc__, data=False)
+    options.add_argument("--case", choices=("robust", "defaults", "ablation", "profile"), default="robust")
+    options.add_argument("--jobs", type=int, default=1)
+    args = options.parse_args()
     if args.data_dir and args.case == "profile":  # alone, on all cores
         for row in profile(args.data_dir):
             keep(args.out, row)

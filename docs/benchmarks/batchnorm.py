@@ -7,7 +7,6 @@ batches of 100, Adam at 1e-3 for the backbone, and alone at three rates. Every r
 it is done; rows that are there are not run again. Ends with the table.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from rows import keep, kept
+from rows import missing, parser
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
@@ -38,7 +37,7 @@ EPOCHS = 10
 
 
 def trained(method: str, seed: int) -> dict[str, Any]:
-    """A run; its row."""
+    """Train once; the figures of the row."""
     digits = load_digits()
     images, order = digits.images[..., None].astype("float32") / 16, np.random.default_rng(seed).permutation(1797)
     fit, held = order[:1400], order[1400:]
@@ -65,19 +64,15 @@ def trained(method: str, seed: int) -> dict[str, Any]:
     )
     scores = [100 * row["validation_accuracy"] for row in history if "validation_accuracy" in row]
     rejections = max((row.get("rejections", 0) for row in history), default=0)
-    return {"method": method, "seed": seed, "scores": scores, "rejections": rejections, "jax": jax.__version__}
+    return {"scores": scores, "rejections": rejections, "jax": jax.__version__}
 
 
 def main() -> None:
     """Run what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("batchnorm.jsonl"), help="rows; those there are kept")
-    args = parser.parse_args()
-    rows = kept(args.out)
-    known = {(row["method"], row["seed"]) for row in rows}
-    for seed, method in itertools.product(SEEDS, METHODS):
-        if (method, seed) not in known:
-            rows.append(keep(args.out, trained(method, seed)))
+    args = parser(__file__, __doc__).parse_args()
+    rows = missing(
+        args.out, ("method", "seed"), ((method, seed) for seed, method in itertools.product(SEEDS, METHODS)), trained
+    )
     print(
         "| method | after 1 epoch | after 2 | after 4 | after 10 | solves rejected, in all |\n|---|---|---|---|---|---|"
     )

@@ -9,14 +9,18 @@ and draws it.
 """
 
 import argparse
+import functools
+import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from rows import keep, kept
+from rows import missing, parser
 from sets import Split, score, splits
 
 import cronos_flax as cf
@@ -45,22 +49,29 @@ def beta_max(split: Split, loss: str) -> float:
     return float(user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
 
 
+def solved(split: Split, loss: str, ratio: float | str, largest: Callable[[str], float]) -> dict:
+    """Solve once; the figures of the row."""
+    beta: Any = PATH if ratio == PATH else ratio * largest(loss)
+    start = time.perf_counter()
+    solver = cf.Cronos(loss=loss, beta=beta)
+    solution = solver.solve(split.X, targets(split, loss), hidden=HIDDEN, key=jax.random.key(split.seed))
+    found = score(np.asarray(cf.predict(solution.params, split.X_held)), split.y_held)
+    active, seconds = int(solution.stats.active_neurons), time.perf_counter() - start
+    return {"score": found, "active": active, "seconds": seconds}
+
+
 def run(args: argparse.Namespace) -> list[dict]:
-    """What is missing in the file; returns all rows."""
-    rows = kept(args.out)
-    done = {(row["set"], row["loss"], row["seed"], row["ratio"]) for row in rows}
+    """Solve what is missing in the file; returns all rows."""
+    rows: list[dict] = []
     for split in splits(args.data_dir, args.weights, SEEDS):
-        for loss in ("squared",) if split.classes is None else ("squared", "softmax"):
-            missing = [r for r in (*RATIOS, PATH) if (split.name, loss, split.seed, r) not in done]
-            largest = beta_max(split, loss) if missing else 0.0
-            for ratio in missing:
-                start = time.perf_counter()
-                solver = cf.Cronos(loss=loss, beta=PATH if ratio == PATH else ratio * largest)
-                solution = solver.solve(split.X, targets(split, loss), hidden=HIDDEN, key=jax.random.key(split.seed))
-                found = score(np.asarray(cf.predict(solution.params, split.X_held)), split.y_held)
-                row = {"set": split.name, "loss": loss, "seed": split.seed, "ratio": ratio, "score": found}
-                row |= {"active": int(solution.stats.active_neurons), "seconds": time.perf_counter() - start}
-                rows.append(keep(args.out, row))
+        largest = functools.cache(functools.partial(beta_max, split))
+        losses = ("squared",) if split.classes is None else ("squared", "softmax")
+        rows = missing(
+            args.out,
+            ("set", "loss", "seed", "ratio"),
+            itertools.product((split.name,), losses, (split.seed,), (*RATIOS, PATH)),
+            lambda name, loss, seed, ratio, split=split, largest=largest: solved(split, loss, ratio, largest),
+        )
     return rows
 
 
@@ -75,12 +86,9 @@ def curves(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:
 
 def main() -> None:
     """Run what is missing, print the table, draw it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie")
-    parser.add_argument("--weights", type=Path, help="where resnet20_cifar10.safetensors lies")
-    parser.add_argument("--out", type=Path, default=Path("beta.jsonl"), help="rows; those there are kept")
-    parser.add_argument("--picture", type=Path, default=Path("beta.png"))
-    args = parser.parse_args()
+    options = parser(__file__, __doc__, data=False, weights=True)
+    options.add_argument("--picture", type=Path, default=Path("beta.png"))
+    args = options.parse_args()
     table = curves(run(args))
     default = BETA_RATIO
     print(

@@ -9,13 +9,11 @@ solve is one row of the file; rows that are there are not run again. Ends with a
 and one of the differences to the squared loss.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
-from rows import keep, kept
+from rows import missing, parser
 from sets import Split, score, splits
 
 import cronos_flax as cf
@@ -52,26 +50,25 @@ def with_standardised(given: Iterable[Split]) -> Iterator[Split]:
             yield split._replace(name=name, X=(split.X - mean) / sd, X_held=(split.X_held - mean) / sd)
 
 
+def fitted(split: Split, loss: str) -> dict[str, float]:
+    """Solve on noisy labels; the held-out accuracy."""
+    assert split.classes is not None
+    y = flipped(split.y, split.classes, split.seed)
+    targets = y if loss == "softmax" else cf.signed_targets(y, split.classes)
+    solver = cf.Cronos(loss=LOSSES[loss])
+    params = solver.solve(split.X, targets, hidden=HIDDEN, key=jax.random.key(split.seed)).params
+    return {"score": score(np.asarray(cf.predict(params, split.X_held)), split.y_held)}
+
+
 def main() -> None:
     """Run what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="where prepared TFDS sets lie")
-    parser.add_argument("--weights", type=Path, help="where resnet20_cifar10.safetensors lies")
-    parser.add_argument("--out", type=Path, default=Path("noise.jsonl"), help="rows; those there are kept")
-    args = parser.parse_args()
-    rows = kept(args.out)
-    done = {(row["set"], row["seed"], row["loss"]) for row in rows}
+    args = parser(__file__, __doc__, data=False, weights=True).parse_args()
+    rows: list[dict] = []
     for split in with_standardised(splits(args.data_dir, args.weights, SEEDS)):
-        for loss in LOSSES if split.classes is not None else ():
-            if (split.name, split.seed, loss) in done:
-                continue
-            y = flipped(split.y, split.classes, split.seed)
-            targets = y if loss == "softmax" else cf.signed_targets(y, split.classes)
-            solver = cf.Cronos(loss=LOSSES[loss])
-            params = solver.solve(split.X, targets, hidden=HIDDEN, key=jax.random.key(split.seed)).params
-            found = score(np.asarray(cf.predict(params, split.X_held)), split.y_held)
-            row = {"set": split.name, "seed": split.seed, "loss": loss, "score": found}
-            rows.append(keep(args.out, row))
+        wanted = [(split.name, split.seed, loss) for loss in LOSSES if split.classes is not None]
+        rows = missing(
+            args.out, ("set", "seed", "loss"), wanted, lambda name, seed, loss, split=split: fitted(split, loss)
+        )
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         scores.setdefault((row["set"], row["loss"]), {})[row["seed"]] = row["score"]

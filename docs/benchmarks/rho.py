@@ -8,15 +8,15 @@ them, with a ρ that stays. Every run is a row of the file, written when it is d
 again. Ends with the table, and saves ``rho.png`` beside this file. Test rows choose nothing.
 """
 
-import argparse
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from rows import keep, kept
+from rows import missing, parser
 
 import cronos_flax as cf
 from cronos_flax.compare.data import Dataset, load
@@ -34,7 +34,7 @@ METHODS = {
 
 
 def fitted(data: Dataset, method: str, rho: float, seed: int) -> dict[str, object]:
-    """Fit once; the row."""
+    """Fit once; the figures of the row."""
     solver, rows, _ = METHODS[method]
     fit = np.random.default_rng(seed).permutation(len(data.y))[:rows]
     X, X_test = (
@@ -46,9 +46,6 @@ def fitted(data: Dataset, method: str, rho: float, seed: int) -> dict[str, objec
     solution = solver.solve(X[fit], y, hidden=64, key=jax.random.key(seed))
     hits = np.asarray(cf.predict(solution.params, X_test)).argmax(axis=1) == data.y_test
     return {
-        "method": method,
-        "rho": rho,
-        "seed": seed,
         "objective": float(solution.stats.objective),
         "test": 100 * float(hits.mean()),
         "iterations": int(solution.stats.iterations),
@@ -58,17 +55,10 @@ def fitted(data: Dataset, method: str, rho: float, seed: int) -> dict[str, objec
 
 def main() -> None:
     """Run what is missing; the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the prepared TFDS sets lie")
-    parser.add_argument("--out", type=Path, default=Path("rho.jsonl"), help="rows; those there are kept")
-    args = parser.parse_args()
+    args = parser(__file__, __doc__, data=True).parse_args()
     data = load("fashion_mnist", args.data_dir)
-    rows = kept(args.out)
-    known = {(row["method"], row["rho"], row["seed"]) for row in rows}
-    for method, rho in itertools.product(METHODS, RHOS):
-        for seed in METHODS[method][2]:
-            if (method, rho, seed) not in known:
-                rows.append(keep(args.out, fitted(data, method, rho, seed)))
+    wanted = [(method, rho, seed) for method, rho in itertools.product(METHODS, RHOS) for seed in METHODS[method][2]]
+    rows = missing(args.out, ("method", "rho", "seed"), wanted, functools.partial(fitted, data))
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()

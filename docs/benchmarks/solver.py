@@ -11,7 +11,6 @@ data; minibatch Adam against the default, squared loss and softmax; how far held
 to revive dead neurons.
 """
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rows import keep, kept
+from rows import missing, parser
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
@@ -349,10 +348,7 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing, print everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the prepared TFDS sets lie")
-    parser.add_argument("--out", type=Path, default=Path("solver.jsonl"), help="rows; those there are kept")
-    args = parser.parse_args()
+    args = parser(__file__, __doc__, data=True).parse_args()
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "published, n 6000 d 785 m 64": lambda: published(args.data_dir),
         "iteration, n 6000 d 785 m 64": lambda: iteration(6000, 784, 64, args.data_dir),
@@ -368,11 +364,8 @@ def main() -> None:
         "held gates, Fashion-MNIST": lambda: held("fashion_mnist", args.data_dir),
         "held gates, CIFAR": lambda: held("cifar10_airplane_automobile", args.data_dir),
     }
-    rows = kept(args.out)
-    known = {row["case"] for row in rows}
-    for name in (name for name in cases if name not in known):
-        row = {"case": name, "jax": jax.__version__, "device": jax.devices()[0].device_kind, **cases[name]()}
-        rows.append(keep(args.out, row))
+    device = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    rows = missing(args.out, ("case",), ((name,) for name in cases), lambda name: {**device, **cases[name]()})
     for row in rows:
         print(json.dumps(row))
 

@@ -4,6 +4,6 @@ It is the model ``strided-cnn`` of ``cronos-flax compare``. The old name stays b
 the settings that its rows have.
 """
 
-from cronos_flax.compare import models
+from cronos_flax.compare.models import MODELS
 
-CNN = models.StridedCNN
+CNN = MODELS["strided-cnn"]
