@@ -63,7 +63,7 @@ def test_held_gates_reach_the_optimum_of_the_program(dtype, number):
         assert solution.status == cf.Status.converged
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("biases", [True, False])
 def test_the_published_mode_is_the_published_algorithm_step_by_step(steps, biases):
     """Against dense numpy, from zero, on the program's own features; a full sketch makes the inner solves exact."""
@@ -88,7 +88,7 @@ def test_the_published_mode_is_the_published_algorithm_step_by_step(steps, biase
     np.testing.assert_allclose(solution.state.S_plus_dual, S + N, atol=1e-7)
 
 
-@pytest.mark.parametrize("max_iters", [1, 3, 10, 30, 100])
+@pytest.mark.parametrize("max_iters", [1, 10, 100])
 def test_the_bound_holds_at_every_check_and_converged_means_it(max_iters):
     for seed in range(4):
         X, y = random_problem(seed, C=2)
@@ -148,8 +148,8 @@ def test_the_refreshed_loss_never_rises(seed, shape, scale, beta, sparse):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda X: np.hstack([X, np.ones_like(X)]),
-        lambda X: np.vstack([X, X]),
+        lambda X: np.hstack([X[:, :3], np.ones_like(X[:, 3:])]),
+        lambda X: np.vstack([X[:20], X[:20]]),
         lambda X: np.outer(X[:, 0], X[0]),
         lambda X: np.zeros_like(X),
         lambda X: X * 1e30,
@@ -211,7 +211,7 @@ def test_the_result_does_not_depend_on_the_units_of_the_features():
 
 def test_a_weight_of_k_is_k_copies_and_a_weight_of_zero_is_absence():
     X, y = random_problem(2, n=30, dtype="float64")
-    counts = np.random.default_rng(2).integers(0, 4, size=30)
+    counts = np.random.default_rng(2).permutation(np.repeat([0, 1, 2], 10))  # of sum 30: one program solves both
     init = random_network(2)
     with jax.enable_x64(True):
         solver = cf.Cronos(beta=0.01, gates="fixed", max_iters=3000, tol=1e-7)
