@@ -62,8 +62,7 @@ def train(
         epochs: passes through the data, of the whole run.
         batch_size: rows of a gradient step, for arrays; rows that do not fill a batch are left out of the epoch.
         solve_every: steps between two head solves. None solves before each of the first five epochs, and then before
-            every third. The head is also solved for at the end. (Benchmarks pass a
-            ``cronos_flax._alternation.defaults.SolveSchedule`` to change the two numbers.)
+            every third. There is also a solve at the end.
         solve_rows: for arrays, the number of random rows of a solve. None means all rows; or, with ``solve_every``, as
             many as the steps between two solves take, at least 8,192. A solve takes at most 4 GB.
         loss: the loss of a row; gradients are those of its mean. None means that of ``state.solver``.
@@ -84,10 +83,11 @@ def train(
             of the history then has ``compile_seconds``.
 
     Returns:
-        The state, and the history: rows of flat numbers, one for each solve (``objective``, ``initial_objective``,
-        ``solve_seconds``, with the pass for features, and ``state.figures``), and one for each epoch (``loss``, the
-        mean over its batches, ``validation_loss`` and, if there are labels, ``validation_accuracy``). Every row has
-        ``step``, ``epoch`` and ``seconds``: the training time, with solves, without validation and checkpoints.
+        The state, and the history. The history is a list of flat dicts of numbers. There is one for each solve, with
+        ``objective``, ``initial_objective``, ``solve_seconds`` (the pass for features included) and ``state.figures``;
+        and one for each epoch, with ``loss`` (the mean over its batches), ``validation_loss`` and, if there are labels,
+        ``validation_accuracy``. Each has ``step``, ``epoch`` and ``seconds``, the training time with solves and without
+        validation and checkpoints.
 
     Raises:
         ValueError: for arguments that do not fit, and for a ``directory`` with a run of other settings.

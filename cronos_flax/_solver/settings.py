@@ -5,8 +5,22 @@ import dataclasses
 from cronos_flax._solver.checks import positive_integer
 
 
-@dataclasses.dataclass(frozen=True)
-class Refreshed:
+class _Settings:
+    """Counts are checked, and only what differs from the defaults is printed."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if isinstance(field.default, int):
+                positive_integer(type(self).__name__, field.name, getattr(self, field.name))
+
+    def __repr__(self) -> str:
+        each = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        changed = (f"{field.name}={value!r}" for field, value in each if value != field.default)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Refreshed(_Settings):
     """Constants of ``gates="refreshed"``; one set of defaults for all data (method.md, "Refreshed gates").
 
     Args:
@@ -50,7 +64,7 @@ class Refreshed:
     sampled_tol: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_counts(self)
+        super().__post_init__()
         if len(self.step_lengths) != len(self.damping_factors) or self.step_lengths[-1:] != (0.0,):
             raise ValueError(
                 "Refreshed: `step_lengths` must end with 0 and have one entry for each of `damping_factors`, got "
@@ -58,8 +72,8 @@ class Refreshed:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Held(_Settings):
     """Constants of ADMM, for ``gates="fixed"`` and ``"paired"`` (method.md, "Held gates").
 
     Args:
@@ -85,12 +99,6 @@ class Held:
     step_lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 
     def __post_init__(self) -> None:
-        _check_counts(self)
+        super().__post_init__()
         if not 0 < self.over_relaxation < 2:
             raise ValueError(f"Held: `over_relaxation` must lie in (0, 2), got {self.over_relaxation!r}.")
-
-
-def _check_counts(settings: Refreshed | Held) -> None:
-    for field in dataclasses.fields(settings):
-        if isinstance(field.default, int):
-            positive_integer(type(settings).__name__, field.name, getattr(settings, field.name))
