@@ -16,10 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.head import Call, Functional, Head, Path, as_path, format_path, jitted
-from cronos_flax._solver.solution import TwoLayer, predict
+from cronos_flax._head.head import (
+    Call,
+    Functional,
+    Head,
+    Path,
+    as_path,
+    format_path,
+    jitted,
+    predicted,
+    relative_difference,
+)
+from cronos_flax._solver.solution import TwoLayer
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
+_SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
 _LARGE = 1e2  # scale of the second random head: shows activations and outputs that are clipped
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,  # first: others agree with it on small inputs
@@ -92,8 +103,8 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
         raise ValueError("find_head: the batch must not be empty; give one real batch.")
     run = jitted(module.watch)
 
-    def call_with(pair: tuple[Path, Path], network: TwoLayer) -> _Pass:
-        written = module.write(variables, pair, network)
+    def call_with(pair: tuple[Path, Path], network: TwoLayer, spread: float = 0.0) -> _Pass:
+        written = module.write(_redrawn(variables, spread) if spread else variables, pair, network)
         return _Pass.of(module.read(written, pair), pair, *run(written, args, kwargs))
 
     with jax.default_matmul_precision("highest"):
@@ -111,16 +122,23 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
         refused: list[tuple[bool, str]] = []  # whether the pair is far from a head, and why it is none
         for pair in candidates:
             seen = _Pass.of(module.read(variables, pair), pair, out, calls)
-            verdict = _verified(seen, partial(call_with, pair), _tolerance(seen, pair, calls))
+            tol = _tolerance(seen, pair, calls)
+            verdict = _verified(seen, partial(call_with, pair), tol)
             if not verdict.reason:
-                return _head(module, variables, kwargs, pair, seen, verdict.error)
+                return _head(module, variables, kwargs, pair, seen, verdict.error, tol)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     raise ValueError(_refusal(module, calls, nearest))
 
 
 def _head(
-    module: Functional, variables: Any, kwargs: Mapping, pair: tuple[Path, Path], seen: _Pass, error: float
+    module: Functional,
+    variables: Any,
+    kwargs: Mapping,
+    pair: tuple[Path, Path],
+    seen: _Pass,
+    error: float,
+    tolerance: float,
 ) -> Head:
     solved = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(seen.network))
     return Head(
@@ -129,6 +147,7 @@ def _head(
         hidden=seen.hidden.shape[-1],
         outputs=seen.out.shape[-1],
         error=error,
+        tolerance=tolerance,
         rows=math.prod(seen.features.shape[:-1]),
         frozen=module.count(variables) - solved,
         module=module,
@@ -188,35 +207,63 @@ def _tolerance(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> f
     return _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
 
 
-def _difference(a: Array, b: Array) -> float:
-    """Largest difference, relative to the largest entry of b."""
-    if a.shape != b.shape:
-        return math.inf
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return float(jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny))
+@jax.jit
+def _scaled(leaves: list[Array], draws: list[Array], spread: Array) -> list[Array]:
+    """Each leaf times ``exp(spread · draw)``; where it is zero, ``spread · |draw|``. Signs stay, so variances do."""
+
+    def scaled(leaf: Array, draw: Array) -> Array:
+        value = leaf.astype(jnp.float32)
+        return jnp.where(value == 0, spread * jnp.abs(draw), value * jnp.exp(spread * draw)).astype(leaf.dtype)
+
+    return [scaled(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
 
 
-def _predicted(seen: _Pass) -> Array:
-    """``relu(features kernel1 + bias1) kernel2 + bias2`` in float32."""
-    network = jax.tree.map(lambda v: v.astype(jnp.float32), seen.network)
-    return predict(network, seen.features.astype(jnp.float32))
+def _redrawn(variables: Any, spread: float) -> Any:
+    """The variables with all floating arrays in all collections scaled at random: nothing stays 0, 1 or its inverse."""
+    leaves, treedef = jax.tree.flatten(variables)
+    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    rng = np.random.default_rng(0)
+    draws = [jnp.asarray(rng.normal(size=jnp.shape(leaves[i])[-1:]), jnp.float32) for i in floats]
+    new = _scaled([jnp.asarray(leaves[i]) for i in floats], draws, jnp.asarray(spread, jnp.float32))
+    for i, leaf in zip(floats, new, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
-def _verified(seen: _Pass, call_with: Callable[[TwoLayer], _Pass], tol: float) -> _Verdict:
-    """Compare the module's outputs with the formula, for its own weights and for random ones."""
+def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verdict:
+    """Compare the module's outputs with the formula: its own weights, random ones, and with all else redrawn too.
+
+    Args:
+        seen: the pass with the module's own variables.
+        call_with: gives the pass with another head; and, given a spread, with all other variables redrawn.
+        tol: relative difference that rounding explains.
+    """
     features, error = seen.features, 0.0
     # With its own weights perhaps no neuron is off, and a tied layer or a bound on outputs does not show.
     for size in (None, 1.0, _LARGE):
         if size is not None:
             seen = call_with(_random_like(seen.network, features, size))
-            if not _difference(seen.features, features) <= tol:
+            if not relative_difference(seen.features, features) <= tol:
                 reason = "the head's own input changes with the head's weights, so they are used elsewhere too"
                 return _Verdict(error, reason)
-        difference = _difference(_predicted(seen), seen.out)
+        difference = relative_difference(predicted(seen.network, seen.features), seen.out)
         if not difference <= tol:
             return _diagnosis(seen, difference, tol)
         error = max(error, difference)
-    return _Verdict(error)
+    # A norm with fresh statistics, a scale of 1, a branch with factor 0 or an adapter are the identity only by chance.
+    for spread in _SPREADS:
+        seen = call_with(_random_like(seen.network, features, 1.0), spread)
+        difference = relative_difference(predicted(seen.network, seen.features), seen.out)
+        if math.isfinite(difference):
+            break
+    if difference <= tol:
+        return _Verdict(max(error, difference))
+    return _Verdict(
+        error,
+        f"its outputs are those of Dense → relu → Dense for the present values of its other variables only; with these "
+        f"redrawn they differ by {difference:.2g} of their size. Something around the two layers is the identity now: "
+        "a norm with fresh statistics, a scale of 1, a branch with factor 0, an adapter",
+    )
 
 
 def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
@@ -227,13 +274,13 @@ def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
         return y if bias is None else y + bias.astype(jnp.float32)
 
     def known(functions: Mapping[str, Callable], x: Array, y: Array) -> str | None:
-        return next((name for name, f in functions.items() if _difference(f(x), y) <= tol), None)
+        return next((name for name, f in functions.items() if relative_difference(f(x), y) <= tol), None)
 
     network = seen.network
     between = known(_ACTIVATIONS, dense(seen.features, network.kernel1, network.bias1), seen.hidden)
     last = dense(seen.hidden, network.kernel2, network.bias2)
     after = known(_ENDS, last, seen.out)
-    far = after is None and not _difference(last, seen.out) <= tol
+    far = after is None and not relative_difference(last, seen.out) <= tol
     reason = f"its outputs differ from those of Dense → relu → Dense by {error:.2g} of their size"
     if between == "relu":
         reason += f": {after or 'something'} follows, or is added"

@@ -6,6 +6,7 @@ A :class:`Head` is the same for every kind of module. All that depends on the ki
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -16,10 +17,11 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._head.features import GatheredRows, gather
-from cronos_flax._solver.solution import TwoLayer
+from cronos_flax._solver.solution import TwoLayer, predict
 
 Path = tuple[Hashable, ...]
 
+_CHANGED = 1e-2  # difference of outputs after which a head no longer holds; rounding of fast products is below it
 _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four arrays (n, m)
 
 
@@ -69,8 +71,8 @@ class Functional(Protocol):
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
         """The chosen output, and every fully connected layer in the order of its last call."""
 
-    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Any]:
-        """The input of the layer at ``path``, and the collections that changed; None if none may change."""
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Any, Array]:
+        """The input of the layer at ``path``, the collections that changed (None if none may), the chosen output."""
 
     def in_training(self, kwargs: Mapping) -> bool:
         """Whether a call with these keyword arguments sees batch statistics, as a training step does."""
@@ -108,6 +110,7 @@ class Head:
         outputs: number C of outputs.
         error: largest difference between the module's outputs and those of the head, relative to the largest output,
             over the module's own weights and random ones.
+        tolerance: largest difference that counts as rounding, in the precision of the two layers.
         rows: number of rows that the head was verified on.
         frozen: number of parameters that a solve does not change.
         module: the module as pure functions.
@@ -120,6 +123,7 @@ class Head:
     hidden: int
     outputs: int
     error: float
+    tolerance: float
     rows: int
     frozen: int
     module: Functional
@@ -171,7 +175,7 @@ class Head:
         Raises:
             ValueError: if the module does not take the batch.
         """
-        features, updates = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
+        features, updates, _ = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
         rows = features.reshape(-1, self.features)
         return rows if updates is None else (rows, updates)
 
@@ -194,21 +198,38 @@ class Head:
             The rows, in host memory.
 
         Raises:
-            ValueError: for data that do not fit the module, or each other.
+            ValueError: for data that do not fit the module, or each other; and if the module's outputs for the first
+                batch are no longer those of the two layers.
         """
-        variables = self.module.variables(variables, "fit_head")
+        variables, first = self.module.variables(variables, "fit_head"), True
 
         def features(args: tuple, kwargs: Mapping) -> Array:
-            return self._pass(variables, args, kwargs, "fit_head")[0]
+            nonlocal first
+            features, _, out = self._pass(variables, args, kwargs, "fit_head")
+            if first:
+                self._check_still_holds(variables, features, out)
+            first = False
+            return features
 
         return gather(features, self.outputs, data, unpack, callback)
+
+    def _check_still_holds(self, variables: Any, features: Array, out: Array) -> None:
+        """Raise a ValueError if the module's outputs are not those of the two layers any more."""
+        difference = relative_difference(predicted(self.read(variables), features), out)
+        if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED):
+            raise ValueError(
+                f"fit_head: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
+                f"{format_path(self.hidden_path)} and {format_path(self.output_path)}, as when the head was found; now "
+                f"they differ by {difference:.2g} of their size. Something around the two layers (a norm, a scale, an "
+                "adapter) has changed since. Call find_head again: it says what."
+            )
 
     def solve_bytes(self, rows: int) -> int:
         """Roughly the memory, in bytes, of a solve on so many rows of float32 features."""
         return int(_PEAK * 4 * rows * (2 * (self.features + 1) + 4 * self.hidden))
 
-    def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str) -> tuple[Array, Any]:
-        """Features with their leading axes, and the collections that changed or None."""
+    def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str) -> tuple[Array, Any, Array]:
+        """Features with their leading axes, the collections that changed or None, and the module's output."""
         try:
             return self._tap(variables, args, {**self.kwargs, **kwargs})
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
@@ -218,7 +239,7 @@ class Head:
             ) from error
 
     @functools.cached_property
-    def _tap(self) -> Callable[[Any, tuple, Mapping], tuple[Array, Any]]:
+    def _tap(self) -> Callable[[Any, tuple, Mapping], tuple[Array, Any, Array]]:
         return jitted(lambda variables, args, kwargs: self.module.tap(variables, args, kwargs, self.hidden_path))
 
     def __str__(self) -> str:
@@ -240,6 +261,19 @@ class Head:
         )
 
     __repr__ = __str__
+
+
+def relative_difference(a: Array, b: Array) -> float:
+    """Largest difference, relative to the largest entry of b."""
+    if a.shape != b.shape:
+        return math.inf
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny))
+
+
+def predicted(network: TwoLayer, features: Array) -> Array:
+    """``relu(features kernel1 + bias1) kernel2 + bias2`` in float32."""
+    return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
 
 
 def check_head(where: str, head: Any, kind: type[Functional]) -> None:

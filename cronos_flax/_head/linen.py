@@ -58,9 +58,9 @@ class LinenModule:
         out, inputs, dtypes, _ = self._apply(variables, args, kwargs, lambda _: True)
         return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
 
-    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Mapping | None]:
-        _, inputs, _, updates = self._apply(variables, args, kwargs, lambda other: other == path)
-        return inputs[path], None if kwargs.get("mutable", False) is False else updates
+    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Mapping | None, Array]:
+        out, inputs, _, updates = self._apply(variables, args, kwargs, lambda other: other == path)
+        return inputs[path], None if kwargs.get("mutable", False) is False else updates, out
 
     def in_training(self, kwargs: Mapping) -> bool:
         return bool(kwargs.get("mutable"))

@@ -102,8 +102,9 @@ class NnxModule:
         out, inputs, dtypes = self._apply(variables, args, kwargs, lambda _: True)
         return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
 
-    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, None]:
-        return self._apply(variables, args, kwargs, lambda other: other == path)[1][path], None
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, None, Array]:
+        out, inputs, _ = self._apply(variables, args, kwargs, lambda other: other == path)
+        return inputs[path], None, out
 
     def in_training(self, kwargs: Mapping) -> bool:
         return not self.eval_mode

@@ -1,0 +1,163 @@
+"""Models that end in Dense → relu → Dense by chance only: something around the two layers is the identity now.
+
+Findings, section 1, first bullet: such heads were accepted, for only the head's own weights were redrawn. After
+training, the loss of the module was not that of the solution.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import cronos_flax as cf
+
+X = np.asarray(jax.random.normal(jax.random.key(0), (32, 5)))
+Y = np.asarray(jax.random.normal(jax.random.key(1), (32, 3)))
+HIDDEN = 6
+
+
+def low_rank(scope, h, width):
+    """A low-rank adapter beside the output layer; its second factor starts at zero."""
+    down = scope.param("down", nn.initializers.normal(), (h.shape[-1], 2))
+    return h @ down @ scope.param("up", nn.initializers.zeros, (2, width))
+
+
+def film(scope, out):
+    gain, shift = (scope.param(name, nn.initializers.zeros, out.shape[-1:]) for name in ("gain", "shift"))
+    return out * (1 + gain) + shift
+
+
+# What is done to pre-activations z, activations h, or outputs (of features x and activations h).
+BEFORE = {
+    "norm before the relu": lambda scope, z: nn.BatchNorm(use_running_average=True, name="norm")(z),
+    "scale before the relu": lambda scope, z: z * scope.param("scale", nn.initializers.ones, z.shape[-1:]),
+}
+AFTER = {
+    "norm after the relu": lambda scope, h: nn.BatchNorm(use_running_average=True, name="norm")(h),
+    "adapter of factor 0": lambda scope, h: (
+        h + scope.param("factor", nn.initializers.zeros, ()) * nn.Dense(HIDDEN, name="adapter")(h)
+    ),
+    "mask of ones": lambda scope, h: h * scope.variable("masks", "mask", jnp.ones, h.shape[-1:]).value,
+}
+END = {
+    "norm at the end": lambda scope, out, x, h: nn.BatchNorm(use_running_average=True, name="norm")(out),
+    "temperature of 1": lambda scope, out, x, h: out / scope.param("temperature", nn.initializers.ones, ()),
+    "skip of factor 0": lambda scope, out, x, h: (
+        out + scope.param("factor", nn.initializers.zeros, ()) * nn.Dense(3, name="skip")(x)
+    ),
+    "low rank of 0": lambda scope, out, x, h: out + low_rank(scope, h, 3),
+    "film at identity": lambda scope, out, x, h: film(scope, out),
+    "running scale of 1": lambda scope, out, x, h: out * scope.variable("batch_stats", "scale", jnp.ones, ()).value,
+}
+KINDS = [*BEFORE, *AFTER, *END]
+
+
+class Disguised(nn.Module):
+    """``on`` is no floating number, so it is not redrawn: with 0 the model is its head, with 1 it is disguised."""
+
+    kind: str
+    on: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        on = self.variable("switch", "on", lambda: jnp.asarray(self.on, jnp.int32)).value
+
+        def placed(there, value, *rest):
+            return jnp.where(on > 0, there[self.kind](self, value, *rest), value) if self.kind in there else value
+
+        x = jnp.tanh(nn.Dense(8, name="backbone")(x))
+        h = placed(AFTER, nn.relu(placed(BEFORE, nn.Dense(HIDDEN, name="hidden")(x))))
+        return placed(END, nn.Dense(3, name="out")(h), x, h)
+
+
+def moved(variables):
+    """All floating variables but the three layers', away from where they are the identity."""
+    layers = "backbone", "hidden", "out"
+
+    def move(path, leaf):
+        inside = any(getattr(entry, "key", None) in layers for entry in path)
+        return leaf if inside or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf + 0.7
+
+    return jax.tree_util.tree_map_with_path(move, variables)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disguised_head_is_refused_when_it_is_looked_for(kind):
+    model = Disguised(kind)
+    with pytest.raises(ValueError, match="must end in Dense → relu → Dense; the nearest candidate is"):
+        cf.find_head(model, model.init(jax.random.key(0), X), X)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
+    model = Disguised(kind, on=0)
+    variables = model.init(jax.random.key(0), X)
+    head = cf.find_head(model, variables, X)
+    head.gather(variables, (X, Y))
+    changed = {**moved(variables), "switch": {"on": jnp.asarray(1, jnp.int32)}}
+    with pytest.raises(ValueError, match=r"as when the head was found; now they differ.*Call find_head again"):
+        cf.fit_head(head, changed, (X, Y))
+
+
+@dataclasses.dataclass
+class Place:
+    """What an NNX model has besides its head, and where it is applied."""
+
+    where: str
+    make: Callable
+    apply: Callable = lambda part, value: part(value)
+
+
+def norm(width):
+    return lambda rngs: nnx.BatchNorm(width, rngs=rngs)
+
+
+def variable(kind, value):
+    return lambda rngs: kind(jnp.asarray(value))
+
+
+NNX = {
+    "norm before the relu": Place("before", norm(HIDDEN)),
+    "norm after the relu": Place("after", norm(HIDDEN)),
+    "norm at the end": Place("end", norm(3)),
+    "temperature of 1": Place("end", variable(nnx.Param, 1.0), lambda t, out: out / t[...]),
+    "mask of ones": Place("after", variable(nnx.Variable, np.ones(HIDDEN, "float32")), lambda mask, h: h * mask[...]),
+    "low rank of 0": Place("low rank", lambda rngs: nnx.LoRA(HIDDEN, 2, 3, rngs=rngs)),
+    "film at identity": Place(
+        "end", variable(nnx.Param, np.zeros(3, "float32")), lambda gain, out: out * (1 + gain[...])
+    ),
+}
+
+
+class DisguisedNnx(nnx.Module):
+    def __init__(self, place, rngs):
+        self.place, self.part = nnx.static(place), place.make(rngs)
+        self.backbone, self.hidden = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, HIDDEN, rngs=rngs)
+        self.out = nnx.Linear(HIDDEN, 3, rngs=rngs)
+
+    def __call__(self, x):
+        def placed(where, value):
+            return self.place.apply(self.part, value) if self.place.where == where else value
+
+        h = placed("after", nnx.relu(placed("before", self.hidden(jnp.tanh(self.backbone(x))))))
+        out = placed("end", self.out(h))
+        return out + self.part(h) if self.place.where == "low rank" else out
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_a_disguised_nnx_head_is_refused(name):
+    with pytest.raises(ValueError, match="is the identity now"):
+        cf.nnx.find_head(DisguisedNnx(NNX[name], nnx.Rngs(0)), X)
+
+
+def test_an_adapter_inside_the_output_layer_is_refused():
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, HIDDEN, rngs=rngs), nnx.relu
+    model = nnx.Sequential(*layers, nnx.LoRALinear(HIDDEN, 3, lora_rank=2, rngs=rngs))
+    with pytest.raises(ValueError, match="is the identity now"):
+        cf.nnx.find_head(model, X)
