@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
+from cronos_flax._alternation.backbone import RateState
 
+GUARD = cf.Guard()
 X = jax.random.normal(jax.random.key(0), (64, 5))
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 
@@ -455,3 +458,36 @@ def test_an_nnx_head_found_in_training_leaves_running_statistics_alone():
         solution = optimizer.solve_head(model, (X, Y))
         assert solution.stats.objective < solution.stats.initial_objective
         np.testing.assert_array_equal(mean, model.norm.mean[...])
+
+
+def judged(objectives, settings=GUARD, drifts=False):
+    """What a guard decides on solves that end with these objectives, the loss of the best constant being 1."""
+    parts = {"params": jnp.zeros(()), "opt_state": RateState(jnp.ones(()))}
+    guard, decisions = cf.GuardState.init(settings, parts, drifts), []
+    for number, objective in enumerate(objectives):
+        solved = {**parts, "params": jnp.asarray(float(number))}
+        guard, parts = guard.judge(solved, SimpleNamespace(objective=objective, null_loss=1.0))
+        decisions.append(bool(guard.accepted))
+        assert float(parts["params"]) == max(i for i, accepted in enumerate(decisions) if accepted)
+    return guard, decisions
+
+
+def test_small_rises_do_not_add_up():
+    guard, decisions = judged([0.5, 0.505, 0.513])  # each within a hundredth of the one before
+    assert decisions == [True, True, False]
+    assert float(guard.best) == 0.5
+
+
+def test_running_statistics_widen_the_tolerance_at_the_start_and_after_rejections():
+    objectives = [0.5, 0.9, 1.0, 1.0, 1.0, 1.005]
+    guard, decisions = judged(objectives, drifts=True)
+    assert decisions == [True, True, False, False, True, True]
+    assert float(guard.best) == 1.0
+    # The two rejections were not the backbone's doing: its rate is what it was.
+    assert guard.figures["backbone_rate"] == pytest.approx(1.0)
+    assert judged(objectives)[1] == [True, False, False, False, False, False]
+
+
+def test_a_loss_that_is_not_finite_is_never_accepted():
+    for objective in (np.nan, np.inf):
+        assert judged([0.5, objective], cf.Guard(tolerance=np.inf))[1] == [True, False]
