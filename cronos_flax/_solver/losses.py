@@ -125,7 +125,7 @@ class Logistic(Loss):
 
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         if num_classes != 2:
-            raise ValueError(f"The loss 'logistic' takes labels of two classes, got {num_classes}. Use 'softmax'.")
+            raise ValueError(f"`loss` 'logistic' is for two classes, got {num_classes}. Use 'softmax'.")
         return jnp.asarray(labels, float)[:, None]
 
     def is_labelled(self, targets: Outputs) -> Bool[Array, ""]:
