@@ -7,8 +7,12 @@ import platform
 from pathlib import Path
 
 # A test compiles for seconds what runs for milliseconds. Subprocesses inherit this; tests that are about the code that
-# users run take the fixture `optimised`. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# users run take the fixture `optimised`. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all do. (An XLA that
+# does not know these flags stops at once and says so.)
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if flags not in os.environ.get("XLA_FLAGS", ""):  # workers inherit them
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import numpy as np
