@@ -55,6 +55,23 @@ CASES = {
     "settings of another path": (lambda: cf.Cronos(refreshed=cf.Held()), "`refreshed` must be a cf.Refreshed"),
     "a count of settings": (lambda: cf.Refreshed(cg_steps=0), "`cg_steps`"),
     "lengths without factors": (lambda: cf.Refreshed(step_lengths=(1.0, 0.0)), "`step_lengths`"),
+    "lengths that rise": (
+        lambda: cf.Refreshed(step_lengths=(1.0, 2.0, 0.0), damping_factors=(1.0, 1.0, 1.0)),
+        "`step_lengths`.*decrease",
+    ),
+    "no bounds of the damping": (lambda: cf.Refreshed(damping_range=(1e8, 1e-8)), "`damping_range`"),
+    "samples out of order": (lambda: cf.Refreshed(least_sample=9, most_sample=8), "`least_sample`"),
+    "a list of lengths": (lambda: cf.Held(step_lengths=[1.0, 0.0]), "`step_lengths` must be a tuple"),
+    "lengths without 0": (lambda: cf.Held(step_lengths=(1.0,)), "`step_lengths` must end"),
+    "kappa zero": (lambda: cf.Held(kappa=0.0), "`kappa`"),
+    "adaptation below 1": (lambda: cf.Held(least_adaptation=0.5), "`least_adaptation`"),
+    "delta zero": (lambda: cf.Huber(delta=0.0), "`delta`"),
+    "class weights of several outputs, traced": (
+        lambda: jax.jit(cf.Cronos(loss="logistic", class_weight="balanced").solve, static_argnames="hidden")(
+            X, np.ones((40, 2), "float32"), hidden=3
+        ),
+        "one label a row",
+    ),
     "over-relaxation": (lambda: cf.Held(over_relaxation=2.0), "`over_relaxation`"),
     "rank zero": (lambda: cf.NystromPCG(rank=0), "`rank`"),
     "an unknown linear solver": (lambda: cf.Cronos(linear_solver="cg"), "`linear_solver`"),

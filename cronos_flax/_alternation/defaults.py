@@ -3,6 +3,7 @@
 import dataclasses
 
 from cronos_flax._head.head import Head
+from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
 
 _MAX_ITERS = 3
@@ -20,6 +21,10 @@ class SolveSchedule:
 
     dense_epochs: int = 5
     then_every: int = 3
+
+    def __post_init__(self) -> None:
+        positive_integer("SolveSchedule", "dense_epochs", self.dense_epochs, least=0)
+        positive_integer("SolveSchedule", "then_every", self.then_every)
 
     def is_due(self, epoch: int) -> bool:
         """Whether a solve comes before this epoch; the first is number 0."""

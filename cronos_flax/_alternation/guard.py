@@ -39,7 +39,7 @@ class Guard:
         F − F* ≤ tolerance · F₀
 
     If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone is multiplied by
-    ``decrease_factor``; otherwise it is multiplied by ``increase_factor``.
+    ``decrease_factor``; after an accepted solve by ``increase_factor``, up to ``highest_rate``.
 
     Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. Then the
     tolerance is multiplied by ``drift_factor ** k``, with k the number of rejections in a row but at most

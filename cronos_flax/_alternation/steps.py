@@ -199,7 +199,7 @@ def _sums(apply_fn: Callable, output: Any, loss: Loss, kwargs: _Keywords) -> Cal
         out = apply_fn({"params": params, **collections}, *batch.args, **{**kwargs, **batch.kwargs})
         outputs, y, weight = _rows_of(out, batch, output, loss)
         hits = weight @ (loss.predicted(outputs) == loss.labels(y)).astype(weight.dtype)
-        return weight @ loss.value(outputs, y), hits, jnp.sum(weight), loss.is_labelled(y)
+        return weight @ loss.value(outputs, y), hits, jnp.sum(weight), jnp.asarray(loss.is_labelled(y))
 
     return sums
 

@@ -76,7 +76,7 @@ def train(
             that the head was found with.
         key: of the order of rows, dropout and solves; None means a fixed one.
         callbacks: functions that are called with each row of the history as it is made.
-        seconds: training time to keep to: the run ends after the last epoch that leaves too little time for another.
+        seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
         directory: where the checkpoints of this run lie; a run that is there is resumed.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row

@@ -44,7 +44,12 @@ class TwoLayerHead(nnx.Module):
 
 
 class Grafted(nnx.Module):
-    """A model with a two-layer head after its output; made by :func:`graft`."""
+    """A model with a two-layer head after its output; made by :func:`cronos_flax.nnx.graft`.
+
+    Args:
+        backbone: the model.
+        head: the two layers after its output.
+    """
 
     def __init__(self, backbone: nnx.Module, head: TwoLayerHead) -> None:
         self.backbone, self.head = backbone, head

@@ -142,7 +142,8 @@ def data(
 
 def balanced(loss: Loss, targets: Array) -> Array:
     """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
-    if concrete(targets) and not bool(loss.is_labelled(targets)):
+    known = loss.is_labelled(targets)
+    if (isinstance(known, bool) or concrete(known)) and not bool(known):
         raise ValueError(
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."

@@ -34,7 +34,8 @@ from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, St
 from cronos_flax._solver.types import RowVector
 
 GATES = ("refreshed", "fixed", "paired")
-BETA_RATIO = 0.001  # what these settings are where they are None, for a solve by itself
+# Defaults of a single fit, where the setting is None.
+BETA_RATIO = 0.001
 MAX_ITERS = 500
 RHO = 1.0
 
@@ -76,7 +77,8 @@ class Cronos:
         linear_solver: how ADMM solves its linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
         max_iters: most iterations of one solve. None takes 500, and in an alternation 3.
         tol: stopping tolerance. Held gates stop when the relative gap and the relative constraint violation are below
-            it; ``"refreshed"`` stops when the loss fell by less than this fraction over ten iterations.
+            it; ``"refreshed"`` stops when the loss fell by less than this fraction over the last ten iterations
+            (``refreshed.window``).
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``.
@@ -195,7 +197,10 @@ class Cronos:
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
     ) -> Solution:
-        """:meth:`solve`, for features whose values have been found finite: these are not looked at again."""
+        """:meth:`solve` from ``init``, with the same arguments, for features that are known to be finite.
+
+        Their values are not checked again.
+        """
         return self._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
 
     def _solve(
@@ -217,19 +222,19 @@ class Cronos:
         features, y, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
+        if validation is not None and not isinstance(self.beta, str):
+            raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
         key = jax.random.key(0) if key is None else key
         if isinstance(self.beta, str):
             data = betas.choosable(features, y, weight)
             network = start if isinstance(start, TwoLayer) or start is None else start.params
             return self._solve_on_path(data, network, m, key, callback, validation)
-        if validation is not None:
-            raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         is_weighted = sample_weight is not None and checks.concrete(weight)
         if self.gates == "refreshed" and is_weighted and isinstance(features, Array):
-            counts = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
-            if len(counts) < len(weight):
-                features, y, weight = features[counts], y[counts], weight[counts]
+            there = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
+            if len(there) < len(weight):
+                features, y, weight = features[there], y[there], weight[there]
         return self._solve_checked(features, y, weight, start, m, key, callback)
 
     def _solve_checked(
@@ -294,7 +299,7 @@ class Cronos:
         *,
         sample_weight: ArrayLike | None = None,
     ) -> Float[Array, ""]:
-        """What :meth:`solve` minimises, of any network.
+        """The regularised loss of a network, which :meth:`solve` minimises.
 
         Args:
             params: the network.

@@ -29,9 +29,10 @@ from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
 
 
-def sample_size(n: int, settings: Refreshed, least: int = 0) -> int:
-    """How many of n rows a sample has; at least so many, where there are."""
-    return min(n, max(n // settings.sample_every, settings.least_sample, least), settings.most_sample)
+def sample_size(n: int, settings: Refreshed, least: int | None = None) -> int:
+    """How many of n rows a sample has: at least ``least``, if there are so many (None: ``settings.least_sample``)."""
+    least = settings.least_sample if least is None else least
+    return min(n, max(n // settings.sample_every, least), settings.most_sample)
 
 
 def sample(rows: Rows, key: Array, size: int) -> tuple[Rows, Int[Array, " k"] | slice]:

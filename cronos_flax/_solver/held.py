@@ -102,7 +102,7 @@ def better_rho(check: Check, image: Iterate, settings: Held) -> tuple[Scalar, Ar
 )
 @dataclasses.dataclass(frozen=True)
 class HeldLoop:
-    """A run between two checks: iterations done in it, where it is, the last figures, and their traces."""
+    """The carry of the loop: iterations done, iterate, last check, and traces."""
 
     done: Int[Array, ""]
     iterate: Iterate
@@ -246,7 +246,7 @@ def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any
         program = Program(rows, start.D, start.A, beta)
         V_plus_dual = basis.lift(*start.hidden_plus_dual)
         first = Iterate(
-            V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, problem.held.kappa
+            V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, start.kappa
         )
     elif problem.gates == "fixed":
         program, first = program_of(problem, U, A, b, gate_key)
@@ -290,5 +290,6 @@ def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any
             last.z,
             last.rho,
             last.iteration,
+            last.kappa_of_split,
         ),
     )

@@ -33,6 +33,9 @@ class Structured:
 
     Args:
         max_steps: most conjugate-gradient steps in one iteration of ADMM.
+
+    Raises:
+        ValueError: for a ``max_steps`` that is no positive integer.
     """
 
     max_steps: int = 50
@@ -132,6 +135,9 @@ class NystromPCG:
     Args:
         rank: rank of the sketch.
         max_steps: most conjugate-gradient steps in one iteration of ADMM.
+
+    Raises:
+        ValueError: for a setting that is no positive integer.
 
     References:
         Feng, Frangella, Pilanci, arXiv:2411.01088, section 4 and Algorithm 2.

@@ -26,10 +26,9 @@ _CONSTANT_STEPS = 50
 class Loss:
     """A convex loss ``ℓ(f, y)`` of the outputs f of one row, summed over rows by the solver.
 
-    Subclass it for a loss of your own: a frozen dataclass whose fields are Python numbers, with :meth:`value`. What
-    else there is follows from that by automatic differentiation, for losses that are smooth; overwrite what can be had
-    cheaper, or what the loss has no derivative for. Without :meth:`conjugate` held gates have no lower bound, and never
-    say that they converged.
+    Subclass it for a loss of your own: a frozen dataclass with Python numbers as fields, and :meth:`value`. For a
+    smooth loss all other methods follow by automatic differentiation. Override those that have a cheaper formula, or
+    no derivative. Without :meth:`conjugate`, held gates have no lower bound and never report convergence.
 
     Example:
         >>> import dataclasses, jax.numpy as jnp, numpy as np, cronos_flax as cf
@@ -54,7 +53,7 @@ class Loss:
     threshold: ClassVar[float] = 0.0
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        """Targets ``(n, C)`` from what the user calls y: here floats, ``(n,)`` or ``(n, C)``.
+        """Targets ``(n, C)`` from the user's ``y``. The default takes floats, ``(n,)`` or ``(n, C)``.
 
         Args:
             y: an array of any dtype, with one or two dimensions.
@@ -71,15 +70,19 @@ class Loss:
         return y[:, None] if y.ndim == 1 else y
 
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
-        """The ``y`` of rows with class labels ``(n,)``, in ``[0, num_classes)``: here targets ±1.
+        """``y`` for class labels. The default gives targets ±1.
+
+        Args:
+            labels: integers in ``[0, num_classes)``, shape ``(n,)``.
+            num_classes: the number of classes.
 
         Raises:
             ValueError: for labels that the loss cannot take.
         """
         return signed_targets(labels, num_classes)
 
-    def is_labelled(self, targets: Outputs) -> Bool[Array, ""]:
-        """Whether the targets say one class for each row."""
+    def is_labelled(self, targets: Outputs) -> Bool[Array, ""] | bool:
+        """Whether the targets say one class for each row; a ``bool`` where the loss and C alone tell."""
         return jnp.all(jnp.abs(targets) == 1)
 
     def labels(self, targets: Outputs) -> Int[Array, " n"]:

@@ -1,13 +1,14 @@
 """The five losses that have a name: squared, softmax, logistic, Huber and hinge."""
 
 import dataclasses
+import numbers
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
@@ -22,7 +23,7 @@ class Squared(Loss):
     is_quadratic: ClassVar[bool] = True
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
-        """See :class:`Loss`, as for all that follow."""
+        """See :meth:`Loss.value`."""
         return 0.5 * jnp.sum(jnp.square(outputs - targets), axis=1)
 
     def gradient(self, outputs: Outputs, targets: Outputs) -> Outputs:
@@ -57,8 +58,8 @@ class Softmax(Loss):
         del num_classes
         return jnp.asarray(labels)
 
-    def is_labelled(self, targets: Outputs) -> Bool[Array, ""]:
-        return jnp.ones((), bool)
+    def is_labelled(self, targets: Outputs) -> bool:
+        return True
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
         known = not isinstance(y, jax.core.Tracer)
@@ -128,8 +129,8 @@ class Logistic(Loss):
             raise ValueError(f"`loss` 'logistic' is for two classes, got {num_classes}. Use 'softmax'.")
         return jnp.asarray(labels, float)[:, None]
 
-    def is_labelled(self, targets: Outputs) -> Bool[Array, ""]:
-        return jnp.asarray(targets.shape[1] == 1)
+    def is_labelled(self, targets: Outputs) -> bool:
+        return targets.shape[1] == 1
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
         if not isinstance(y, jax.core.Tracer) and not bool(jnp.all((y >= 0) & (y <= 1))):
@@ -167,10 +168,21 @@ class Huber(Loss):
     """``Σ_c ½r²`` for ``|r| ≤ delta`` and ``delta (|r| − delta/2)`` beyond, ``r = f − y``: outliers count less.
 
     Args:
-        delta: where the loss turns from quadratic to linear, in the units of y.
+        delta: where the loss turns from quadratic to linear, in the units of y, ``> 0``.
+
+    Raises:
+        ValueError: for a ``delta`` that is not.
     """
 
     delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.delta, bool)
+            or not isinstance(self.delta, numbers.Real)
+            or not 0 < self.delta < float("inf")
+        ):
+            raise ValueError(f"Huber: `delta` must be a finite number > 0, got {self.delta!r}.")
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         size = jnp.abs(outputs - targets)

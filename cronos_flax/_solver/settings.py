@@ -1,22 +1,41 @@
 """The constants of the two paths of the solver, as settings: all static, none needs to be tuned for a data set."""
 
 import dataclasses
+import math
+import numbers
+from typing import Any
 
 from cronos_flax._solver.checks import positive_integer
 
 
 class _Settings:
-    """Counts are checked, and only what differs from the defaults is printed."""
+    """Numbers are checked; only what differs from the defaults is printed."""
 
     def __post_init__(self) -> None:
+        where = type(self).__name__
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if isinstance(field.default, int):
-                positive_integer(type(self).__name__, field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                fits, expected = (
+                    isinstance(value, tuple) and value and all(map(_is_number, value)),
+                    "a tuple of numbers",
+                )
+            elif isinstance(field.default, float):
+                fits, expected = _is_number(value) and value > 0, "a finite number > 0"
+            else:
+                positive_integer(where, field.name, value)
+                continue
+            if not fits:
+                raise ValueError(f"{where}: `{field.name}` must be {expected}, got {value!r}.")
 
     def __repr__(self) -> str:
         each = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         changed = (f"{field.name}={value!r}" for field, value in each if value != field.default)
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -25,7 +44,7 @@ class Refreshed(_Settings):
 
     Args:
         step_lengths: lengths θ that the line search tries, from the longest to 0.
-        damping_factors: what the damping μ is multiplied by after each of these lengths.
+        damping_factors: the factor on the damping μ after each of these lengths, one for each.
         damping_range: the least and the largest μ.
         norm_floor: ``‖uᵢ‖`` in the linear system is at least this fraction of its mean over neurons.
         cg_steps: conjugate-gradient steps of an iteration on a sample of the rows.
@@ -34,14 +53,22 @@ class Refreshed(_Settings):
         feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.
         neuron_rank: rank of the sketches on the side of the neurons.
         rows_per_feature: rows that the first sketch is made from, for each feature, at least.
-        sample_every: a sample has one row in so many,
-        least_sample: but at least so many rows,
-        most_sample: and at most so many.
-        warm_up_every: the first iterations from a random start use one row in so many,
-        least_warm_up: where that leaves at least so many rows.
+        sample_every: a sample has one row in this many.
+        least_sample: the fewest rows of a sample.
+        most_sample: the most rows of a sample.
+        warm_up_every: the first iterations from a random start use one row in this many.
+        least_warm_up: no warm-up if that leaves fewer rows.
         warm_up_steps: number of these iterations.
         window: iterations over which the decrease of the loss is judged.
         sampled_tol: relative decrease over the window below which iterations turn from samples to all rows.
+
+    Raises:
+        ValueError: for a setting outside its range.
+
+    Example:
+        >>> import cronos_flax as cf
+        >>> cf.Refreshed(precise_cg_steps=20)
+        Refreshed(precise_cg_steps=20)
     """
 
     step_lengths: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
@@ -65,10 +92,18 @@ class Refreshed(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.step_lengths) != len(self.damping_factors) or self.step_lengths[-1:] != (0.0,):
+        lengths, factors, bounds = self.step_lengths, self.damping_factors, self.damping_range
+        if len(lengths) != len(factors) or lengths[-1] != 0 or list(lengths) != sorted(set(lengths), reverse=True):
             raise ValueError(
-                "Refreshed: `step_lengths` must end with 0 and have one entry for each of `damping_factors`, got "
-                f"{self.step_lengths!r} and {self.damping_factors!r}."
+                "Refreshed: `step_lengths` must decrease to 0 and have one entry for each of `damping_factors`, got "
+                f"{lengths!r} and {factors!r}."
+            )
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"Refreshed: `damping_range` must be (least, most) with 0 < least ≤ most, got {bounds!r}.")
+        if self.least_sample > self.most_sample:
+            raise ValueError(
+                "Refreshed: `least_sample` must not exceed `most_sample`, got "
+                f"{self.least_sample} and {self.most_sample}."
             )
 
 
@@ -82,10 +117,18 @@ class Held(_Settings):
         check_every: iterations between two checks of the certificate.
         extrapolate_every: iterations between two Anderson extrapolations; ``cf.NystromPCG`` takes none.
         residual_ratio: ratio of the primal to the dual residual that ρ is steered to.
-        least_adaptation: the least factor that ρ is changed by,
-        most_adaptation: and the largest.
+        least_adaptation: smaller factors leave ρ as it is, ``≥ 1``.
+        most_adaptation: the largest factor that ρ is changed by.
         last_adaptation: the iteration after which ρ is held, for convergence needs finitely many changes.
-        step_lengths: of the way from the starting network to the solution of the program.
+        step_lengths: lengths that are tried on the way from the starting network to the solution of the program.
+
+    Raises:
+        ValueError: for a setting outside its range.
+
+    Example:
+        >>> import cronos_flax as cf
+        >>> cf.Held(check_every=5)
+        Held(check_every=5)
     """
 
     over_relaxation: float = 1.6
@@ -102,3 +145,10 @@ class Held(_Settings):
         super().__post_init__()
         if not 0 < self.over_relaxation < 2:
             raise ValueError(f"Held: `over_relaxation` must lie in (0, 2), got {self.over_relaxation!r}.")
+        if self.step_lengths[-1] != 0:
+            raise ValueError(f"Held: `step_lengths` must end with 0, got {self.step_lengths!r}.")
+        if not 1 <= self.least_adaptation <= self.most_adaptation:
+            raise ValueError(
+                "Held: `least_adaptation` must lie in [1, most_adaptation], got "
+                f"{self.least_adaptation!r} and {self.most_adaptation!r}."
+            )

@@ -131,8 +131,8 @@ class Stats:
             repeat it.
         cg_steps: conjugate-gradient steps of all iterations, two products with X each. None for held gates.
         program_objective: objective of the convex program at ADMM's iterate. The iterate may violate the gates a
-            little, and its objective may then lie below the optimum. This and all that follow are None for
-            ``gates="refreshed"`` without ``certify_iters``.
+            little, and its objective may then lie below the optimum. This and the next five are None for
+            ``gates="refreshed"`` with ``certify_iters=0``.
         lower_bound: lower bound on the optimum of the convex program.
         lower_bound_trace: the lower bound at the start and after every iteration, as of the last check.
         cone_violation: relative violation of the gates by the iterate, ``‖min(GV, 0)‖ / ‖GV‖``.
@@ -199,7 +199,7 @@ class RefreshedState:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration"],
-    meta_fields=[],
+    meta_fields=["kappa"],
 )
 @dataclasses.dataclass(frozen=True)
 class HeldState:
@@ -217,3 +217,4 @@ class HeldState:
     z: Float[Array, "n C"]
     rho: Array
     iteration: Array
+    kappa: float

@@ -52,7 +52,7 @@ class StridedCNN(nn.Module):
         return nn.Dense(self.outputs)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
 
 
-class TwoLayer(nn.Module):
+class TwoLayerMLP(nn.Module):
     """64 neurons on the inputs themselves: that of the published experiment on Fashion-MNIST."""
 
     outputs: int
@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "strided-cnn": StridedCNN,
-    "two-layer": TwoLayer,
+    "two-layer": TwoLayerMLP,
 }
 
 
