@@ -106,7 +106,7 @@ def test_a_head_solve_never_raises_the_loss_of_the_real_network(loss):
     # Of one β, so that losses compare over solves.
     fresh = partial(cf.CronosTrainState.create, tx=optax.sgd(0.1), solver=cf.Cronos(loss=loss, beta=1e-3))
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=15, deadline=None, derandomize=True)
     @given(
         net=st.sampled_from(NETS),
         seed=st.integers(0, 2**31 - 1),

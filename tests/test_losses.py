@@ -182,7 +182,7 @@ def test_a_loss_of_the_users_own_is_solved_as_the_built_in_one():
                 np.testing.assert_allclose(own.lower_bound, built_in.lower_bound, rtol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     loss=st.sampled_from(LOSSES),
     seed=seeds,

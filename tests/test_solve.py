@@ -122,7 +122,7 @@ def test_digits_even_odd_refreshed_descends_far_below_held_gates(digits, optimis
     assert float(held.stats.program_objective) * 1400 >= 3 * refreshed
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     shape=st.sampled_from([(2, 1, 1, 1), (7, 3, 4, 1), (30, 4, 9, 3), (12, 40, 5, 2)]),
