@@ -46,7 +46,7 @@ def random_program(seed, m=5, C=2, output_bias=True, loss="squared"):
     return programs.Program(rows, rows.X @ U >= 0, A, jnp.asarray(0.3)), U, basis
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=seeds, output_bias=st.booleans())
 def test_adjoints(seed, output_bias):
     program, _, _ = random_program(seed, output_bias=output_bias)
@@ -58,7 +58,7 @@ def test_adjoints(seed, output_bias):
     np.testing.assert_allclose(program.G(program.G(Z)), Z)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=seeds, threshold=st.floats(0, 5))
 def test_group_prox_is_optimal(seed, threshold):
     U = jnp.asarray(np.random.default_rng(seed).normal(size=(4, 6)))
@@ -287,7 +287,7 @@ def test_a_sample_takes_one_row_of_each_stretch():
         np.testing.assert_array_equal(some.Y, rows.Y[index])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=seeds, hidden_bias=st.booleans(), output_bias=st.booleans(), C=st.sampled_from([1, 3]))
 def test_network_to_program_and_back(seed, hidden_bias, output_bias, C):
     rows, basis = rows_and_basis(seed, C=C, hidden_bias=hidden_bias, output_bias=output_bias)

@@ -81,7 +81,7 @@ def compiled_prox(loss):
     return jax.jit(loss.prox)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(loss=st.sampled_from([*LOSSES, LogCosh(), OwnSoftmax()]), seed=seeds, log_step=st.floats(-3, 3))
 def test_the_prox_is_optimal(loss, seed, log_step):
     """``(point − z)/step`` is a subgradient at z: no point nearby is better, and the smooth ones have no slope."""
@@ -101,7 +101,7 @@ def test_the_prox_is_optimal(loss, seed, log_step):
             assert np.all(objective(z + size * rng.normal(size=z.shape)) >= objective(z) - 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(loss=st.sampled_from(LOSSES), seed=seeds)
 def test_fenchel_and_young(loss, seed):
     """``ℓ(f) + ℓ*(a) ≥ ⟨a, f⟩``, with equality where a is the gradient at f."""
@@ -113,7 +113,7 @@ def test_fenchel_and_young(loss, seed):
         assert np.all(made.value(g, y) + made.conjugate(a, y) >= np.sum(a * g, axis=1) - 1e-10)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(loss=st.sampled_from(LOSSES), seed=seeds)
 def test_balanced_duals_sum_to_zero_and_stay_where_the_conjugate_is_finite(loss, seed):
     with jax.enable_x64(True):
