@@ -1,5 +1,6 @@
 """The alternation: a head solve never raises the loss, and the guard goes back when the backbone has run away."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._alternation.backbone import RateState
+from cronos_flax._alternation.backbone import RatedState
 
 GUARD = cf.Guard()
+PARTS = {"params": jnp.zeros(()), "opt_state": RatedState((), jnp.ones(()))}
 X = jax.random.normal(jax.random.key(0), (64, 5))
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 
@@ -183,7 +185,10 @@ def test_what_ran_away_goes_back_and_goes_on_at_a_lower_rate():
     assert back.figures["rejections"] == 1
     assert back.figures["solves"] == 3
     # Again from there, lower still; and up again, but not above one, as solves pass.
-    again, _ = back.replace(params={**back.params, "Dense_0": backbone}).solve_head((X, Y))
+    with pytest.warns(UserWarning, match="2 time.*now moves at 0.09 of the optimizer's own rate") as told:
+        again, _ = back.replace(params={**back.params, "Dense_0": backbone}).solve_head((X, Y))
+    assert told[0].filename == __file__
+    assert again.figures["consecutive_rejections"] == 2
     assert rate(again) == pytest.approx(0.09 * rate(good))
     rates = [rate(again)]
     for _ in range(3):
@@ -253,7 +258,8 @@ def test_a_backbone_that_is_not_finite_goes_back_and_a_donated_step_goes_on():
     rejections = 0
     for _ in range(3):
         state = donated(donated(state))
-        state, solution = state.solve_head((X, Y))
+        with warnings.catch_warnings(action="ignore"):
+            state, solution = state.solve_head((X, Y))
         rejections += solution.status == cf.Status.rejected
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
     assert rejections == state.figures["rejections"] == 3
@@ -313,12 +319,129 @@ def test_the_guard_of_a_state_is_settings_or_a_bool():
             made(guard=bad)
 
 
-def test_constant_targets_leave_nothing_to_compare_with():
-    y = np.ones((64, 2), "float32")  # the loss of the best constant is zero
+@pytest.mark.parametrize("value", [0.0, 1.0, 3.3e4])
+def test_constant_targets_leave_nothing_to_reject(value):
+    y = np.full((64, 2), value, "float32")  # the loss of the best constant is zero, or rounding
     state = made().replace(solver=cf.Cronos(max_iters=2))
-    for _ in range(2):
-        state, _ = state.solve_head((X, y))
-    assert state.figures["solves"] == 2
+    for _ in range(3):
+        state, _ = step(state).solve_head((X, y))
+    assert state.figures["solves"] == 3
+    assert state.figures["rejections"] == 0
+
+
+def test_a_rate_below_a_hundredth_is_told_once():
+    guard, parts = cf.GuardState.init(cf.Guard(decrease_factor=0.05), PARTS, drifts=False), PARTS
+    for objective, told in ((0.5, False), (0.6, False), (0.5, False), (0.6, True), (0.5, False), (0.6, False)):
+        stats = SimpleNamespace(objective=objective, null_loss=1.0)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            guard, parts = guard.judge(parts, stats, 0.0)
+        assert [str(w.message)[:10] for w in heard] == ["solve_head"] * told
+
+
+@pytest.mark.parametrize("rows", [1_000, 20_000])
+def test_a_solve_again_without_a_step_is_never_rejected(rows):
+    # Features with an offset, and more rows than beta_max is found on: another key, another default β.
+    rng = np.random.default_rng(rows)
+    x = rng.normal(5, 1, (rows, 5)).astype("float32")
+    y = (x[:, 0] > x[:, 1] + rng.normal(size=rows)).astype(int)
+    state = made(tx=optax.sgd(0.1), guard=cf.Guard(tolerance=0.0, drift_factor=1.0))
+    for seed in (0, 1, 2):
+        for number in range(4):
+            state, solution = state.solve_head((x, y), key=jax.random.key(seed + 10 * number))
+            assert solution.status != cf.Status.rejected
+            assert float(solution.stats.beta) == pytest.approx(float(state.beta))
+
+
+def test_the_first_solve_chooses_the_weight_decay_of_all():
+    state = made()
+    assert np.isnan(state.beta)
+    first, solution = state.solve_head((X, Y))
+    assert first.beta == solution.stats.beta > 0
+    first, _ = first.solve_head((X, Y))
+    moved = harmed(step(first))  # other features, which would have another default
+    later, solution = moved.solve_head((X, Y), key=jax.random.key(5))
+    assert later.beta == first.beta == pytest.approx(float(solution.stats.beta))
+    assert solution.status == cf.Status.rejected
+    anew, solution = moved.replace(beta=jnp.asarray(jnp.nan)).solve_head((X, Y))
+    assert anew.beta == solution.stats.beta != first.beta
+    assert solution.status != cf.Status.rejected  # there is nothing to compare it with
+    own = made(guard=False).replace(solver=cf.Cronos(loss="softmax"), beta=jnp.asarray(0.25))
+    assert float(own.solve_head((X, Y))[1].stats.beta) == pytest.approx(0.25)
+
+
+SCHEDULE = optax.cosine_decay_schedule(1e-2, 100)
+COUNTED = {
+    "adam": (optax.adam(SCHEDULE), lambda s: s[1].count, lambda s: s[0].count),
+    "inject": (
+        optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
+        lambda s: s.count,
+        lambda s: s.inner_state[0].count,
+    ),
+    "partition": (
+        optax.partition({"all": optax.adam(SCHEDULE)}, lambda tree: jax.tree.map(lambda _: "all", tree)),
+        lambda s: s.inner_states["all"].inner_state[1].count,
+        lambda s: s.inner_states["all"].inner_state[0].count,
+    ),
+    "MultiSteps": (
+        optax.MultiSteps(optax.adam(SCHEDULE), 1),
+        lambda s: s.gradient_step,
+        lambda s: s.inner_opt_state[0].count,
+    ),
+    "schedule_free": (
+        optax.contrib.schedule_free_adamw(1e-2, warmup_steps=5),
+        lambda s: s.step_count,
+        lambda s: s.base_optimizer_state[0].count,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_schedule_goes_on_through_a_rejection_and_moments_go_back(name):
+    tx, scheduled, of_moments = COUNTED[name]
+    state, _ = made(tx).solve_head((X, Y))
+    good, _ = step(state).solve_head((X, Y))
+    state = good
+    for _ in range(4):
+        state = step(state)
+    back, solution = harmed(state).solve_head((X, Y))
+    assert solution.status == cf.Status.rejected
+    assert int(scheduled(back.optimizer_state)) == int(scheduled(good.optimizer_state)) + 4
+    assert int(of_moments(back.optimizer_state)) == int(of_moments(good.optimizer_state)) == 1
+    jax.tree.map(
+        lambda kept, now: kept.ndim == 0 or np.testing.assert_array_equal(kept, now),
+        good.opt_state.optimizer_state,
+        back.opt_state.optimizer_state,
+    )
+    assert int(scheduled(step(back).optimizer_state)) == int(scheduled(good.optimizer_state)) + 5
+
+
+def test_injected_hyperparameters_are_there_to_read_and_to_set():
+    state = made(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9))
+    first, _ = state.solve_head((X, Y))[0].solve_head((X, Y))
+    assert float(first.optimizer_state.hyperparams["learning_rate"]) == pytest.approx(0.1)
+    first.optimizer_state.hyperparams["learning_rate"] = jnp.asarray(0.0)
+    same(step(first).params, first.params)
+    back, solution = harmed(first).solve_head((X, Y))
+    assert solution.status == cf.Status.rejected
+    assert float(back.optimizer_state.hyperparams["learning_rate"]) == 0.0
+
+
+def test_schedule_free_evaluates_the_average_of_the_backbone_and_the_head_as_it_is():
+    tx = optax.contrib.schedule_free_adamw(1e-2)
+    state, _ = made(tx).solve_head((X, Y))
+    for _ in range(3):
+        state = step(state)
+    averaged = optax.contrib.schedule_free_eval_params(state.optimizer_state, state.params)
+    assert jax.tree.structure(averaged) == jax.tree.structure(state.params)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-6), HEAD.read({"params": averaged}), HEAD.read(state.variables)
+    )
+    # The backbone's, as the optimizer alone has it.
+    inner = state.opt_state.optimizer_state
+    x = jax.tree.map(lambda y, z: (y - 0.1 * z) / 0.9, state.params["BatchNorm_0"], inner.z["BatchNorm_0"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), averaged["BatchNorm_0"], x)
+    assert jax.tree.structure(state.optimizer_state) == jax.tree.structure(tx.init(state.params))
 
 
 def test_without_anything_to_go_back_to_it_raises():
@@ -409,7 +532,9 @@ def test_an_nnx_model_goes_back_whole_but_for_its_random_streams():
 
     model = Net(nnx.Rngs(0))
     head = cf.nnx.find_head(model, X)
-    optimizer = cf.nnx.CronosOptimizer(model, optax.sgd(1e30), head=head, solver=cf.Cronos(loss="softmax"))
+    tx = optax.sgd(optax.constant_schedule(1e30), momentum=0.9)
+    optimizer = cf.nnx.CronosOptimizer(model, tx, head=head, solver=cf.Cronos(loss="softmax"))
+    assert np.isnan(optimizer.beta[...])
 
     @nnx.jit
     def train_step(model, optimizer):
@@ -434,6 +559,8 @@ def test_an_nnx_model_goes_back_whole_but_for_its_random_streams():
     assert int(model.dropout.rngs.count[...]) > streams
     assert int(optimizer.step[...]) == 2
     assert optimizer.figures["backbone_rate"] == pytest.approx(0.3)
+    assert np.isfinite(optimizer.beta[...])
+    assert int(optimizer.optimizer_state[1].count[...]) == 2  # the schedule's
     train_step(model, optimizer)
     unguarded = cf.nnx.CronosOptimizer(model, optax.sgd(1.0), head=head, guard=False)
     assert unguarded.figures == {}
@@ -462,11 +589,11 @@ def test_an_nnx_head_found_in_training_leaves_running_statistics_alone():
 
 def judged(objectives, settings=GUARD, drifts=False):
     """What a guard decides on solves that end with these objectives, the loss of the best constant being 1."""
-    parts = {"params": jnp.zeros(()), "opt_state": RateState(jnp.ones(()))}
-    guard, decisions = cf.GuardState.init(settings, parts, drifts), []
+    guard, parts, decisions = cf.GuardState.init(settings, PARTS, drifts), PARTS, []
     for number, objective in enumerate(objectives):
         solved = {**parts, "params": jnp.asarray(float(number))}
-        guard, parts = guard.judge(solved, SimpleNamespace(objective=objective, null_loss=1.0))
+        with warnings.catch_warnings(action="ignore"):
+            guard, parts = guard.judge(solved, SimpleNamespace(objective=objective, null_loss=1.0), 0.0)
         decisions.append(bool(guard.accepted))
         assert float(parts["params"]) == max(i for i, accepted in enumerate(decisions) if accepted)
     return guard, decisions

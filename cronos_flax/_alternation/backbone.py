@@ -13,24 +13,26 @@ from cronos_flax._head.head import Head, check_head, format_path
 from cronos_flax._head.linen import LinenModule
 
 
-class RateState(NamedTuple):
-    """The state of :func:`at_backbone_rate`."""
+class RatedState(NamedTuple):
+    """The state of :func:`at_backbone_rate`: that of the user's optimizer, and the factor on its updates."""
 
+    optimizer_state: Any
     backbone_rate: Float[Array, ""]
 
 
-def at_backbone_rate(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def at_backbone_rate(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``tx``, with its updates multiplied by a rate in the optimizer's state; the rate starts at one."""
+    inner = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> RateState:
-        del params
-        return RateState(jnp.ones((), jnp.float32))
+    def init(params: Any) -> RatedState:
+        return RatedState(inner.init(params), jnp.ones((), jnp.float32))
 
-    def update(updates: Any, state: RateState, params: Any = None) -> tuple[Any, RateState]:
-        del params
-        return jax.tree.map(lambda u: (state.backbone_rate * u).astype(u.dtype), updates), state
+    def update(updates: Any, state: RatedState, params: Any = None, **extra: Any) -> tuple[Any, RatedState]:
+        updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
+        rate = state.backbone_rate
+        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), RatedState(optimizer_state, rate)
 
-    return optax.chain(tx, optax.GradientTransformation(init, update))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:

@@ -2,7 +2,8 @@
 
 After each head solve the regularised loss of the network is known on all rows. If it is clearly above the best so far,
 the optimizer's steps since the last solve have done harm. Then all parts of the state go back to the copies kept at the
-last accepted solve, and the backbone continues at a lower rate. Accepted solves raise the rate again.
+last accepted solve, and the backbone continues at a lower rate. Accepted solves raise the rate again. All solves of an
+alternation have one weight decay β, for losses with another β say nothing about the backbone.
 
 The rate multiplies the updates of the user's optimizer, so it works for every optimizer, also for one without a
 learning rate. It is part of the optimizer's state. The guard keeps copies, so a train step can be jitted and donated as
@@ -12,21 +13,28 @@ usual.
 import dataclasses
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._head.features import GatheredRows
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
+
+_LOW_RATE = 0.01  # of the optimizer's own: said to the user
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_ROUNDING = float(jnp.finfo(jnp.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Guard:
 
         F − F* ≤ tolerance · F₀
 
-    If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone is multiplied by
-    ``decrease_factor``; after an accepted solve by ``increase_factor``, up to ``highest_rate``.
+    up to rounding. If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone
+    is multiplied by ``decrease_factor``; after an accepted solve by ``increase_factor``, up to ``highest_rate``. In the
+    optimizer's state, what is kept for each parameter goes back; schedules and injected hyperparameters go on. Two
+    rejections in a row, and a rate that falls below a hundredth of the optimizer's own, give a ``UserWarning``.
 
     Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. Then the
     tolerance is multiplied by ``drift_factor ** k``, with k the number of rejections in a row but at most
@@ -142,36 +152,59 @@ class GuardState:
             drifts=drifts,
         )
 
-    def judge(self, parts: dict[str, Any], stats: Stats) -> tuple[Self, dict[str, Any]]:
+    def forgetful(self) -> Self:
+        """The same, without the least loss so far: the next finite one is accepted."""
+        return self.replace(best=jnp.full_like(self.best, jnp.inf))  # type: ignore[attr-defined]
+
+    def judge(self, parts: dict[str, Any], stats: Stats, rounding: float) -> tuple[Self, dict[str, Any]]:
         """Accept or reject the state after a solve.
 
         Args:
             parts: the guarded parts, with the new head, and with the optimizer's state as ``"opt_state"``.
             stats: of the solve.
+            rounding: differences of losses that mean nothing.
 
         Returns:
             The new state of the guard, and the parts to continue with: those given if the solve is accepted, otherwise
             copies of the kept ones; with the new rate of the backbone in both cases.
         """
         settings, objective, best = self.settings, float(stats.objective), float(self.best)
-        excess = (objective - best) / max(float(stats.null_loss), float(jnp.finfo(jnp.float32).tiny))
-        accepted = math.isfinite(objective) and excess <= settings.tolerance * settings.drift_factor ** self._tries()
-        comparable = excess <= settings.tolerance  # with the losses before, which drift does not explain
-        rate = self._new_rate(optax.tree.get(parts["opt_state"], "backbone_rate"), accepted, comparable)
-        parts = parts if accepted else self.kept
+        rise, allowed = objective - best - rounding, settings.tolerance * max(float(stats.null_loss), _TINY)
+        accepted = math.isfinite(objective) and rise <= allowed * settings.drift_factor ** self._tries()
+        comparable = rise <= allowed  # with the losses before, which drift does not explain
+        before = optax.tree.get(parts["opt_state"], "backbone_rate")
+        rate = self._new_rate(before, accepted, comparable)
+        if not accepted:
+            opt_state = gone_back(self.kept["opt_state"], parts["opt_state"])
+            parts = {**self.kept, "opt_state": opt_state}
         parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=rate)}
         if accepted:
             best = min(objective, best) if comparable else objective
         state = self.replace(  # type: ignore[attr-defined]
             # A user's step may donate the parts of the state: kept ones share no buffer with them.
-            kept=copied(parts) if accepted else parts,
+            kept=copied(parts),
             best=jnp.asarray(best, self.best.dtype),
             accepted=jnp.asarray(accepted),
             solves=self.solves + 1,
             rejections=self.rejections + (not accepted),
             consecutive_rejections=jnp.zeros((), jnp.int32) if accepted else self.consecutive_rejections + 1,
         )
+        if int(state.consecutive_rejections) == 2 or rate < _LOW_RATE <= before:
+            state._warn(objective, best)
         return state, parts if accepted else copied(parts)
+
+    def _warn(self, objective: float, best: float) -> None:
+        """Tell the user that the backbone hardly moves, and what to do."""
+        figures = self.figures
+        warnings.warn(
+            f"solve_head: the guard undid the optimizer's steps {figures['consecutive_rejections']} time(s) in a row, "
+            f"and the backbone now moves at {figures['backbone_rate']:.2g} of the optimizer's own rate: after the last "
+            f"steps the regularised loss was {objective:.4g} after a solve, and had been {best:.4g}. Lower the "
+            "optimizer's rate or let it decay; or solve more often; or on more rows, if each solve has other ones. "
+            "guard=cf.Guard(tolerance=...) allows a larger rise, guard=False any.",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def _tries(self) -> int:
         """How often the tolerance is multiplied by ``drift_factor`` at the next solve."""
@@ -198,11 +231,19 @@ class GuardState:
             "best_objective": float(self.best),
             "solves": int(self.solves),
             "rejections": int(self.rejections),
+            "consecutive_rejections": int(self.consecutive_rejections),
         }
+
+
+def undecided_beta(solver: Cronos) -> Float[Array, ""]:
+    """The weight decay of an alternation before its first solve: the solver's number, or NaN, to be chosen then."""
+    chosen = solver.beta is None or isinstance(solver.beta, str)
+    return jnp.asarray(jnp.nan if chosen else solver.beta, float)
 
 
 def solve_guarded(
     guard: GuardState | None,
+    beta: Float[Array, ""],
     network: TwoLayer,
     rows: GatheredRows,
     solver: Cronos,
@@ -210,11 +251,12 @@ def solve_guarded(
     key: Array,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
-) -> tuple[GuardState | None, dict[str, Any], Solution]:
+) -> tuple[GuardState | None, Float[Array, ""], dict[str, Any], Solution]:
     """Solve for a head, and accept the new state or go back.
 
     Args:
         guard: None accepts every solve.
+        beta: weight decay of the alternation; NaN lets this solve choose it, as ``solver`` says.
         network: the present head.
         rows: the head's input, with targets and weights.
         solver: how the head is solved.
@@ -224,27 +266,38 @@ def solve_guarded(
         throw: raise if the loss is not finite and no earlier state can be restored.
 
     Returns:
-        The guard's new state, the parts to continue with, and the solution; ``solution.status`` says if it was
-        rejected.
+        The guard's new state, the weight decay, the parts to continue with, and the solution; ``solution.status`` says
+        if it was rejected.
 
     Raises:
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
     if rows.finite:
+        if not jnp.isnan(beta):
+            solver = dataclasses.replace(solver, beta=beta)
+        elif guard is not None:  # losses with another weight decay say nothing
+            guard = guard.forgetful()
         new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
+        beta = jnp.where(jnp.isnan(beta), jnp.asarray(solution.stats.beta, beta.dtype), beta)
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(guard.solves) == 0):
         raise FloatingPointError(f"solve_head: {solution.status.message}")
     changed = parts(new)
     if guard is None:
-        return None, changed, solution
-    guard, changed = guard.judge(changed, solution.stats)
+        return None, beta, changed, solution
+    guard, changed = guard.judge(changed, solution.stats, _rounding(rows))
     if not guard.accepted:
         solution = dataclasses.replace(solution, status_code=jnp.asarray(Status.rejected, jnp.int32))
     if callback is not None:
         callback(guard.figures)
-    return guard, changed, solution
+    return guard, beta, changed, solution
+
+
+def _rounding(rows: GatheredRows) -> float:
+    """Rounding of a mean loss: of the loss at zero outputs, which is about the square of real targets, or one."""
+    is_real = jnp.issubdtype(rows.y.dtype, jnp.floating)
+    return _ROUNDING * (float(np.mean(np.square(rows.y), dtype=float)) if is_real else 1.0)
 
 
 def copied(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from jax import Array
 
 from cronos_flax._alternation.backbone import at_backbone_rate, check_optimizer
 from cronos_flax._alternation.defaults import alternation_defaults
-from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
+from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, Path, check_head
 from cronos_flax._head.nnx import NnxModule
@@ -42,6 +42,10 @@ class _Solving:
 
 class GuardVariable(nnx.Variable):
     """Holds the :class:`cronos_flax.GuardState` of a :class:`CronosOptimizer`."""
+
+
+class BetaVariable(nnx.Variable):
+    """Holds the weight decay of all solves of a :class:`CronosOptimizer`; NaN until the first one chooses it."""
 
 
 class CronosOptimizer(nnx.Optimizer):
@@ -81,6 +85,7 @@ class CronosOptimizer(nnx.Optimizer):
         settings = guard_settings("CronosOptimizer", guard)
         super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
         self.solving = nnx.static(_Solving(head, solver))
+        self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         drifts = bool(jax.tree.leaves(statistics)) and not head.in_training
         made = None if settings is None else GuardState.init(settings, self._parts(model), drifts)
@@ -90,6 +95,11 @@ class CronosOptimizer(nnx.Optimizer):
     def figures(self) -> dict[str, float]:
         """The guard's decisions so far, as flat Python numbers; empty without a guard."""
         return {} if self.guard is None else self.guard.get_value().figures
+
+    @property
+    def optimizer_state(self) -> optax.OptState:
+        """The state of ``tx``; ``opt_state`` holds it with the backbone's rate. There is nothing in it for the head."""
+        return self.opt_state.optimizer_state
 
     def _parts(self, model: nnx.Module, network: TwoLayer | None = None) -> dict[str, Any]:
         """The guarded parts with this head, as plain arrays; None stands for the present head."""
@@ -134,9 +144,11 @@ class CronosOptimizer(nnx.Optimizer):
         key = jax.random.fold_in(jax.random.key(0), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model)
-        guard, changed, solution = solve_guarded(guard, head.read(model), rows, solver, parts, key, callback, throw)
+        beta, network = self.beta.get_value(), head.read(model)
+        guard, beta, changed, solution = solve_guarded(guard, beta, network, rows, solver, parts, key, callback, throw)
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))
+        self.beta.set_value(beta)
         if self.guard is not None:
             self.guard.set_value(guard)
         return solution

@@ -8,10 +8,12 @@ import optax
 from flax import struct
 from flax.training.train_state import TrainState
 from jax import Array
+from jaxtyping import Float
 
 from cronos_flax._alternation.backbone import check_optimizer, rated_backbone_only
 from cronos_flax._alternation.defaults import alternation_defaults
-from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
+from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
+from cronos_flax._alternation.optimizer_state import with_head
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import LinenModule
@@ -35,12 +37,15 @@ class CronosTrainState(TrainState):
     Args:
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved, with the defaults of an alternation filled in.
+        beta: weight decay of all solves, in the units of the mean loss; NaN until the first solve chooses it. Replace
+            it by NaN to have it chosen anew.
         model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
         guard: the state of the guard; None without guard. ``state.figures`` shows it as numbers.
     """
 
     head: Head = struct.field(pytree_node=False)
     solver: Cronos = struct.field(pytree_node=False)
+    beta: Float[Array, ""]
     model_state: Any = struct.field(default_factory=dict)
     guard: GuardState | None = None
 
@@ -81,7 +86,8 @@ class CronosTrainState(TrainState):
         solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head)
         settings = guard_settings("CronosTrainState", guard)
         tx = rated_backbone_only(tx, head)
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, head=head, solver=solver, **kwargs)
+        kwargs |= {"head": head, "solver": solver, "beta": undecided_beta(solver)}
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         if settings is None:
             return state
         drifts = bool(jax.tree.leaves(state.model_state)) and not head.in_training
@@ -96,6 +102,16 @@ class CronosTrainState(TrainState):
     def figures(self) -> dict[str, float]:
         """The guard's decisions so far, as flat Python numbers; empty without a guard."""
         return {} if self.guard is None else self.guard.figures
+
+    @property
+    def optimizer_state(self) -> optax.OptState:
+        """The state of ``tx`` as it would be without the wrapper; ``opt_state`` holds it with the backbone's rate.
+
+        For functions that take the state of one kind of optimizer: ``state.optimizer_state.hyperparams`` of
+        ``optax.inject_hyperparams`` can be read and set, and ``optax.contrib.schedule_free_eval_params`` takes it with
+        ``state.params``. ``tx`` keeps nothing for the head: there the head's parameters stand.
+        """
+        return with_head(self.opt_state.optimizer_state, self.head.paths, module_params(self.params))
 
     def _parts_with(self, network: TwoLayer | None) -> dict[str, Any]:
         """The guarded parts of the state with this head; None stands for the present head."""
@@ -141,7 +157,8 @@ class CronosTrainState(TrainState):
         """
         rows = self.head.gather(self.variables, data, unpack, callback)
         key = jax.random.fold_in(jax.random.key(0), self.step) if key is None else key
-        guard, changed, solution = solve_guarded(
-            self.guard, self.head.read(self.variables), rows, self.solver, self._parts_with, key, callback, throw
+        network = self.head.read(self.variables)
+        guard, beta, changed, solution = solve_guarded(
+            self.guard, self.beta, network, rows, self.solver, self._parts_with, key, callback, throw
         )
-        return self.replace(guard=guard, **changed), solution
+        return self.replace(guard=guard, beta=beta, **changed), solution

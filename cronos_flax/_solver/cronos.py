@@ -199,9 +199,16 @@ class Cronos:
     ) -> Solution:
         """:meth:`solve` from ``init``, with the same arguments, for features that are known to be finite.
 
-        Their values are not checked again.
+        Their values are not checked again. The ``beta`` that None stands for is found by a small program of its own, so
+        that a solve with this ``beta`` runs the same program.
         """
-        return self._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
+        solver, key = self, jax.random.key(0) if key is None else key
+        if self.beta is None:
+            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
+            ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
+            beta_max = self._user_beta_max(data, init, jax.random.split(key, 3)[0])
+            solver = dataclasses.replace(self, beta=ratio * beta_max)
+        return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
 
     def _solve(
         self,
@@ -268,7 +275,6 @@ class Cronos:
         validation: tuple[ArrayLike, ArrayLike] | None,
     ) -> Solution:
         """Choose β on held-out rows, then fit all rows from the network that was found with it."""
-        loss = loss_of(self.loss)
         key, split_key, beta_key = jax.random.split(key, 3)
         if validation is None:
             held_out = betas.held_out(data.y, split_key)
@@ -283,12 +289,15 @@ class Cronos:
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
 
-        hidden_bias, output_bias = _biases(self.gates, network)
-        beta_max = betas.user_beta_max(*fit, beta_key, loss=loss, hidden_bias=hidden_bias, output_bias=output_bias)
-        beta, best, tried, losses = betas.follow(solve, loss, float(beta_max), fit, chosen_on)
+        beta_max = float(self._user_beta_max(fit, network, beta_key))
+        beta, best, tried, losses = betas.follow(solve, loss_of(self.loss), beta_max, fit, chosen_on)
         solution = solve(data, beta, best, final=True)
         stats = dataclasses.replace(solution.stats, path_betas=jnp.asarray(tried), path_losses=jnp.asarray(losses))
         return dataclasses.replace(solution, stats=stats)
+
+    def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None, key: Array) -> Array:
+        biases = dict(zip(("hidden_bias", "output_bias"), _biases(self.gates, network), strict=True))
+        return betas.user_beta_max(*data, key, loss=loss_of(self.loss), **biases)
 
     def objective(
         self,
@@ -352,7 +361,7 @@ def _compiled(*arguments: Any) -> Callable[..., Solution]:
     """The solve as it is called from Python, or as part of a program that is being traced."""
     # Inside jit even a constant is traced.
     is_traced = not all(map(checks.concrete, (*jax.tree.leaves(arguments), jnp.zeros(()))))
-    return jax.jit(_solve, static_argnames="hidden") if is_traced else _solve_compiled_by_itself()
+    return jax.jit(_at_full_precision, static_argnames="hidden") if is_traced else _solve_compiled_by_itself()
 
 
 @functools.cache
@@ -363,7 +372,12 @@ def _solve_compiled_by_itself() -> Callable[..., Solution]:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:  # an XLA that has no such option
         options = None
-    return jax.jit(_solve, static_argnames="hidden", compiler_options=options)
+    return jax.jit(_at_full_precision, static_argnames="hidden", compiler_options=options)
+
+
+def _at_full_precision(*arguments: Any, hidden: int) -> Solution:
+    with jax.default_matmul_precision("highest"):
+        return _solve(*arguments, hidden=hidden)
 
 
 def _solve(
@@ -375,20 +389,6 @@ def _solve(
     key: Array,
     progress: Int[Array, ""] | None,
     *,
-    hidden: int,
-) -> Solution:
-    with jax.default_matmul_precision("highest"):
-        return _solve_at_full_precision(solver, features, targets, weight, start, key, progress, hidden)
-
-
-def _solve_at_full_precision(
-    solver: Cronos,
-    features: Float[Array, "n p"] | Blocks,
-    targets: Float[Array, "n C"],
-    weight: RowVector,
-    start: TwoLayer | State | None,
-    key: Array,
-    progress: Int[Array, ""] | None,
     hidden: int,
 ) -> Solution:
     beta_key, start_key, run_key = jax.random.split(key, 3)

@@ -1,0 +1,90 @@
+"""States of Optax optimizers as trees: what goes back with rejected steps, and what a user of the optimizer sees."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cronos_flax._head.head import Path
+
+# Fields of Optax's states that schedules and users read, whatever stands beside them.
+_GO_ON = ("hyperparams", "hyperparams_states", "step_count", "gradient_step")
+
+
+def gone_back(kept: Any, present: Any) -> Any:
+    """An earlier state of an optimizer, but with the present counts of schedules.
+
+    What is kept for each parameter (moments, averages, gathered gradients) goes back, and with it the scalars of the
+    same node, as Adam corrects the bias of its moments by its count. A node without such arrays goes on: a schedule,
+    injected hyperparameters, the patience of ``reduce_on_plateau``.
+
+    Args:
+        kept: the earlier state.
+        present: the state now, of the same structure.
+    """
+    if jax.tree_util.all_leaves([kept]):
+        return kept
+    old, treedef = _children(kept)
+    new, _ = _children(present)
+    goes_back = any(_is_per_parameter(child) for name, child in old if name not in _GO_ON)
+
+    def chosen(name: str | None, before: Any, now: Any) -> Any:
+        counts = name is not None and _is_scalar(before) and not goes_back
+        return now if counts or name in _GO_ON else gone_back(before, now)
+
+    children = [chosen(name, before, now) for (name, before), (_, now) in zip(old, new, strict=True)]
+    return jax.tree.unflatten(treedef, children)
+
+
+def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[str, Any]) -> Any:
+    """The state of an optimizer of the backbone, with the head's parameters where it keeps nothing for them.
+
+    So it has the structure of the optimizer's state without the wrapper. What holds nothing for parameters is the same
+    object as before: injected hyperparameters can be set there.
+
+    Args:
+        optimizer_state: of the user's optimizer, with ``optax.MaskedNode`` for the head.
+        paths: of the head's two layers.
+        params: ``variables["params"]``.
+    """
+
+    def filled(node: Any, keys: Path) -> Any:  # keys of dicts since the last field of a state
+        if isinstance(node, optax.MaskedNode):
+            return _at(params, keys) if any(keys[: len(path)] == path for path in paths) else node
+        if not any(map(_is_masked, jax.tree.leaves(node, is_leaf=_is_masked))):
+            return node
+        children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
+        found = [filled(child, (*keys, key.key) if hasattr(key, "key") else ()) for (key,), child in children]
+        return jax.tree.unflatten(_children(node)[1], found)
+
+    return filled(optimizer_state, ())
+
+
+def _at(tree: Any, keys: Path) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _children(node: Any) -> tuple[list[tuple[str | None, Any]], Any]:
+    """The direct children, each with the name of its field (None for keys and indices); and the structure of those."""
+    children, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+    return [(getattr(path[0], "name", None), child) for path, child in children], treedef
+
+
+def _is_scalar(node: Any) -> bool:
+    return jax.tree_util.all_leaves([node]) and jnp.ndim(node) == 0
+
+
+def _is_per_parameter(node: Any) -> bool:
+    """Whether a child of a state is a tree of real arrays, one for each parameter; other states are named tuples."""
+    leaves = jax.tree.leaves(node, is_leaf=lambda child: bool(getattr(child, "_fields", ())))
+    return not _is_scalar(node) and any(
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves
+    )
