@@ -232,9 +232,9 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
 
 
 def _target(described: dict[str, Any], like: Any) -> Any:
-    """The target that Orbax restores a leaf into: on the devices of ``like``, or in host memory."""
+    """The target that Orbax restores a leaf into: on the devices that ``like`` is committed to, or in host memory."""
     dtype = jnp.dtype(described["dtype"])
-    if isinstance(like, Array) and like.dtype == dtype:
+    if isinstance(like, Array) and like.committed and like.dtype == dtype:
         return ocp.utils.to_shape_dtype_struct(like)
     return np.empty(described["shape"], dtype)
 

@@ -83,9 +83,9 @@ def load(name: str, data_dir: Path, seed: int) -> tuple[np.ndarray, ...]:
     return x[fit], y[fit], x[held], y[held]
 
 
-def _stay(self: Any, parts: Any, stats: Any) -> Any:
+def _stay(self: Any, parts: Any, stats: Any, rounding: float) -> Any:
     """The guard's decision, with the rate lowered but nothing gone back to."""
-    guard, _ = judge(self, parts, stats)
+    guard, _ = judge(self, parts, stats, rounding)
     rate = guard.figures["backbone_rate"]
     parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=np.float32(rate))}
     return guard.replace(kept=parts), _guard.copied(parts)
