@@ -1,6 +1,7 @@
 """Fits a head on 20,000 images streamed through a convolutional backbone; prints the peak of memory, in MiB.
 
-Counted from before the fit, without the features: the pass, the compilation of the solve, and the solve.
+Counted from before the fit, without the features: the pass, the compilation of the solve, and the solve. Most of it is
+the compilation, with a user's settings of XLA more than with those of the tests.
 """
 
 # ruff: noqa: T201

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "cnn", "resnet", "nnx_cnn"
 ORDINARY = "cnn"  # is run as it is, too
-EPOCHS = 2
+EPOCHS = 1
 
 
 def changed(name):
