@@ -106,6 +106,18 @@ def test_the_newest_that_is_sound_is_restored_and_a_stray_directory_is_no_checkp
     assert (tmp_path / "99.damaged").is_dir()
 
 
+def test_the_newest_are_kept_with_what_was_saved_beside_them_and_keys_stay_of_their_kind(tmp_path):
+    def state(seed):
+        return {"key": jax.random.key(seed, impl="rbg"), "weights": jnp.full(3, float(seed))}
+
+    for step in (2, 9, 10):
+        cf.save_checkpoint(tmp_path, state(step), step, extra={"note": [step, 0.1]}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
+    restored, step, extra = _checkpoint.restored(tmp_path, state(0))
+    assert_same(restored, state(10))
+    assert (step, extra) == (10, {"note": [10, 0.1]})
+
+
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     for step in (1, 2):
         cf.save_checkpoint(tmp_path, made(step), step)

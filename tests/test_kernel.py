@@ -323,6 +323,63 @@ def test_a_neuron_without_output_weight_gets_a_direction_and_no_size():
     np.testing.assert_allclose(np.linalg.norm(A, axis=1), 1)
 
 
+LENGTHS = (1.0, 0.5, 0.25, 0.0)
+SEARCHES = {  # estimates and losses at these lengths, the loss now being 5; the index of the length, and the loss there
+    "the least estimate": ((3, 2, 4, 5), (1, 2, 3, 5), 1, 2),
+    "not the first again": ((4, 3, 2, 5), (1, 2, 3, 5), 2, 3),
+    "shorter while it rises": ((1, 2, 3, 5), (9, 6, 4, 5), 2, 4),
+    "shorter where it is as high": ((1, 2, 3, 5), (5, 4, 3, 5), 1, 4),
+    "no step": ((1, 2, 3, 5), (9, 8, 7, 5), 3, 5),
+    "estimates that are not finite": ((np.nan, -np.inf, 4, 5), (1, 2, 3, 5), 2, 3),
+    "losses that are not finite": ((1, 2, 3, 5), (np.inf, np.nan, 4, 5), 2, 4),
+}
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_the_line_search_takes_the_least_estimate_and_shortens_until_the_loss_falls(case):
+    estimates, losses, index, value = SEARCHES[case]
+
+    def at(values):
+        return lambda length: jnp.asarray(values, float)[jnp.argmin(jnp.abs(jnp.asarray(LENGTHS) - length))]
+
+    tried = cf.Refreshed(step_lengths=LENGTHS, damping_factors=(0.25, 1.0, 2.0, 4.0))
+    found = refreshed.search(at(losses), at(estimates), jnp.asarray(5.0), tried)
+    assert (int(found[0]), float(found[1])) == (index, value)
+
+
+def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
+    rows, _ = rows_and_basis(0, n=60, C=3)
+    rng, beta, key = np.random.default_rng(0), jnp.asarray(1e-3), jax.random.key(0)
+    U = jnp.asarray(rng.normal(size=(rows.X.shape[1], 4)))
+    A = programs.unit_rows(jnp.asarray(rng.normal(size=(4, 3))), programs.default_directions(4, 3, U.dtype))
+    tried = cf.Refreshed(least_warm_up=8, warm_up_every=2, damping_range=(1e-3, 10.0))
+    prepared = gauss_newton.prepare(rows, 4, key, tried)
+    step = jax.jit(refreshed.step, static_argnums=(4, 5))
+    taken = set()
+    for damping in (1e-3, 1.0, 10.0):
+        before = refreshed.init(rows, U, A, rows.best_constant(), beta, jnp.asarray(damping), key)
+        for _ in range(4):
+            after = step(rows, prepared, beta, before, False, tried)
+            np.testing.assert_allclose(programs.norms(after.A.T), 1, rtol=1e-12)
+            np.testing.assert_allclose(after.Z, rows.X @ after.U, atol=1e-9)
+            again = refreshed.init(rows, after.U, after.A, after.b, beta, after.damping, key)
+            assert float(after.objective) == pytest.approx(float(again.objective), rel=1e-9)
+            assert float(after.objective) < float(before.objective)
+            factors = [np.clip(f * float(before.damping), 1e-3, 10.0) for f in tried.damping_factors]
+            assert np.min(np.abs(np.subtract(factors, float(after.damping)))) < 1e-12
+            taken.add(round(float(after.damping / before.damping), 6))
+            before = after
+    assert 0.25 in taken  # the damping follows
+    # From a loss that nothing reaches it stays, with more damping; and a warm-up gives its start back.
+    lowest = dataclasses.replace(before, objective=jnp.asarray(-1.0), damping=jnp.asarray(1.0))
+    stayed = step(rows, prepared, beta, lowest, False, tried)
+    assert float(stayed.damping) == 4.0
+    for left in (stayed, refreshed.warm_up(rows, prepared, beta, lowest, tried)):
+        jax.tree.map(
+            np.testing.assert_array_equal, (left.U, left.A, left.b, left.Z), (before.U, before.A, before.b, before.Z)
+        )
+
+
 def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
