@@ -118,6 +118,22 @@ def test_the_newest_are_kept_with_what_was_saved_beside_them_and_keys_stay_of_th
     assert (step, extra) == (10, {"note": [10, 0.1]})
 
 
+def test_sound_files_with_other_values_are_noticed(tmp_path):
+    for step in (1, 2):
+        cf.save_checkpoint(tmp_path / "run", made(step), step, extra={"note": step})
+    first, second = (tmp_path / "run" / step / "state" for step in ("1", "2"))
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    with pytest.raises(ValueError, match=r"kernel.*: other values than were saved"):
+        cf.restore_checkpoint(tmp_path / "run", made())
+    cf.save_checkpoint(tmp_path / "run", made(3), 3, extra={"note": 3})
+    meta = tmp_path / "run" / "3" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace("note", "mote"))
+    with pytest.raises(ValueError, match="step 3: the list of its leaves has another checksum"):
+        cf.restore_checkpoint(tmp_path / "run", made())
+
+
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     for step in (1, 2):
         cf.save_checkpoint(tmp_path, made(step), step)
