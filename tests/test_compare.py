@@ -26,7 +26,8 @@ from cronos_flax.compare.methods import (
     rows_of,
 )
 from cronos_flax.compare.models import MODELS, model_of
-from cronos_flax.compare.sweep import kept, sweep
+from cronos_flax.compare.results import kept
+from cronos_flax.compare.sweep import sweep
 from cronos_flax.compare.task import Run, Settings, Task, targets_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +173,7 @@ def test_a_line_that_was_not_finished_is_passed_over_and_its_run_done_again(task
     assert len(kept(path)) == 3
     again = sweep(task.settings, runs, tmp_path, task=task)
     assert untimed(again) == untimed(rows)
-    assert untimed(map(json.loads, path.read_text().splitlines())) == untimed(rows)
+    assert untimed(kept(path)) == untimed(rows)
     with pytest.raises(ValueError, match=r"holds a comparison with epochs=3, and this one has 2"):
         sweep(dataclasses.replace(task.settings, epochs=2), runs, tmp_path)
 

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 130 after an interrupt. Wrong arguments exit with 2, as argparse does.
+        The exit status: 0, or 130 after an interrupt. Wrong arguments and data exit with 2, as argparse does; a file
+        or directory that cannot be read or written, or that another process holds, with 1.
     """
     try:
         import matplotlib  # noqa: F401
@@ -43,25 +44,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"cronos-flax needs {error.name}: {_EXTRA}", file=sys.stderr)
         return 2
-    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS and Orbax log through it
+    for name in ("absl", "asyncio"):  # TFDS and Orbax log through them; their errors are raised too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     parser, commands = _parsers()
     args = parser.parse_args(argv)
     try:
         return {"compare": _compare, "train": _train, "info": _info}[args.command](args)
-    except (ValueError, OSError) as error:
-        _refuse(commands[args.command], error)
+    except OSError as error:
+        _refuse(commands[args.command], error, 1)
+    except ValueError as error:
+        _refuse(commands[args.command], error, 2)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes where this one stopped.", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _refuse(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
+def _refuse(parser: argparse.ArgumentParser, error: Exception, status: int) -> NoReturn:
     """Exit as argparse does for a wrong option, with the message wrapped."""
-    said = textwrap.fill(str(error), 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-    parser.exit(2, f"{parser.prog}: error:\n{said}\n")
+    parser.exit(status, f"{parser.prog}: error:\n{_wrapped(str(error), '  ', '  ')}\n")
+
+
+def _wrapped(text: str, first: str, others: str) -> str:
+    """Lines of up to 79 characters, with names of files in one piece."""
+    return textwrap.fill(
+        text, 79, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    from cronos_flax.compare.arrays import KINDS
     from cronos_flax.compare.data import EMBEDDED, SCALINGS
     from cronos_flax.compare.methods import METHODS
     from cronos_flax.compare.models import MODELS
@@ -86,6 +97,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     data.add_argument(
         "--loss", choices=("softmax", "squared", "logistic", "huber", "hinge"),
         help="if not given: softmax for classes, squared for regression",
+    )  # fmt: skip
+    data.add_argument(
+        "--targets", choices=KINDS,
+        help="if not given: classes for integers, strings, bools and whole floats, values for other floats",
     )  # fmt: skip
     data.add_argument("--scaling", choices=SCALINGS, default="standardise", help="of the inputs")
     data.add_argument("--rows", type=_positive, metavar="N", help="fit on N rows only")
@@ -198,13 +213,18 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _check_writable(out: Path) -> None:
-    """Raise before any work if the directory cannot be written to."""
+def _check_free(out: Path) -> None:
+    """Raise before any work if the directory cannot be written to, or another process holds it."""
+    from cronos_flax.compare.files import LOCK, held
+
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
             f"`--out` must be a directory, or one that can be made, got {out}: {there} cannot be written to."
         )
+    if (out / LOCK).exists():
+        with held(out):
+            pass
 
 
 def _settings(args: argparse.Namespace) -> Any:
@@ -220,16 +240,19 @@ def _settings(args: argparse.Namespace) -> Any:
         rows=args.rows,
         validation=args.validation,
         scaling=args.scaling,
+        targets=args.targets,
         data_dir=args.data_dir,
     )
 
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax.compare import plots, tables
+    from cronos_flax.compare.files import held, replace
     from cronos_flax.compare.methods import BASELINES, check_method, grid
     from cronos_flax.compare.progress import Progress
+    from cronos_flax.compare.results import by_run
     from cronos_flax.compare.summaries import summaries
-    from cronos_flax.compare.sweep import by_run, sweep
+    from cronos_flax.compare.sweep import fill
     from cronos_flax.compare.task import Run, Task
 
     if args.epochs is None and args.seconds is None:
@@ -238,7 +261,7 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError(f"`--rate-range` must be LOW HIGH with LOW < HIGH, got {args.rate_range}.")
     if args.seconds and args.jobs > 1:
         raise ValueError("`--seconds` needs runs that are timed: leave `--jobs` out.")
-    _check_writable(args.out)
+    _check_free(args.out)
     settings = _settings(args)
     methods = [check_method(name.strip()) for name in args.methods.split(",")]
     span = tuple(args.rate_range) if args.rate_range else None
@@ -247,19 +270,22 @@ def _compare(args: argparse.Namespace) -> int:
         Run(method, rate, seed)
         for seed in seeds
         for method in dict.fromkeys(methods)
-        for rate in grid(method, args.rates, span, args.random_rates)
+        for rate in dict.fromkeys(grid(method, args.rates, span, args.random_rates))
     ]
     task = Task.of(settings)
     task.split(seeds[0])
     if not set(methods) <= set(BASELINES):
         _ = task.head
-    with Progress(len(runs), quiet=args.quiet) as progress:
-        rows = sweep(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
-    done = by_run(rows)  # an earlier call may have done more runs, in another order
-    rows = [row for run in runs for row in done[run]]
-    (args.out / "table.md").write_text(tables.table(rows, args.target))
-    plots.draw_curves(rows, args.out / "curves.png")
-    plots.draw_budget(rows, args.out / "budget.png")
+    if not args.quiet:
+        _print_notes(task.dataset)
+    with held(args.out):
+        with Progress(len(runs), quiet=args.quiet) as progress:
+            rows = fill(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
+        done = by_run(rows)  # an earlier call may have done more runs, in another order
+        rows = [row for run in runs for row in done[run]]
+        replace(args.out / "table.md", tables.table(rows, args.target).encode())
+        plots.draw_curves(rows, args.out / "curves.png")
+        plots.draw_budget(rows, args.out / "budget.png")
     if not args.quiet:
         progress.show(summaries(rows), args.out)
     return 0
@@ -267,22 +293,31 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from cronos_flax.compare import plots
+    from cronos_flax.compare.files import held, replace
     from cronos_flax.compare.methods import ALTERNATION, BASELINES, rows_of
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.task import Run, Task
 
     if args.optimizer not in BASELINES:
         raise ValueError(f"`--optimizer` must be one of {', '.join(BASELINES)}, got {args.optimizer!r}.")
-    _check_writable(args.out)
+    _check_free(args.out)
     task = Task.of(_settings(args))
     _ = task.head
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.quiet:
+        _print_notes(task.dataset)
     run = Run(f"{ALTERNATION}:{args.optimizer}", args.rate, args.seed)
-    with Progress(args.epochs, quiet=args.quiet) as progress:
-        rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
-    rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
-    (args.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plots.draw_curves(rows, args.out / "curves.png")
+    with held(args.out):
+        with Progress(args.epochs, quiet=args.quiet) as progress:
+            try:
+                rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
+            except ValueError as error:
+                if "os_error_code" not in str(error):
+                    raise
+                # Orbax says so of an error of the operating system.
+                raise OSError(f"{args.out / 'checkpoints'} cannot be written to or read: {error}") from error
+        rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
+        replace(args.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        plots.draw_curves(rows, args.out / "curves.png")
     return 0
 
 
@@ -298,7 +333,14 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{'device':12} {device.platform} {device.device_kind}")
     task = Task.of(_settings(args))
     x = task.split(0).x
-    print(f"{'data':12} {args.dataset}: {len(x)} rows to fit, inputs {x.shape[1:]}, loss {task.loss}")
+    print(f"{'data':12} {args.dataset}: {len(x)} rows to fit, loss {task.loss}")
+    _print_notes(task.dataset)
     print()
     print(task.head)
     return 0
+
+
+def _print_notes(dataset: Any) -> None:
+    """Print what the arrays of the set were taken as."""
+    for name, text in dataset.notes.items():
+        print(_wrapped(text, f"{name:13}", " " * 13))

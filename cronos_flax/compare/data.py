@@ -3,6 +3,8 @@
 TFDS sets are read without TensorFlow and without a network. Needs scikit-learn (the extra ``examples``).
 """
 
+import math
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -11,23 +13,102 @@ import tensorflow_datasets as tfds
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
+from cronos_flax.compare.arrays import inputs, targets
+
 EMBEDDED = ("digits", "wine", "breast_cancer", "diabetes")
 SCALINGS = ("standardise", "unit", "none")
+_NAMES = 10  # of classes, printed at most
 TEST_SHARE = 0.2  # of sets that come without a test split
 
 
 class Dataset(NamedTuple):
-    """A whole set: inputs ``(n, ...)``, and labels or, for regression, floats ``(n,)``."""
+    """A whole set: inputs ``(n, ...)``, and labels or, for regression, floats ``(n,)``.
+
+    ``classes`` are the names of labels that were not numbers 0, 1, … where they came from, in the order of the labels.
+    """
 
     x: np.ndarray
     y: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: np.ndarray,
+        y: np.ndarray,
+        x_test: np.ndarray | None = None,
+        y_test: np.ndarray | None = None,
+        kind: str | None = None,
+    ) -> Self:
+        """A set of arrays as users store them.
+
+        Args:
+            x: inputs ``(n, ...)``: real numbers.
+            y: labels or values ``(n,)``, as :func:`cronos_flax.compare.arrays.targets` takes them.
+            x_test: inputs of a test split, of the same shape but for the number of rows; None for a fifth of the rows,
+                always the same.
+            y_test: its labels or values.
+            kind: ``"classes"``, ``"values"``, or None to decide by the dtype of y.
+
+        Raises:
+            ValueError: if they are of a wrong dtype or shape, are not finite, or do not fit together.
+        """
+        if (x_test is None) != (y_test is None):
+            raise ValueError("there must be both of x_test and y_test, or none.")
+        for split, part, labels in (("", x, y), ("_test", x_test, y_test)):
+            if part is not None and labels is not None and (labels.ndim != 1 or part.shape[:1] != labels.shape):
+                raise ValueError(
+                    f"x{split} must have shape (n, ...) and y{split} (n,), got {part.shape} and {labels.shape}."
+                )
+        x = inputs("x", x)
+        if x_test is not None:
+            x_test = inputs("x_test", x_test)
+            if x_test.shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"x_test must have rows like those of x, {x.shape[1:]}, got {x_test.shape[1:]} (shapes {x.shape} "
+                    f"and {x_test.shape})."
+                )
+        made = targets(y, y_test, kind)
+        if x_test is not None and made.y_test is not None:
+            return cls(x, made.y, x_test, made.y_test, made.classes)
+        labels = made.y if np.issubdtype(made.y.dtype, np.integer) else None
+        fit, test = _apart(len(x), math.ceil(TEST_SHARE * len(x)), 0, labels)
+        return cls(x[fit], made.y[fit], x[test], made.y[test], made.classes)
 
     @property
     def num_classes(self) -> int | None:
         """How many classes there are; None for regression."""
-        return int(max(self.y.max(), self.y_test.max())) + 1 if np.issubdtype(self.y.dtype, np.integer) else None
+        if not np.issubdtype(self.y.dtype, np.integer):
+            return None
+        return len(self.classes) if self.classes else int(max(self.y.max(), self.y_test.max())) + 1
+
+    @property
+    def checksum(self) -> str:
+        """Of all values and shapes: another set, or another order of rows, has another one."""
+        total = 0
+        for array in (self.x, self.y, self.x_test, self.y_test):
+            total = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(str(array.shape).encode(), total))
+        return f"{total:08x}"
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the arrays were taken as: ``inputs``, ``targets`` and, if there are classes of one row, ``rare``."""
+        as_float = "" if self.x.dtype == "float32" else f" {self.x.dtype}, used as float32"
+        notes = {"inputs": f"{self.x.shape[1:]}{as_float}", "targets": "values (regression)"}
+        if self.num_classes is not None:
+            names = self.classes or ()
+            said = ", ".join(f"{name!r} is {label}" for label, name in enumerate(names[:_NAMES]))
+            more = f", … {names[-1]!r} is {len(names) - 1}" if len(names) > _NAMES else ""
+            notes["targets"] = f"{self.num_classes} classes" + (f": {said}{more}" if said else "")
+            labels, counts = np.unique(self.y, return_counts=True)
+            alone = [names[label] if names else str(label) for label in labels[counts == 1]]
+            if alone:
+                notes["rare"] = f"{len(alone)} classes have one row, which is never held back: " + ", ".join(
+                    alone[:_NAMES] + ["…"] * (len(alone) > _NAMES)
+                )
+        return notes
 
 
 class Split(NamedTuple):
@@ -44,6 +125,8 @@ class Split(NamedTuple):
     def of(cls, dataset: Dataset, seed: int, validation: int, scaling: str, rows: int | None = None) -> Self:
         """Hold rows of the training part back, at random; the same for the same seed.
 
+        Each class is split in proportion, where there are rows enough. The row of a class that has one is fitted.
+
         Args:
             dataset: the whole set.
             seed: of the rows that are held back.
@@ -57,14 +140,13 @@ class Split(NamedTuple):
             ValueError: if nothing is left to fit.
         """
         left = len(dataset.y) - validation
-        if not 0 < (left if rows is None else rows) <= left:
+        if validation < 1 or not 0 < (left if rows is None else rows) <= left:
             raise ValueError(
-                f"`rows` and `validation` must leave rows to fit, got {rows} and {validation} of {len(dataset.y)}."
+                "`rows` and `validation` must leave rows to fit and hold back at least one, got "
+                f"{rows} and {validation} of {len(dataset.y)}."
             )
-        classes = dataset.num_classes
-        labels = dataset.y if classes is not None and classes <= min(validation, left) else None
-        order = np.arange(len(dataset.y))
-        fit, held = train_test_split(order, test_size=validation, random_state=seed, stratify=labels)
+        labels = None if dataset.num_classes is None else dataset.y
+        fit, held = _apart(len(dataset.y), validation, seed, labels)
         fit = fit[:rows]
         shift, scale = _scale(dataset.x, fit, scaling)
         x, x_held, x_test = (
@@ -89,13 +171,15 @@ def _scale(x: np.ndarray, fit: np.ndarray, scaling: str) -> tuple[Any, Any]:
     return x.mean(axis=axes), np.where(deviation > 0, deviation, 1)
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+def load(name: str, data_dir: str | Path | None = None, kind: str | None = None) -> Dataset:
     """A data set by name.
 
     Args:
         name: one of ``EMBEDDED``; a path that ends in ``.npz``, with arrays ``x``, ``y`` and, if there is a test split,
             ``x_test`` and ``y_test``; or a TFDS name, with splits ``train`` and ``test``.
         data_dir: for TFDS, the directory that holds ``name/version/…``.
+        kind: ``"classes"`` or ``"values"``: what the targets are. None: ``diabetes`` has values; for other sets the
+            dtype decides, see :func:`cronos_flax.compare.arrays.targets`.
 
     Returns:
         The set; where it has no test split, a fifth of the rows, always the same, is that.
@@ -106,16 +190,16 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if name in EMBEDDED:
         source = getattr(datasets, f"load_{name}")()
         x = source.images[..., None] if name == "digits" else source.data
-        dtype = "float32" if name == "diabetes" else "int64"
-        return _with_test(x.astype("float32"), source.target.astype(dtype))
+        kind = kind or ("values" if name == "diabetes" else "classes")
+        return Dataset.of(x.astype("float32"), source.target, kind=kind)
     if name.endswith(".npz"):
-        return _load_npz(Path(name))
+        return _load_npz(Path(name), kind)
     if data_dir is None:
         raise ValueError(
             f"load: `data_dir` is needed for a TFDS set, and {name!r} is none of {', '.join(EMBEDDED)}, nor a path "
             "that ends in .npz. Say where prepared TFDS sets lie."
         )
-    return Dataset(*_typed(*load_tfds(name, "train", data_dir)), *_typed(*load_tfds(name, "test", data_dir)))
+    return Dataset.of(*load_tfds(name, "train", data_dir), *load_tfds(name, "test", data_dir), kind=kind)
 
 
 def load_tfds(name: str, split: str, data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -161,37 +245,44 @@ def load_tfds(name: str, split: str, data_dir: str | Path) -> tuple[np.ndarray, 
     return np.stack(images), np.asarray([example["label"] for example in examples])
 
 
-def _load_npz(path: Path) -> Dataset:
-    """A set in a file of NumPy's."""
+def _load_npz(path: Path, kind: str | None) -> Dataset:
+    """A set in a file of NumPy's. Pickled objects are never loaded."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load: {path} must be an .npz file of plain arrays: {error}.") from None
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array (.npy), not several by name")
+            there = list(file.files)
+            arrays = {name: file[name] for name in ("x", "y", "x_test", "y_test") if name in there}
+    except Exception as error:  # a file that is not whole ends in errors of many kinds
+        said = str(error).rstrip(".") or type(error).__name__
+        if "pickle" in said:  # which NumPy advises to load
+            said = "it has Python objects, which are not loaded, or is not NumPy's"
+        raise ValueError(f"load: {path} must be an .npz file of plain arrays, not cut short: {said}.") from None
     if not {"x", "y"} <= set(arrays):
-        raise ValueError(f"load: {path} must have the arrays x and y, got {', '.join(arrays) or 'none'}.")
-    if ("x_test" in arrays) != ("y_test" in arrays):
-        raise ValueError(f"load: {path} must have both of x_test and y_test, or none.")
-    for x_name, y_name in (("x", "y"), ("x_test", "y_test"))[: 1 + ("x_test" in arrays)]:
-        x, y = arrays[x_name], arrays[y_name]
-        if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or not x.size:
-            raise ValueError(
-                f"load: in {path} {x_name} must have shape (n, ...) and {y_name} (n,), got {x.shape} and {y.shape}."
-            )
-        if not (np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
-            raise ValueError(f"load: in {path} {x_name} and {y_name} must be finite, got NaN or infinity.")
-    x, y = _typed(arrays["x"], arrays["y"])
-    return Dataset(x, y, *_typed(arrays["x_test"], arrays["y_test"])) if "x_test" in arrays else _with_test(x, y)
+        raise ValueError(f"load: {path} must have the arrays x and y, got {', '.join(there) or 'none'}.")
+    try:
+        return Dataset.of(**arrays, kind=kind)
+    except ValueError as error:
+        raise ValueError(f"load: in {path} {error}") from None
 
 
-def _typed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as int64, other targets as float32."""
-    if np.issubdtype(y.dtype, np.integer) and y.min() < 0:
-        raise ValueError(f"load: labels must be integers ≥ 0, got {y.min()}.")
-    return x, y.astype("int64" if np.issubdtype(y.dtype, np.integer) else "float32")
+def _apart(rows: int, held: int, seed: int, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to fit and those to hold back, at random; by classes in proportion, where there are rows enough.
 
-
-def _with_test(x: np.ndarray, y: np.ndarray) -> Dataset:
-    labels = y if np.issubdtype(y.dtype, np.integer) and np.bincount(y).min() > 1 else None
-    x, x_test, y, y_test = train_test_split(x, y, test_size=TEST_SHARE, random_state=0, stratify=labels)
-    return Dataset(x, y, x_test, y_test)
+    A class of one row cannot be split: its row is not held back, if there are others enough.
+    """
+    if not 0 < held < rows:
+        raise ValueError(f"there must be rows to fit and rows to hold back, got {rows} rows in all.")
+    others, alone, stratify = np.arange(rows), np.zeros(rows, bool), None
+    if labels is not None:
+        _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if held < rows - np.sum(counts == 1):
+            alone = counts[inverse] == 1
+            others = np.flatnonzero(~alone)
+            if np.sum(counts > 1) <= min(held, len(others) - held):
+                stratify = labels[others]
+    fit, back = train_test_split(others, test_size=held, random_state=seed, stratify=stratify)
+    if alone.any():
+        fit = np.random.default_rng(seed).permutation(np.concatenate([fit, np.flatnonzero(alone)]))
+    return fit, back

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
+from cronos_flax.compare.files import replace
+
 OURS, OTHER, QUIET = "#0072B2", "#D55E00", "0.72"  # the reference method, the method of a panel, all others
 # Okabe and Ito, without the blue of the reference; yellow is darkened for white paper.
 COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#A89A00", "#7F7F7F", "#8C510A")
@@ -63,9 +65,10 @@ def styled(width: float, height: float) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Save a figure as PNG with a palette of 256 colours, a third of the size."""
-    with io.BytesIO() as buffer:
+    with io.BytesIO() as buffer, io.BytesIO() as small:
         figure.savefig(buffer, dpi=dpi, format="png")
-        Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
+        Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+        replace(path, small.getvalue())
 
 
 def log_axis(ax: Axes, low: float, high: float) -> None:

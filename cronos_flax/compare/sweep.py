@@ -6,7 +6,6 @@ A sweep that was interrupted resumes with the runs whose rows are missing.
 import functools
 import importlib.metadata
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -16,32 +15,12 @@ from typing import Any
 
 import jax
 
+from cronos_flax.compare.files import held
 from cronos_flax.compare.methods import rows_of
+from cronos_flax.compare.results import add, by_run, repaired
 from cronos_flax.compare.task import Row, Run, Settings, Task
 
 VERSIONS = ("cronos_flax", "jax", "flax", "optax", "numpy")
-
-
-def kept(path: Path) -> list[Row]:
-    """The rows of all finished runs; lines cut short, and runs without their last row, are left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    ended = {_run_of(row) for row in rows if row.get("end")}
-    return [row for row in rows if _run_of(row) in ended]
-
-
-def by_run(rows: Iterable[Row]) -> dict[Run, list[Row]]:
-    """The rows of each run."""
-    runs: dict[Run, list[Row]] = {}
-    for row in rows:
-        runs.setdefault(_run_of(row), []).append(row)
-    return runs
 
 
 def sweep(
@@ -53,11 +32,11 @@ def sweep(
     watch: Callable[[str, Run, Any], Any] = lambda *_: None,
     task: Task | None = None,
 ) -> list[Row]:
-    """Do the runs that are missing from ``out / "results.jsonl"``.
+    """Do the runs that are missing from ``out / "results.jsonl"``. The directory is held meanwhile.
 
     Args:
         settings: what all runs share.
-        runs: all runs of the sweep.
+        runs: all runs of the sweep; one that is given twice is done once.
         out: the directory; made if it does not exist.
         jobs: how many runs go side by side, one core each; with more than one, their seconds are not kept.
         watch: called with ``"check"``, a run and a row; with ``"done"``, a run and its rows; and with ``"before"``,
@@ -68,45 +47,57 @@ def sweep(
         All rows, those of earlier calls included.
 
     Raises:
-        ValueError: if the directory holds rows of other settings.
+        ValueError: if the directory holds rows of other settings or other data, or damaged ones.
+        BlockingIOError: if another sweep writes into the directory; the message says which process does.
         OSError: if the directory cannot be written to.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with held(out):
+        return fill(settings, runs, out, jobs=jobs, watch=watch, task=task)
+
+
+def fill(
+    settings: Settings,
+    runs: Iterable[Run],
+    out: Path,
+    *,
+    jobs: int = 1,
+    watch: Callable[[str, Run, Any], Any] = lambda *_: None,
+    task: Task | None = None,
+) -> list[Row]:
+    """As :func:`sweep`, in a directory that the caller holds."""
     path = out / "results.jsonl"
-    rows = kept(path)
+    rows = repaired(path)
     for name, value in settings.shared().items():
-        if rows and rows[0].get(name) != value:
+        other = next((row for row in rows if row.get(name) != value), None)
+        if other is not None:
             raise ValueError(
-                f"`out` {out} holds a comparison with {name}={rows[0].get(name)!r}, and this one has {value!r}. Give "
+                f"`out` {out} holds a comparison with {name}={other.get(name)!r}, and this one has {value!r}. Give "
                 "another directory."
             )
-    # Drop unfinished runs from the file, in one atomic move: a kill loses nothing.
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fresh.replace(path)
+    task = Task.of(settings) if task is None else task
+    if {row.get("data", task.checksum) for row in rows} - {task.checksum}:
+        raise ValueError(
+            f"`out` {out} holds runs on other data: {settings.dataset} has changed since. Give another directory."
+        )
     done, missing = by_run(rows), []
-    for run in runs:
+    for run in dict.fromkeys(runs):
         if run in done:
             watch("before", run, done[run])
         else:
             missing.append(run)
-    with path.open("a") as file:
-        for run, new in _done(settings, missing, jobs, watch, task):
-            file.write("".join(json.dumps(row) + "\n" for row in new))
-            file.flush()
-            os.fsync(file.fileno())
-            rows += new
-            watch("done", run, new)
+    for run, new in _done(settings, missing, jobs, watch, task):
+        add(path, new)
+        rows += new
+        watch("done", run, new)
     return rows
 
 
 def _done(
-    settings: Settings, runs: list[Run], jobs: int, watch: Callable[[str, Run, Any], Any], task: Task | None
+    settings: Settings, runs: list[Run], jobs: int, watch: Callable[[str, Run, Any], Any], task: Task
 ) -> Iterator[tuple[Run, list[Row]]]:
     """Each run as it ends, with its rows."""
     if jobs == 1:
         for run in runs:
-            task = Task.of(settings) if task is None else task
             yield run, _finished(task, run, functools.partial(watch, "check", run))
         return
     context = multiprocessing.get_context("spawn")
@@ -121,7 +112,7 @@ def _finished(task: Task, run: Run, watch: Callable[[Row], Any] = lambda _: None
         rows = rows_of(task, run, watch)
     except Exception as error:  # the other runs go on
         rows = [{"epoch": 0, "error": f"{type(error).__name__}: {error}"}]
-    known = {**task.settings.shared(), **run._asdict(), **_environment()}
+    known = {**task.settings.shared(), **run._asdict(), "data": task.checksum, **_environment()}
     rows = [{**known, **{name: _plain(value) for name, value in row.items()}} for row in rows]
     rows[-1]["end"] = True
     return rows
@@ -140,10 +131,6 @@ def _environment() -> Row:
         "device": f"{device.platform} {device.device_kind}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-
-
-def _run_of(row: Row) -> Run:
-    return Run(row["method"], row["rate"], row["seed"])
 
 
 _task_of = functools.cache(Task.of)  # once in each worker process

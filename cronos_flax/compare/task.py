@@ -31,6 +31,7 @@ class Settings:
         rows: how many rows to fit at most.
         validation: how many rows are held back for validation; below 1, which fraction.
         scaling: one of ``cronos_flax.compare.data.SCALINGS``.
+        targets: ``"classes"`` or ``"values"``; None for what the dtype of the set's targets says.
         data_dir: where TFDS sets lie; two comparisons that differ only in this are the same.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     rows: int | None = None
     validation: float = 0.2
     scaling: str = "standardise"
+    targets: str | None = None
     data_dir: str | None = dataclasses.field(default=None, compare=False)
 
     def shared(self) -> Row:
@@ -74,7 +76,7 @@ class Task:
         Raises:
             ValueError: if one of them does not exist, or if they do not fit together.
         """
-        dataset = load(settings.dataset, settings.data_dir)
+        dataset = load(settings.dataset, settings.data_dir, settings.targets)
         loss = settings.loss or ("softmax" if dataset.num_classes else "squared")
         _, outputs = targets_for(loss, dataset.y, dataset.num_classes)
         return cls(settings, dataset, loss, model_of(settings.model, outputs))
@@ -88,6 +90,11 @@ class Task:
     def labelled(self, seed: int) -> Split:
         """The rows that this seed splits off, with labels, or values for regression."""
         return Split.of(self.dataset, seed, self.held_back, self.settings.scaling, self.settings.rows)
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Of the data."""
+        return self.dataset.checksum
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a task lives as long as its process
     def split(self, seed: int) -> Split:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cronos_flax.compare.methods import ALTERNATION
+from cronos_flax.compare.results import kept
 from cronos_flax.compare.summaries import Cell, last, peak, score, summaries
-from cronos_flax.compare.sweep import kept
 from cronos_flax.compare.task import Row
 
 COLUMNS = [("validation", peak), ("test", peak), ("validation", last), ("test", last)]

@@ -1,0 +1,86 @@
+"""The directory of results: held by one process at a time; files in it are added to or replaced whole."""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold a directory, so that nobody else writes results there; it is made if it does not exist.
+
+    The lock is the operating system's, on the file ``.lock``, which says who holds it. It ends with its process, also
+    with one that is killed: what a process that is gone has left in the file does not count.
+
+    Args:
+        out: the directory.
+
+    Raises:
+        BlockingIOError: if it is held already, by another process or by this one; the message says by which.
+        OSError: if it cannot be made or written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / LOCK
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with named(path):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
+                raise BlockingIOError(
+                    f"`out` {out} is held by {holder}, which writes its results there. Wait until it ends, stop it, or "
+                    "give another directory."
+                ) from None
+            os.ftruncate(lock, 0)
+            _write(lock, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
+        yield
+        os.ftruncate(lock, 0)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the operating system inside names the file, as those of a write (a full disk) do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, all or nothing, and onto the disk; what a kill in between leaves is the reader's to repair."""
+    with named(path), path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            _write(file.fileno(), content)
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file anew: it has its old content or the new one, at any moment and after any error."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        with named(path), fresh.open("wb", buffering=0) as file:
+            _write(file.fileno(), content)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+    os.fsync(descriptor)
