@@ -462,6 +462,14 @@ def test_files_cut_anywhere_or_of_another_kind_are_one_line(tmp_path, capsys):
     assert f"Is a directory: '{tmp_path}/folder.npz'" in said
 
 
+def test_prepared_sets_that_are_not_whole_are_one_line(tmp_path, capsys):
+    (tmp_path / "birds" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "birds" / "1.0.0" / "dataset_info.json").write_text('{"name": "bir')
+    code, said = stopped(["info", "--dataset", "birds", "--data-dir", tmp_path], capsys)
+    assert code == 2
+    assert f"load_tfds: split 'train' of 'birds' in {tmp_path} cannot be read as array_record" in said
+
+
 def test_a_sweep_does_not_go_on_with_other_data_of_the_same_name(tmp_path):
     """The rows of both would have stood in one table."""
     settings = Settings(stored(tmp_path), model="two-layer", epochs=1, validation=20)
