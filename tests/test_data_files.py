@@ -198,7 +198,7 @@ def test_classes_of_one_row_are_never_held_back(alone, tmp_path):
     """A class with one row ended `info` in scikit-learn's own error."""
     y = np.concatenate([np.arange(ROWS - alone) % 2, np.arange(2, 2 + alone)])
     data = load(stored(tmp_path, y=y))
-    assert (f"{alone} classes have one row" in data.notes.get("rare", "")) == (alone < 58)
+    assert (f"never held back ({alone})" in data.notes.get("rare", "")) == (alone < 58)
     whole = load(stored(tmp_path, y=y, x_test=X[:5], y_test=y[:5]))
     held = ROWS // 5
     for rows in (None, 10):
@@ -218,4 +218,4 @@ def test_info_says_what_it_took_the_arrays_as(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "inputs       (3,) uint8, used as float32\n" in out
     assert "targets      4 classes: 'auk' is 0, 'cat' is 1, 'dog' is 2, 'emu' is 3\n" in out
-    assert "rare         1 classes have one row, which is never held back: auk\n" in out
+    assert "rare         classes of one row, which is never held back (1): auk\n" in out

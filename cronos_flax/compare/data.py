@@ -105,7 +105,7 @@ class Dataset(NamedTuple):
             labels, counts = np.unique(self.y, return_counts=True)
             alone = [names[label] if names else str(label) for label in labels[counts == 1]]
             if alone:
-                notes["rare"] = f"{len(alone)} classes have one row, which is never held back: " + ", ".join(
+                notes["rare"] = f"classes of one row, which is never held back ({len(alone)}): " + ", ".join(
                     alone[:_NAMES] + ["…"] * (len(alone) > _NAMES)
                 )
         return notes
