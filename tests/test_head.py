@@ -103,7 +103,11 @@ BAD = {
     "lists": (([[1.0] * 6] * 32, X), {}, "`data` = "),
     "no batches": ([], {}, "at least one batch"),
     "no weight": ([((X,), X[:, :4], 0 * X[:, 0])], {"unpack": lambda batch: batch}, "positive weight"),
-    "weight of another shape": ([((X,), X[:, :4], X[:5, 0])], {"unpack": lambda batch: batch}, "`weight` must have"),
+    "weight of another shape": (
+        [((X,), X[:, :4], X[:5, 0] ** 2)],
+        {"unpack": lambda batch: batch},
+        "`weight` must have",
+    ),
     "unpack of another kind": ([X], {"unpack": lambda batch: batch}, "`unpack` must return"),
     "unpack": ([X], {"unpack": 3}, "`unpack` must be a function"),
     "callback": ((X, X[:, :4]), {"callback": 3}, "`callback` must be a function"),

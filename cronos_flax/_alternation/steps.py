@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.features import Batch, batches, flat_targets, flat_weight
+from cronos_flax._head.data import Batch, batches, flat_targets, flat_weight
 from cronos_flax._head.head import Head, selected
 from cronos_flax._solver.loss import Loss
 
@@ -212,7 +212,7 @@ def _rows_of(out: Any, batch: Batch, output: Any, loss: Loss) -> tuple[Array, Ar
     y = loss.targets(jnp.asarray(flat_targets(batch.y, leading, C)), C).astype(outputs.dtype)
     if batch.weight is None:
         return outputs, y, jnp.ones(len(outputs), outputs.dtype)
-    return outputs, y, flat_weight(batch.weight, leading).astype(outputs.dtype)
+    return outputs, y, jnp.asarray(flat_weight(batch.weight, leading)).astype(outputs.dtype)
 
 
 def _output_of(state: TrainState) -> Any:

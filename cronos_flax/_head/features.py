@@ -6,47 +6,17 @@ direction. So a fit does not depend on the order of the batches, and a sample of
 share of every class.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
+from cronos_flax._head.data import Batch, Unpack, batches, flat_targets, flat_weight
 
 Tap = Callable[[tuple, Mapping], Array]  # from positional and keyword arguments to the head's input (..., p)
-Unpack = Callable[[Any], tuple]
-
-
-class Batch(NamedTuple):
-    """The module's arguments, the targets and the weights; the last two are copies, as loaders reuse their buffers."""
-
-    args: tuple
-    kwargs: Mapping[str, Any]
-    y: np.ndarray
-    weight: np.ndarray | None
-
-    @classmethod
-    def of(cls, args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any = None) -> Self:
-        """A batch with targets and weights as arrays of numbers."""
-        return cls(args, kwargs, _numbers("targets", y), None if weight is None else _numbers("`weight`", weight))
-
-
-def _numbers(name: str, value: Any) -> np.ndarray:
-    """A copy of an array of numbers."""
-    try:
-        array = np.array(value)
-    except ValueError as error:  # ragged
-        raise ValueError(
-            f"fit_head: the {name} must be an array of numbers, got {type(value).__name__}: {error}"
-        ) from None
-    if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"fit_head: the {name} must be numbers, got dtype {array.dtype}.")
-    return array
 
 
 class GatheredRows(NamedTuple):
@@ -82,8 +52,6 @@ def gather(
     """
     if callback is not None and not callable(callback):
         raise ValueError(f"fit_head: `callback` must be a function of one dict, got {callback!r}.")
-    if unpack is not None and not callable(unpack):
-        raise ValueError(f"fit_head: `unpack` must be a function of one batch, got {unpack!r}.")
     pieces: list[GatheredRows] = []
     start, count = time.perf_counter(), 0
     pending: tuple[Array, Batch] | None = None
@@ -101,14 +69,12 @@ def gather(
             finish(*pending)
         pending = features, batch
     if pending is None:
-        raise ValueError("fit_head: `data` must have at least one batch, got none.")
+        raise ValueError("fit_head: `data` must have at least one batch with a row of positive weight, got none.")
     finish(*pending)
     if len({piece.weight is None for piece in pieces}) > 1:
         raise ValueError("fit_head: `unpack` must return a weight for every batch or for none.")
     if len({piece.y.shape[1:] for piece in pieces}) > 1:
         raise ValueError("fit_head: the targets must be labels in every batch, or have one value for each output.")
-    if not count:
-        raise ValueError("fit_head: `data` must have at least one row of positive weight, got none.")
     return _joined(pieces)
 
 
@@ -122,47 +88,6 @@ def _rows(features: Array, batch: Batch, outputs: int) -> GatheredRows:
         counts = weight != 0
         X, y, weight = X[counts], y[counts], weight[counts]
     return GatheredRows(X, y, weight, bool(np.all(np.isfinite(X))))
-
-
-def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int) -> np.ndarray:
-    """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
-
-    Args:
-        y: the targets of a batch.
-        leading: the leading axes of the features.
-        outputs: the number of outputs C; for ``C = 1`` the last axis is optional.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    rows = int(np.prod(leading))
-    is_float = jnp.issubdtype(y.dtype, jnp.floating)
-    if y.shape in (leading, (rows,)) and (outputs == 1 or not is_float):
-        return y.reshape(rows, 1) if outputs == 1 else y.reshape(rows)
-    if y.shape in ((*leading, outputs), (rows, outputs)):
-        return y.reshape(rows, outputs)
-    raise ValueError(
-        f"fit_head: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or a label, {leading}, "
-        f"for each row that reaches the head, got shape {y.shape} of {y.dtype}."
-    )
-
-
-def flat_weight(weight: Any, leading: tuple[int, ...]) -> Any:
-    """Weights ``(rows,)``, from one for each row or one for each example.
-
-    Args:
-        weight: an array of NumPy or JAX.
-        leading: the leading axes of the features: the first is that of examples, all together are those of rows.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    if weight.shape != leading[: weight.ndim]:
-        raise ValueError(
-            f"fit_head: `weight` must have one entry for each row, shape {leading}, or for each example, shape "
-            f"{leading[:1]}, got {weight.shape}."
-        )
-    return weight.reshape(-1).repeat(math.prod(leading[weight.ndim :]))
 
 
 def _joined(pieces: list[GatheredRows]) -> GatheredRows:
@@ -187,48 +112,3 @@ def _joined(pieces: list[GatheredRows]) -> GatheredRows:
             whole.weight[to] = piece.weight
         start += len(piece.X)
     return whole
-
-
-def batches(data: Any, unpack: Unpack | None) -> Iterator[Batch]:
-    """The batches of ``data``, in any form that :func:`cronos_flax.fit_head` takes."""
-    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        yield from _chunks(*data)
-        return
-    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
-        raise ValueError(f"fit_head: `data` must be (x, y) or an iterable of batches, got {type(data).__name__}.")
-    for batch in data:
-        if unpack is not None:
-            unpacked = unpack(batch)
-            if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
-                raise ValueError(
-                    "fit_head: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
-                    f"a dict of keyword arguments, got {_kind(unpacked)}."
-                )
-            args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
-            yield Batch.of((), args, y, weight) if isinstance(args, dict) else Batch.of(args, {}, y, weight)
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
-            yield Batch.of((batch[0],), {}, batch[1])
-        else:
-            raise ValueError(f"fit_head: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
-
-
-def _chunks(x: Any, y: Any) -> Iterator[Batch]:
-    """Whole arrays in pieces, so that a pass through the backbone needs little memory."""
-    leaves = jax.tree.leaves(x)
-    arrays = all(isinstance(leaf, np.ndarray | Array) for leaf in (*leaves, y))
-    counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()
-    if len(counts) != 1 or 0 in counts or not leaves or not all(np.size(leaf) for leaf in leaves):
-        got = jax.tree.map(np.shape, (x, y)) if arrays else f"{type(x).__name__} and {type(y).__name__}"
-        raise ValueError(
-            f"fit_head: `data` = (x, y) must be arrays of equally many rows, at least one, got {got}. An iterable of "
-            "batches must not be a tuple of two."
-        )
-    n = counts.pop()
-    size = int(np.clip(_CHUNK_BYTES * n / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
-    for i in range(0, n, size):
-        part_x, part_y = jax.tree.map(lambda leaf, i=i: leaf[i : i + size], (x, y))
-        yield Batch.of((part_x,), {}, part_y)

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from cronos_flax._head.data import as_arrays
 from cronos_flax._head.features import GatheredRows, gather
+from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.solution import TwoLayer, predict
 
 Path = tuple[Hashable, ...]
@@ -335,10 +336,11 @@ class _Static:
     @classmethod
     def split(cls, arguments: Any) -> tuple[list[Any], Self]:
         leaves, treedef = jax.tree.flatten(arguments)
-        is_array = [isinstance(leaf, Array | np.ndarray | np.generic) for leaf in leaves]
+        traced = [is_array(leaf) for leaf in leaves]
         # With the type: 1 and True are equal, but a module may tell them apart.
-        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, is_array, strict=True))
-        return [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one], cls(treedef, rest)
+        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, traced, strict=True))
+        arrays = [leaf for leaf, is_one in zip(leaves, traced, strict=True) if is_one]
+        return as_arrays(arrays, "the module's arguments"), cls(treedef, rest)
 
     def join(self, arrays: list[Any]) -> Any:
         remaining = iter(arrays)

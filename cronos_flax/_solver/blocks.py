@@ -42,7 +42,7 @@ class Source:
     def _cut(self) -> Iterator[np.ndarray]:
         """Pieces of ``rows`` rows; the last one is filled up with zeros."""
         piece, filled = np.zeros((self.rows, self.shape[1]), self.dtype), 0
-        for block in self._blocks:
+        for block in map(np.asarray, self._blocks):
             start = 0
             while start < len(block):
                 part = block[start : start + self.rows - filled]
@@ -69,7 +69,7 @@ class Source:
         """Single rows, in one pass."""
         out, order = np.empty((len(index), self.shape[1]), self.dtype), np.argsort(index)
         start, done = 0, 0
-        for block in self._blocks:
+        for block in map(np.asarray, self._blocks):
             end = done + int(np.searchsorted(index[order[done:]], start + len(block)))
             out[order[done:end]] = block[index[order[done:end]] - start]
             start, done = start + len(block), end

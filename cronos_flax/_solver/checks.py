@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
@@ -55,8 +56,7 @@ def _floats(
     name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str, known_finite: bool = False
 ) -> Array:
     """``value`` as a finite floating array with one of these numbers of dimensions."""
-    if not isinstance(value, (Array, np.ndarray)):
-        value = np.asarray(value)
+    value = native(value, f"solve: `{name}`")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
     return _finite(name, value, shapes, ndims, known_finite)
@@ -83,7 +83,7 @@ def _blocks(X: Iterable[Any]) -> Source:
         raise ValueError("solve: `X` must be re-iterable, got an iterator, which can be read once only. Give a list.")
     shape, dtype = None, np.dtype("float32")
     for block in X:
-        block = np.asarray(block)
+        block = native(block, "solve: the blocks of `X`")
         if block.ndim != 2 or not np.issubdtype(block.dtype, np.floating):
             raise ValueError(
                 f"solve: the blocks of `X` must be floating arrays (n, p), got {block.dtype} of shape {block.shape}."
@@ -110,7 +110,7 @@ def data(
         loss: what the targets are for.
         known_finite: whether the caller has looked at the values of X already.
     """
-    in_blocks = not isinstance(X, (Array, np.ndarray, str, bytes)) and isinstance(X, Iterable)
+    in_blocks = not is_array(X) and not isinstance(X, (str, bytes)) and isinstance(X, Iterable)
     if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
         X = _blocks(X)
         if not concrete(y):
@@ -121,7 +121,7 @@ def data(
         X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').", known_finite)
     if num_classes is not None:
         positive_integer("solve", "num_classes", num_classes)
-    y = y if isinstance(y, (Array, np.ndarray)) else np.asarray(y)
+    y = native(y, "solve: `y`")
     if y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(f"solve: `y` must be numbers, got dtype {y.dtype}.")
     y = _finite("y", y, "(n,) or (n, C)", (1, 2))

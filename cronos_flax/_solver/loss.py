@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._solver.arrays import native
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 _NEWTON_STEPS = 50
@@ -62,12 +63,22 @@ class Loss:
         Raises:
             ValueError: saying what was expected and what came.
         """
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            raise ValueError(
-                f"`y` must be a floating array, got dtype {y.dtype}. For class labels use "
-                'cf.signed_targets(labels, num_classes), or loss="softmax".'
-            )
+        _check_floating(y)
         return y[:, None] if y.ndim == 1 else y
+
+    def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
+        """Raise a ValueError unless ``y`` are targets that the loss takes, by their values.
+
+        ``cf.train`` calls it for each batch, on the host. The default tries :meth:`targets`.
+
+        Args:
+            y: an array with one or two dimensions, not traced.
+            num_classes: C where it is known.
+        """
+        if type(self).targets is Loss.targets:
+            _check_floating(y)  # without work for a device
+        else:
+            self.targets(jnp.asarray(y), num_classes)
 
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         """``y`` for class labels. The default gives targets ±1.
@@ -169,6 +180,14 @@ class Loss:
         return jax.lax.fori_loop(0, _CONSTANT_STEPS, improve, jnp.zeros(C, targets.dtype))
 
 
+def _check_floating(y: Array | np.ndarray) -> None:
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(
+            f"`y` must be a floating array, got dtype {y.dtype}. For class labels use "
+            'cf.signed_targets(labels, num_classes), or loss="softmax".'
+        )
+
+
 def _tiny(like: Array) -> Array:
     return jnp.asarray(jnp.finfo(like.dtype).tiny, like.dtype)
 
@@ -201,8 +220,7 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)) or num_classes < 2:
         raise ValueError(f"signed_targets: `num_classes` must be an integer ≥ 2, got {num_classes!r}.")
-    if not isinstance(labels, (Array, np.ndarray)):
-        labels = np.asarray(labels)
+    labels = native(labels, "signed_targets: `labels`")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"signed_targets: `labels` must be integers, got dtype {labels.dtype}.")
     labels = jnp.asarray(labels)

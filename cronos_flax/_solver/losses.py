@@ -2,14 +2,16 @@
 
 import dataclasses
 import numbers
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from cronos_flax._solver.arrays import native
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
@@ -56,16 +58,27 @@ class Softmax(Loss):
 
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         del num_classes
-        return jnp.asarray(labels)
+        return jnp.asarray(native(labels, "`labels`"))
 
     def is_labelled(self, targets: Outputs) -> bool:
         return True
 
+    def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
+        if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
+            of = _numpy_of(y)
+            if not bool(of.all(y >= 0) & of.all(of.abs(of.sum(y, axis=1) - 1) < 1e-3)):
+                raise ValueError("`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got others.")
+        elif y.size and y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= (high + 1 if num_classes is None else num_classes):
+                C = max(high + 1, 2) if num_classes is None else num_classes
+                raise ValueError(f"`y` must have labels in [0, {C}), got values from {low} to {high}.")
+
     def targets(self, y: Array, num_classes: int | None) -> Array:
         known = not isinstance(y, jax.core.Tracer)
+        if known:
+            self.check_targets(y, num_classes)
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
-            if known and not bool(jnp.all(y >= 0) & jnp.all(jnp.abs(jnp.sum(y, axis=1) - 1) < 1e-3)):
-                raise ValueError("`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got others.")
             return y
         if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(
@@ -73,11 +86,9 @@ class Softmax(Loss):
             )
         if num_classes is None and not known:
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
-        low, high = (int(y.min()), int(y.max())) if known and y.size else (0, 0)
-        C = max(high + 1, 2) if num_classes is None else num_classes
-        if low < 0 or high >= C:
-            raise ValueError(f"`y` must have labels in [0, {C}), got values from {low} to {high}.")
-        return jax.nn.one_hot(y, C)
+        if num_classes is None:
+            num_classes = max(int(y.max()) + 1, 2) if y.size else 2
+        return jax.nn.one_hot(y, num_classes)
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
@@ -127,14 +138,18 @@ class Logistic(Loss):
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         if num_classes != 2:
             raise ValueError(f"`loss` 'logistic' is for two classes, got {num_classes}. Use 'softmax'.")
-        return jnp.asarray(labels, float)[:, None]
+        return jnp.asarray(native(labels, "`labels`"), float)[:, None]
 
     def is_labelled(self, targets: Outputs) -> bool:
         return targets.shape[1] == 1
 
-    def targets(self, y: Array, num_classes: int | None) -> Array:
-        if not isinstance(y, jax.core.Tracer) and not bool(jnp.all((y >= 0) & (y <= 1))):
+    def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
+        if not bool(_numpy_of(y).all((y >= 0) & (y <= 1))):
             raise ValueError("`y` must be 0 or 1, or probabilities between; got other values.")
+
+    def targets(self, y: Array, num_classes: int | None) -> Array:
+        if not isinstance(y, jax.core.Tracer):
+            self.check_targets(y, num_classes)
         y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
         return y[:, None] if y.ndim == 1 else y
 
@@ -216,11 +231,16 @@ class Hinge(Loss):
 
     takes_values: ClassVar[bool] = False
 
-    def targets(self, y: Array, num_classes: int | None) -> Array:
-        if not isinstance(y, jax.core.Tracer) and not bool(jnp.all(jnp.abs(y) == 1)):
+    def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
+        of = _numpy_of(y)
+        if not bool(of.all(of.abs(y) == 1)):
             raise ValueError(
                 "`y` must be −1 or +1, got other values. For class labels use cf.signed_targets(labels, num_classes)."
             )
+
+    def targets(self, y: Array, num_classes: int | None) -> Array:
+        if not isinstance(y, jax.core.Tracer):
+            self.check_targets(y, num_classes)
         y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
         return y[:, None] if y.ndim == 1 else y
 
@@ -262,6 +282,11 @@ LOSSES = {
 def loss_of(loss: str | Loss) -> Loss:
     """The loss of this name, or the loss itself."""
     return loss if isinstance(loss, Loss) else LOSSES[loss]
+
+
+def _numpy_of(y: Array | np.ndarray) -> Any:
+    """The functions that work where the array is: on the host, or on its device."""
+    return jnp if isinstance(y, Array) else np
 
 
 def _entropy(p: Array) -> Array:

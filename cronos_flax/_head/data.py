@@ -1,0 +1,244 @@
+"""The one door for data: batches, targets and weights in any form that users give, checked on the host.
+
+What a batch holds becomes arrays that JAX takes. Targets and weights are checked by value, in the type that they came
+in. Batches without a row of positive weight are passed over: they count for nothing, wherever they come.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cronos_flax._solver.arrays import is_array, native, numbers, opened
+from cronos_flax._solver.loss import Loss
+
+_CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
+
+Unpack = Callable[[Any], tuple]
+
+
+class Batch(NamedTuple):
+    """The module's arguments, the targets and the weights; the last two are copies, as loaders reuse their buffers."""
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    y: np.ndarray
+    weight: np.ndarray | None
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any = None, where: str = "fit_head") -> Self:
+        """A batch with arrays that JAX takes; ``where`` is the caller's name, for messages.
+
+        Raises:
+            ValueError: for arrays that are not numbers, and weights that are negative or not finite.
+        """
+        args, kwargs = as_arrays((tuple(args), dict(kwargs)), f"{where}: the module's arguments")
+        y = _real(y, f"{where}: the targets")
+        if weight is None:
+            return cls(args, kwargs, y, None)
+        weight = _real(weight, f"{where}: `weight`")
+        if not (np.all(np.isfinite(weight)) and np.all(weight >= 0)):
+            raise ValueError(
+                f"{where}: `weight` must be finite and ≥ 0, got {weight[~(np.isfinite(weight) & (weight >= 0))][0]}. "
+                "Rows to be left out have weight 0."
+            )
+        return cls(args, kwargs, y, weight)
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a row of positive weight."""
+        return self.y.size > 0 and (self.weight is None or bool(np.any(self.weight)))
+
+    def flat(self, leading: tuple[int, ...], outputs: int, loss: Loss, where: str) -> Self:
+        """The same with targets ``(rows,)`` or ``(rows, C)`` and weights ``(rows,)``, the targets checked by value.
+
+        Rows of weight zero get the target of a row that counts: theirs is often none at all, such as −100.
+
+        Args:
+            leading: the leading axes of the module's output.
+            outputs: their number C.
+            loss: what the targets are for.
+            where: the caller's name, for messages.
+
+        Raises:
+            ValueError: for shapes that do not fit, and targets that the loss does not take.
+        """
+        y, weight = flat_targets(self.y, leading, outputs, where), None
+        if self.weight is not None:
+            weight = flat_weight(self.weight, leading, where)
+            y = np.where((weight > 0).reshape(-1, *[1] * (y.ndim - 1)), y, y[np.argmax(weight)])
+        if jnp.issubdtype(y.dtype, jnp.floating) and not np.all(np.isfinite(y)):
+            raise ValueError(f"{where}: the targets must be finite, got NaN or infinite entries.")
+        try:
+            loss.check_targets(y, outputs)
+            made = _shape_of_targets(loss, y.shape, y.dtype, outputs)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if made != (len(y), outputs):
+            raise ValueError(
+                f"{where}: the targets must have {outputs} value(s), shape {(*leading, outputs)}, for each row that "
+                f"reaches the head, got shape {self.y.shape} of {self.y.dtype}, one label a row. The loss "
+                f"{type(loss).__name__} does not take labels for {outputs} outputs."
+            )
+        return self._replace(y=y, weight=weight)
+
+
+@functools.lru_cache(maxsize=256)
+def _shape_of_targets(loss: Loss, shape: tuple[int, ...], dtype: np.dtype, outputs: int) -> tuple[int, ...]:
+    """The shape of what a loss makes of targets of this kind, found without computing."""
+    return jax.eval_shape(lambda y: loss.targets(y, outputs), jax.ShapeDtypeStruct(shape, dtype)).shape
+
+
+def _real(value: Any, what: str) -> np.ndarray:
+    """A copy of an array of real numbers, in host memory."""
+    array = np.array(numbers(value, what))
+    if array.dtype.kind == "c":
+        raise ValueError(f"{what} must be real numbers, got dtype {array.dtype}.")
+    return array
+
+
+def as_arrays(tree: Any, what: str) -> Any:
+    """The tree with every array in it as one of NumPy or JAX; the rest as it is."""
+    return jax.tree.map(lambda leaf: numbers(leaf, what) if is_array(leaf) else leaf, tree)
+
+
+def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: str = "fit_head") -> np.ndarray:
+    """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
+
+    Args:
+        y: the targets of a batch.
+        leading: the leading axes of the features.
+        outputs: the number of outputs C; for ``C = 1`` the last axis is optional.
+        where: the caller's name, for messages.
+
+    Raises:
+        ValueError: for any other shape.
+    """
+    rows = int(np.prod(leading))
+    is_float = jnp.issubdtype(y.dtype, jnp.floating)
+    if y.shape in (leading, (rows,)) and (outputs == 1 or not is_float):
+        return y.reshape(rows, 1) if outputs == 1 else y.reshape(rows)
+    if y.shape in ((*leading, outputs), (rows, outputs)):
+        return y.reshape(rows, outputs)
+    raise ValueError(
+        f"{where}: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or a label, {leading}, "
+        f"for each row that reaches the head, got shape {y.shape} of {y.dtype}."
+    )
+
+
+def flat_weight(weight: np.ndarray, leading: tuple[int, ...], where: str = "fit_head") -> np.ndarray:
+    """Weights ``(rows,)``, from one for each row or one for each example.
+
+    Args:
+        weight: the weights of a batch.
+        leading: the leading axes of the features: the first is that of examples, all together are those of rows.
+        where: the caller's name, for messages.
+
+    Raises:
+        ValueError: for any other shape.
+    """
+    if weight.shape != leading[: weight.ndim]:
+        raise ValueError(
+            f"{where}: `weight` must have one entry for each row, shape {leading}, or for each example, shape "
+            f"{leading[:1]}, got {weight.shape}."
+        )
+    return weight.reshape(-1).repeat(math.prod(leading[weight.ndim :]))
+
+
+def batches(data: Any, unpack: Unpack | None, where: str = "fit_head", name: str = "data") -> Iterator[Batch]:
+    """The batches of ``data`` that count, in any form that :func:`cronos_flax.fit_head` takes.
+
+    Args:
+        data: whole arrays ``(x, y)``, an iterable of batches, or, with ``unpack``, one dict of arrays: one batch.
+        unpack: how to take a batch apart.
+        where: the caller's name, for messages.
+        name: the name of ``data`` there.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    for batch in _all_batches(data, unpack, where, name):
+        if batch.counts:
+            yield batch
+
+
+def check_form(data: Any, unpack: Unpack | None, where: str, name: str = "data") -> None:
+    """Raise a ValueError unless ``data`` has a form that :func:`batches` takes; nothing is read."""
+    if unpack is not None and not callable(unpack):
+        raise ValueError(f"{where}: `unpack` must be a function of one batch, got {unpack!r}.")
+    if isinstance(data, Mapping) and unpack is None:
+        raise ValueError(
+            f"{where}: `{name}` is a dict ({', '.join(map(str, data))}), one batch that only `unpack` can take apart. "
+            "Give unpack=, or the arrays as (x, y)."
+        )
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes) or is_array(data):
+        raise ValueError(f"{where}: `{name}` must be (x, y) or an iterable of batches, got {type(data).__name__}.")
+
+
+def check_repeatable(data: Any, unpack: Unpack | None, where: str, name: str = "data") -> None:
+    """As :func:`check_form`; iterators, which can be read only once, are refused too."""
+    check_form(data, unpack, where, name)
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{where}: `{name}` must be re-iterable, got an iterator ({type(data).__name__}), which can be read only "
+            "once. Give a list, or an object whose __iter__ starts anew."
+        )
+
+
+def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str) -> Iterator[Batch]:
+    check_form(data, unpack, where, name)
+    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
+        yield from _chunks(*whole_arrays(*data, where, name), where)
+        return
+    for batch in (data,) if isinstance(data, Mapping) else data:
+        if unpack is not None:
+            unpacked = unpack(batch)
+            if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
+                raise ValueError(
+                    f"{where}: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
+                    f"a dict of keyword arguments, got {_kind(unpacked)}."
+                )
+            args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
+            args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
+            yield Batch.of(args, kwargs, y, weight, where)
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            yield Batch.of((batch[0],), {}, batch[1], None, where)
+        else:
+            raise ValueError(f"{where}: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+
+
+def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, Any]:
+    """The module's input, a tree of arrays, and the targets, of equally many rows; not yet :func:`native`.
+
+    Raises:
+        ValueError: if they are not arrays, or the numbers of rows differ or are zero.
+    """
+    y = opened(y, f"{where}: the targets")
+    arrays = all(map(is_array, jax.tree.leaves(x)))
+    x = jax.tree.map(lambda leaf: opened(leaf, f"{where}: `{name}`"), x) if arrays else x
+    leaves = jax.tree.leaves(x)
+    counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()
+    if len(counts) != 1 or 0 in counts or not leaves or not all(np.size(leaf) for leaf in leaves):
+        got = jax.tree.map(np.shape, (x, y)) if arrays else f"{type(x).__name__} and {type(y).__name__}"
+        raise ValueError(
+            f"{where}: `{name}` = (x, y) must be arrays of equally many rows, at least one, got {got}. An iterable of "
+            "batches must not be a tuple of two."
+        )
+    return x, y
+
+
+def _chunks(x: Any, y: Any, where: str) -> Iterator[Batch]:
+    """Whole arrays in pieces, so that a pass through the backbone needs little memory."""
+    y, leaves = native(y, f"{where}: the targets"), jax.tree.leaves(x)
+    size = int(np.clip(_CHUNK_BYTES * len(y) / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
+    for i in range(0, len(y), size):
+        part = jax.tree.map(lambda leaf, i=i: leaf[i : i + size], x)
+        yield Batch.of((part,), {}, y[i : i + size], None, where)
