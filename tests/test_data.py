@@ -1,13 +1,19 @@
 """Data as users have them: each goes through one door, and comes out right or is refused by name."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import cronos_flax as cf
-from cronos_flax._solver.arrays import is_array
+from cronos_flax._alternation.steps import balanced_weights
+from cronos_flax._head import data as door
+from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.losses import LOSSES
 
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
@@ -16,10 +22,6 @@ Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 PARAMS = MODEL.init(jax.random.key(1), X)["params"]
 HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
 WIDE = np.where(np.arange(256) == 7, 2**32 + 1, Y[:256])
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
 
 
 class Foreign:
@@ -46,8 +48,59 @@ class Interface:
         self.kept = array
 
 
+def plain(params=PARAMS, apply_fn=MODEL.apply, tx=None, kind=TrainState, **kwargs):
+    return kind.create(apply_fn=apply_fn, params=params, tx=tx or optax.adam(1e-2), **kwargs)
+
+
+def alternating(**solver):
+    solver = cf.Cronos(**{"loss": "softmax", **solver})
+    return plain(kind=cf.CronosTrainState, head=HEAD, solver=solver)
+
+
+def train(state=None, data=(X[:256], Y[:256]), **kwargs):
+    state = plain() if state is None else state
+    return cf.train(state, data, **{"epochs": 2, "batch_size": 64, "loss": "softmax", **kwargs})
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
+
+
 def batched(x=X, y=Y, rows=64, count=4):
     return [(x[i : i + rows], y[i : i + rows]) for i in range(0, rows * count, rows)]
+
+
+def losses(history):
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.fixture
+def unsolved(monkeypatch):
+    """Solves change nothing, and compile nothing; the data that they were given."""
+    seen = []
+
+    def solve_head(self, data, unpack=None, **kwargs):
+        seen.append(list(door.batches(data, unpack)))
+        return self, SimpleNamespace(stats=SimpleNamespace(initial_objective=1.0, objective=1.0))
+
+    monkeypatch.setattr(cf.CronosTrainState, "solve_head", solve_head)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+@pytest.mark.parametrize("kind", [Foreign, Interface, lambda a: a.astype(a.dtype.newbyteorder())])
+def test_arrays_of_other_libraries_and_byte_orders_are_those_of_numpy(kind):
+    made = native(kind(X), "`x`")
+    assert is_array(kind(X))
+    assert made.dtype.isnative
+    np.testing.assert_array_equal(made, X)
+    same(HEAD.inputs({"params": PARAMS}, kind(X)), HEAD.inputs({"params": PARAMS}, X))
+    rows = [HEAD.gather({"params": PARAMS}, [(as_(X[:64]), as_(Y[:64]))]) for as_ in (kind, np.asarray)]
+    same(rows[0], rows[1])
+    same(train(data=[(kind(x), kind(y)) for x, y in batched()])[0].params, train(data=batched())[0].params)
+    same(train(data=(kind(X), kind(Y)))[0].params, train(data=(X, Y))[0].params)
 
 
 def test_arrays_of_other_libraries_compile_one_program_for_all_batches():
@@ -81,6 +134,27 @@ def test_arrays_of_other_libraries_can_be_solved_on():
         same(one.params, other.params)
 
 
+REFUSED = {
+    "a mask": (np.ma.masked_array(X[:64], X[:64] > 9e9).copy(), None),
+    "masked entries": (np.ma.masked_array(X[:64], X[:64] > 0), "masked entries"),
+    "objects": (X[:64].astype(object), "must be numbers, got dtype object"),
+    "text": (X[:64].astype(str), "must be numbers, got dtype <U"),
+    "dates": (X[:64].astype("datetime64[s]"), "must be numbers, got dtype datetime64"),
+    "integers that would wrap": (np.full((64, 5), 2**40), "integers that fit int32, got int64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inputs_that_jax_cannot_hold_are_refused_by_name(case):
+    x, message = REFUSED[case]
+    for call in (lambda: HEAD.gather({"params": PARAMS}, [(x, Y[:64])]), lambda: train(data=[(x, Y[:64])], epochs=1)):
+        if message is None:
+            call()
+            continue
+        with pytest.raises(ValueError, match=f"the module's arguments.*{message}"):
+            call()
+
+
 def test_an_array_that_numpy_cannot_read_is_refused_with_the_reason():
     class OnAnotherDevice:
         def __array__(self, dtype=None, copy=None):
@@ -90,7 +164,42 @@ def test_an_array_that_numpy_cannot_read_is_refused_with_the_reason():
         cf.fit_head(HEAD, {"params": PARAMS}, [(OnAnotherDevice(), Y[:64])])
 
 
+# ------------------------------------------------------------------------------------------------ targets and weights
+
+Y3 = Y[:256] + (X[:256, 2] > 1)
 SIGNS = np.where(Y[:256, None] == np.arange(2), 1.0, -1.0).astype("float32")
+NAN = np.where(np.arange(256)[:, None] == 3, np.nan, SIGNS)
+TARGETS = {
+    "labels out of range": ("softmax", Y3, r"labels in \[0, 2\), got values from 0 to 2"),
+    "negative labels": ("softmax", Y[:256] - 1, r"labels in \[0, 2\)"),
+    "labels that would wrap": ("softmax", WIDE, "integers that fit int32, got int64"),
+    "signs that would wrap": ("hinge", np.where(SIGNS > 0, 2**32 + 1, -1), "integers that fit int32"),
+    "true and false": ("softmax", Y[:256] > 0, "integer labels"),
+    "probabilities": ("softmax", SIGNS, "probabilities"),
+    "hinge of labels": ("hinge", (SIGNS > 0).astype("float32"), "−1 or \\+1"),
+    "hinge of classes": ("hinge", 2 * Y[:256] - 1, "must have 2 value"),
+    "logistic of signs": ("logistic", SIGNS, "0 or 1"),
+    "labels broadcast": ("logistic", Y[:256], "must have 2 value"),
+    "squared labels": ("squared", Y[:256], "floating"),
+    "other columns": ("squared", np.ones((256, 3), "float32"), "2 value"),
+    "NaN": ("squared", NAN, "finite"),
+    "text": ("softmax", Y[:256].astype(str), "must be numbers"),
+    "complex": ("squared", SIGNS + 1j, "real numbers"),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_are_checked_in_gradient_steps_and_in_validation_too(case):
+    loss, y, message = TARGETS[case]
+    good = {"softmax": Y[:256], "logistic": (SIGNS > 0).astype("float32")}.get(loss, SIGNS)
+    with pytest.raises(ValueError, match=f"^train: .*{message}"):
+        train(data=(X[:256], y), loss=loss)
+    with pytest.raises(ValueError, match=f"^train: .*{message}"):
+        train(data=batched(X, y), loss=loss, epochs=1)
+    with pytest.raises(ValueError, match=f"^train: .*{message}"):
+        train(data=(X[:256], good), validation=(X[:256], y), loss=loss, callbacks=[lambda row: pytest.fail("trained")])
+    with pytest.raises(ValueError, match=f"^train: .*{message}"):
+        train(data=(X[:256], good), validation=batched(X, y), loss=loss, epochs=1)
 
 
 @pytest.mark.parametrize(("loss", "y"), [("softmax", WIDE), ("hinge", np.where(SIGNS > 0, 2**32 + 1, -1))])
@@ -108,7 +217,168 @@ def test_labels_that_would_wrap_are_refused_where_targets_are_made_of_them():
             make(WIDE, 2)
 
 
+def test_a_loss_of_ones_own_says_itself_which_targets_it_takes():
+    class Positive(cf.Loss):
+        def targets(self, y, num_classes):
+            if not isinstance(y, jax.core.Tracer) and not bool(jnp.all(y > 0)):
+                raise ValueError("`y` must be positive.")
+            return super().targets(y, num_classes)
+
+        def value(self, outputs, targets):
+            return jnp.sum(jnp.square(outputs - targets), axis=1)
+
+    with pytest.raises(ValueError, match=r"^train: `y` must be positive"):
+        train(data=(X[:256], SIGNS), loss=Positive())
+    _, history = train(data=(X[:256], np.abs(SIGNS)), loss=Positive())
+    assert np.isfinite(losses(history)).all()
+
+
+WEIGHTS = {
+    "negative": (-np.ones(64), "finite and ≥ 0, got -1.0"),
+    "NaN": (np.where(np.arange(64) == 9, np.nan, 1), "finite and ≥ 0, got nan"),
+    "short": (np.ones(3), r"`weight` must have one entry"),
+    "text": (np.full(64, "a"), "must be numbers"),
+    "ragged": ([[1], [1, 2]], "NumPy can read"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_are_checked_wherever_they_come(case):
+    weight, message = WEIGHTS[case]
+
+    def unpack(batch):
+        return (batch[0],), batch[1], weight
+
+    with pytest.raises(ValueError, match=f"train: .*{message}"):
+        train(data=batched(), unpack=unpack)
+    with pytest.raises(ValueError, match=f"fit_head: .*{message}"):
+        HEAD.gather({"params": PARAMS}, batched(), unpack)
+
+
+# ------------------------------------------------------------------------------------------------ nothing in a batch
+
+
+def masked(batch):
+    return (batch[0],), batch[1], batch[2]
+
+
+@pytest.mark.parametrize("made", [plain, alternating])
+def test_batches_without_a_row_that_counts_leave_everything_as_it_was(made, unsolved):
+    ones, zeros = np.ones(64, "float32"), np.zeros(64, "float32")
+    full = [(x, y, ones) for x, y in batched()]
+    nothing = [(X[:64], Y[:64], zeros), (X[:0], Y[:0], ones[:0]), (X[:64] * np.nan, Y[:64] - 100, zeros)]
+    rows = {"data": full, "validation": full}
+    state, history = train(made(), unpack=masked, **rows)
+    with_nothing = {name: [nothing[1], nothing[0], *full[:2], *nothing, *full[2:]] for name in rows}
+    other, other_history = train(made(), unpack=masked, **with_nothing)
+    same((state.params, state.opt_state, state.step), (other.params, other.opt_state, other.step))
+
+    def untimed(rows):
+        return [{name: v for name, v in row.items() if "seconds" not in name} for row in rows]
+
+    assert untimed(history) == untimed(other_history)
+    assert np.isfinite(losses(history)).all()
+    for data, validation in ((nothing, full), (full, nothing)):
+        with pytest.raises(ValueError, match="at least one batch with a row of positive weight, got none"):
+            train(made(), data, unpack=masked, validation=validation)
+
+
 def test_an_empty_batch_does_not_stop_a_fit():
     one = HEAD.gather({"params": PARAMS}, batched())
     two = HEAD.gather({"params": PARAMS}, [(X[:0], Y[:0]), *batched(), (X[:0], Y[:0])])
     same(one, two)
+
+
+def test_what_a_padded_row_holds_does_not_matter():
+    weight = (np.arange(64) < 50).astype("float32")
+    padding = np.where(weight[:, None] > 0, 0, np.nan).astype("float32")
+    clean = [(x, y, weight) for x, y in batched()]
+    for y_there, loss in ((Y, "softmax"), (np.where(Y[:, None] == np.arange(2), 1, -1).astype("float32"), "hinge")):
+        clean = [(x, y, weight) for x, y in batched(X, y_there)]
+        hole = -100 if loss == "softmax" else np.nan
+        dirty = [(x, np.where(weight.reshape(-1, *[1] * (y.ndim - 1)) > 0, y, hole), w) for x, y, w in clean]
+        unseen = [(x + padding, y, w) for x, y, w in dirty]
+        one, history = train(data=clean, unpack=masked, validation=clean, loss=loss)
+        two, dirty_history = train(data=dirty, unpack=masked, validation=unseen, loss=loss)
+        same(one.params, two.params)
+        assert history[-1]["validation_loss"] == dirty_history[-1]["validation_loss"]
+
+
+# ------------------------------------------------------------------------------------------------ weights of classes
+
+
+def test_weights_of_classes_are_in_gradients_and_in_the_losses_of_the_history(unsolved):
+    rare = np.where(np.arange(256) % 4 == 0, Y[:256], 0)
+    counts = np.bincount(rare)
+    weight = (256 / (2 * counts))[rare].astype("float32")
+    labelled = [(x, y, w) for (x, y), w in zip(batched(X, rare), np.split(weight, 4), strict=True)]
+    by_hand, expected = train(alternating(), labelled, unpack=masked, validation=labelled)
+    ready, history = train(alternating(class_weight="balanced"), batched(X, rare), validation=batched(X, rare))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ready.params, by_hand.params)
+    for name in ("loss", "validation_loss"):
+        assert history[-1][name] == pytest.approx(expected[-1][name], rel=1e-5)
+    predicted = np.asarray(MODEL.apply({"params": ready.params}, X[:256])).argmax(axis=1)
+    assert history[-1]["validation_accuracy"] == pytest.approx(np.mean(predicted == rare))
+    without, _ = train(alternating(), batched(X, rare))
+    assert not np.allclose(jax.tree.leaves(without.params)[0], jax.tree.leaves(ready.params)[0], atol=1e-4)
+
+
+def test_weights_of_classes_are_those_of_a_solve():
+    flat = [door.Batch.of((), {}, y).flat((64,), 3, LOSSES["softmax"], "train") for _, y in batched(X[:256], Y3)]
+    weights = balanced_weights(LOSSES["softmax"], flat)
+    there = np.bincount(Y3)
+    np.testing.assert_allclose(weights, 256 / (3 * there), rtol=1e-6)
+    masks = [b._replace(weight=np.where(b.y == 2, 0, 1)) for b in flat]
+    np.testing.assert_allclose(balanced_weights(LOSSES["softmax"], masks)[:2], there[:2].sum() / (2 * there[:2]), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ forms of data
+
+LONE = {"x": X[:64], "y": Y[:64]}
+
+
+def keyed(batch):
+    return (batch["x"],), batch["y"]
+
+
+def test_a_lone_dict_of_arrays_is_one_batch(unsolved):
+    same(HEAD.gather({"params": PARAMS}, LONE, keyed), HEAD.gather({"params": PARAMS}, [LONE], keyed))
+    one, history = train(data=LONE, unpack=keyed, validation=LONE)
+    two, expected = train(data=[LONE], unpack=keyed, validation={"validation": [LONE]})
+    same(one.params, two.params)
+    assert history[-1]["validation_loss"] == expected[-1]["validation_loss"]
+    train(alternating(), LONE, unpack=keyed, solve_data=LONE)
+
+
+def trained(row):
+    pytest.fail("it trained")
+
+
+FORMS = {
+    "a generator": ({"data": (b for b in batched())}, "`data` must be re-iterable"),
+    "a generator to solve on": ({"solve_data": (b for b in batched())}, "`solve_data` must be re-iterable"),
+    "a generator to validate on": ({"validation": iter(batched())}, "`validation` must be re-iterable"),
+    "one of several": ({"validation": {"held": (X, Y), "b": iter(batched())}}, "`validation\\['b'\\]` must be re-iter"),
+    "a lone dict": ({"data": LONE}, r"`data` is a dict \(x, y\), one batch.*Give unpack="),
+    "a lone dict to validate on": ({"validation": LONE}, r"`validation` is a dict \(x, y\)"),
+    "one array": ({"data": X}, "`data` must be \\(x, y\\) or an iterable"),
+    "text to validate on": ({"validation": "digits"}, "`validation` must be \\(x, y\\) or an iterable"),
+    "a number to validate on": ({"validation": 3}, "`validation` must be \\(x, y\\) or an iterable"),
+    "rows of a loader": ({"data": batched(), "solve_rows": 64}, "`solve_rows` is for arrays, got a loader"),
+    "steps": ({"steps_per_epoch": 0}, "`steps_per_epoch`"),
+    "one stream": ({"rngs": "dropout"}, "`rngs` must be names"),
+    "streams of numbers": ({"rngs": {"dropout": 3}}, "`rngs` must be names"),
+    "unpack": ({"unpack": 3}, "`unpack` must be a function"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_forms_of_data_that_cannot_be_used_are_refused_before_training(case):
+    arguments, message = FORMS[case]
+    with pytest.raises(ValueError, match=f"^train: {message}"):
+        train(alternating(), **arguments, callbacks=[trained])
+
+
+def test_no_rows_to_validate_on_are_said():
+    with pytest.raises(ValueError, match="`validation` must have at least one batch"):
+        train(validation=[])

@@ -16,7 +16,7 @@ import resumed
 from flax.training.train_state import TrainState
 
 import cronos_flax as cf
-from cronos_flax._alternation import steps as _steps
+from cronos_flax._alternation import sources as _sources
 from cronos_flax._alternation.defaults import SolveSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +210,7 @@ def test_solves_between_few_steps_take_no_more_rows_than_the_guard_needs(monkeyp
         seen.clear()
         train(data=many, epochs=1, batch_size=128, solve_every=solve_every)
         assert set(seen) == {rows}
-    monkeypatch.setattr(_steps, "_SOLVE_BYTES", 2**20)
+    monkeypatch.setattr(_sources, "_SOLVE_BYTES", 2**20)
     seen.clear()
     train(data=many, epochs=1, batch_size=128)
     assert all(2**19 < HEAD.solve_bytes(rows) <= 2**20 for rows in seen)

@@ -8,6 +8,7 @@ from flax.training.train_state import TrainState
 
 from cronos_flax._alternation.checkpoint import restored, save_checkpoint
 from cronos_flax._alternation.defaults import SolveSchedule
+from cronos_flax._alternation.sources import Fingerprint, difference
 
 State = TypeVar("State", bound=TrainState)
 
@@ -54,12 +55,14 @@ class Checkpoints:
     Args:
         directory: where they lie.
         settings: a run is resumed only with the settings that it was saved with.
+        marks: fingerprints of its data, by argument; it is resumed only with these data.
         every: steps between two; None for one after each epoch.
         newest: the step of the newest.
     """
 
     directory: str | Path | None
     settings: dict[str, Any]
+    marks: dict[str, Fingerprint]
     every: int | None
     newest: int | None = None
 
@@ -80,12 +83,12 @@ class Checkpoints:
     def save(self, state: Any, position: Position) -> None:
         """Save a checkpoint that is missing."""
         assert self.directory is not None
-        extra = {"settings": self.settings, "position": dataclasses.asdict(position)}
+        extra = {"settings": self.settings, "marks": self.marks, "position": dataclasses.asdict(position)}
         save_checkpoint(self.directory, state, position.step, extra=extra, keep=_KEEP)
         self.newest = position.step
 
     def _check_same_run(self, extra: Any) -> None:
-        if not isinstance(extra, dict) or set(extra) != {"settings", "position"}:
+        if not isinstance(extra, dict) or set(extra) != {"settings", "marks", "position"}:
             raise ValueError(
                 f"train: `directory` must hold a run of cf.train, got checkpoints of another kind in {self.directory}."
             )
@@ -95,4 +98,11 @@ class Checkpoints:
                 raise ValueError(
                     f"train: `directory` {self.directory} holds a run with {name}={saved!r}, and this one has "
                     f"{value!r}. Use the same, or another directory."
+                )
+        for name, mark in self.marks.items():
+            differs = difference(extra["marks"][name], mark)
+            if differs is not None:
+                raise ValueError(
+                    f"train: `directory` {self.directory} holds a run with other `{name}`: {differs}. Use the "
+                    "same data, or another directory."
                 )

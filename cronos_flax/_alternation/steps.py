@@ -1,11 +1,11 @@
-"""The parts of a training loop that know no schedule: sources of batches, the gradient step, and scoring."""
+"""The parts of a training loop that know no schedule: the check of a batch, the gradient step, and scoring."""
 
-import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,91 +13,11 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.data import Batch, batches, flat_targets, flat_weight
-from cronos_flax._head.head import Head, selected
+from cronos_flax._head.data import Batch, batches
+from cronos_flax._head.head import selected
 from cronos_flax._solver.loss import Loss
 
-_LEAST_SOLVED = 8_192  # rows of a solve; of fewer, losses are too noisy for the guard to compare
-_SOLVE_BYTES = 2**32  # memory for a solve
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """Rows in memory, in a new order for each epoch.
-
-    Args:
-        x: the module's input, a pytree of arrays ``(n, …)``.
-        y: targets ``(n, …)``.
-        batch_size: rows of a batch; rows that do not fill one are left out of the epoch.
-        seed: of the orders and samples.
-    """
-
-    x: Any
-    y: np.ndarray
-    batch_size: int
-    seed: int
-
-    @classmethod
-    def of(cls, x: Any, y: Any, batch_size: int, key: Array) -> Self:
-        """Rows of equal number, as NumPy arrays.
-
-        Raises:
-            ValueError: if the numbers of rows differ, or are zero.
-        """
-        x, y = jax.tree.map(np.asarray, x), np.asarray(y)
-        counts = {len(leaf) if leaf.ndim else 0 for leaf in (*jax.tree.leaves(x), y)}
-        if len(counts) != 1 or 0 in counts:
-            raise ValueError(
-                "train: `data` = (x, y) must be arrays of equally many rows, at least one, got "
-                f"{jax.tree.map(np.shape, (x, y))}."
-            )
-        return cls(x, y, min(batch_size, len(y)), int(jax.random.bits(key)))
-
-    def epoch(self, number: int, start: int) -> Iterator[Batch]:
-        """The batches of an epoch, from batch ``start`` on."""
-        order = np.random.default_rng((self.seed, 0, number)).permutation(len(self.y))
-        for i in range(start, len(order) // self.batch_size):
-            x, y = self._take(order[i * self.batch_size : (i + 1) * self.batch_size])
-            yield Batch.of((x,), {}, y)
-
-    def to_solve(self, step: int, rows: int | None) -> tuple[Any, None]:
-        """``data`` and ``unpack`` of a head solve on so many random rows; None for all rows."""
-        if rows is None or rows >= len(self.y):
-            return (self.x, self.y), None
-        rng = np.random.default_rng((self.seed, 1, step))
-        return self._take(np.sort(rng.choice(len(self.y), rows, replace=False))), None
-
-    def affordable(self, solve_every: int | None, head: Head) -> int:
-        """Rows of a solve: no more than the gradient steps between two solves take, and than fit into memory.
-
-        Args:
-            solve_every: steps between two solves; None for an epoch or more.
-            head: the head that is solved for.
-        """
-        between = len(self.y) if solve_every is None else solve_every * self.batch_size
-        return min(max(between, _LEAST_SOLVED), max(_SOLVE_BYTES // head.solve_bytes(1), 1))
-
-    def _take(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
-        return jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """The user's batches, in the order in which they come; ``unpack`` as for :func:`cronos_flax.fit_head`."""
-
-    data: Any
-    unpack: Callable[[Any], tuple] | None
-
-    def epoch(self, number: int, start: int) -> Iterator[Batch]:
-        """The batches of an epoch, from batch ``start`` on."""
-        del number
-        return itertools.islice(batches(self.data, self.unpack), start, None)
-
-    def to_solve(self, step: int, rows: int | None) -> tuple[Any, Callable[[Any], tuple] | None]:
-        """``data`` and ``unpack`` of a head solve, which takes all rows."""
-        del step, rows
-        return self.data, self.unpack
 
 
 class _Keywords(dict):
@@ -117,11 +37,95 @@ class _Keywords(dict):
         return dict.__eq__(self, other)
 
 
-Step = Callable[[Any, Batch, Array], tuple[Any, Array]]  # of state, batch and key: the new state and the mean loss
+class Door:
+    """The check of batches that are trained or scored on, on the host: targets become flat, see :meth:`Batch.flat`.
+
+    Args:
+        state: a state with the ``apply_fn``, the head and the shapes of those to come.
+        loss: the loss of a row.
+        kwargs: keyword arguments of ``apply_fn``.
+        streams: keys of the rng streams of a training step; None for scoring, where nothing is mutable either.
+    """
+
+    def __init__(
+        self, state: TrainState, loss: Loss, kwargs: Mapping[str, Any], streams: Mapping[str, Array] | None = None
+    ) -> None:
+        self._loss, self._output = loss, _output_of(state)
+        self._known: dict[Any, tuple[int, ...]] = {}
+        collections = _collections(state)
+        variables = {"params": module_params(state.params), **collections}
+        self._variables = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), variables)
+        mutable = list(collections) if streams is not None else []
+        apply_fn = state.apply_fn  # the state itself must not be kept alive
+
+        def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
+            extra: dict[str, Any] = {"mutable": mutable} if mutable else {}
+            extra |= {"rngs": dict(streams)} if streams else {}
+            out = apply_fn(variables, *args, **extra, **{**kwargs, **given})
+            return selected(out[0] if mutable else out, self._output)
+
+        self._outputs = outputs
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch, checked.
+
+        Raises:
+            ValueError: for a batch that the module or the loss does not take.
+        """
+        *leading, C = self._shape(batch)
+        return batch.flat(tuple(leading), C, self._loss, "train")
+
+    def _shape(self, batch: Batch) -> tuple[int, ...]:
+        """The shape of the module's output, found without computing, once for each shape of batch."""
+        given = batch.args, batch.kwargs
+        leaves, structure = jax.tree.flatten(given)
+        key = structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if key not in self._known:
+            try:
+                self._known[key] = jax.eval_shape(self._outputs, self._variables, *given).shape
+            except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
+                shapes = jax.tree.map(np.shape, given[0] or given[1])
+                raise ValueError(
+                    f"train: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+                ) from error
+        return self._known[key]
+
+
+def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
+    """The weight of each class for ``class_weight="balanced"``: ``n / (classes · rows of the class)``.
+
+    Args:
+        loss: the loss of a row.
+        flat: all batches, as a :class:`Door` gives them.
+
+    Returns:
+        Weights ``(max(C, 2),)``; 1 for a class without rows.
+
+    Raises:
+        ValueError: for targets that are not one label a row.
+    """
+    counts = np.zeros(2)
+    for batch in flat:
+        y: Any = batch.y
+        if y.ndim == 2 and not bool(loss.is_labelled(y)):
+            raise ValueError("train: `class_weight` needs targets that are one label a row, got others.")
+        labels = y if y.ndim == 1 else np.asarray(loss.labels(y))
+        C = max(len(counts), int(labels.max()) + 1, y.shape[1] if y.ndim == 2 else 2)
+        counts = np.pad(counts, (0, C - len(counts)))
+        counts += np.bincount(labels if batch.weight is None else labels[batch.weight > 0], minlength=C)
+    there = counts > 0
+    return np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 1.0).astype("float32")
+
+
+# Of `state`, `batch` (as a Door gives it), `streams` (keys) and `class_weight`: the new state and the mean loss.
+Step = Callable[..., tuple[Any, Array]]
 
 
 def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
     """One jitted step of the optimizer on the mean loss of a batch, as in any Flax loop; the state is donated.
+
+    Each rng stream is folded with the step. The mean is weighted: ``Σ w ℓ / Σ w``, with the weight of the row times
+    that of its class.
 
     Args:
         loss: the loss of a row.
@@ -133,20 +137,22 @@ def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
 @functools.lru_cache(maxsize=_KEPT_COMPILED)  # so that a sweep compiles once
 def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, batch: Batch, key: Array) -> tuple[Any, Array]:
+    def step(state: Any, batch: Batch, streams: Mapping[str, Array], class_weight: Array | None) -> tuple[Any, Array]:
         collections = _collections(state)
         mutable = list(collections)
 
         def mean_loss(params: Any) -> tuple[Array, Any]:
+            rngs = {name: jax.random.fold_in(key, state.step) for name, key in streams.items()}
             out = state.apply_fn(
                 {"params": params, **collections},
                 *batch.args,
-                rngs={"dropout": jax.random.fold_in(key, state.step)},
+                **({"rngs": rngs} if rngs else {}),
                 **({"mutable": mutable} if mutable else {}),
                 **{**kwargs, **batch.kwargs},
             )
             out, updates = out if mutable else (out, {})
             outputs, y, weight = _rows_of(out, batch, _output_of(state), loss)
+            weight = _of_classes(weight, class_weight, y, loss)
             return weight @ loss.value(outputs, y) / jnp.sum(weight), updates
 
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
@@ -158,8 +164,12 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
 
 
 def scoring(
-    state: TrainState, loss: Loss, kwargs: Mapping[str, Any] | None, unpack: Callable[[Any], tuple] | None = None
-) -> Callable[[Any, Any], dict[str, float]]:
+    state: TrainState,
+    loss: Loss,
+    kwargs: Mapping[str, Any] | None,
+    unpack: Callable[[Any], tuple] | None = None,
+    class_weight: Array | None = None,
+) -> Callable[..., dict[str, float]]:
     """A function that scores a state on rows.
 
     Args:
@@ -167,22 +177,25 @@ def scoring(
         loss: the loss of a row.
         kwargs: keyword arguments of ``apply_fn``; None for those that the head was found with.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
+        class_weight: weights of classes, which count in the loss.
 
     Returns:
-        A function of a state and rows, these as ``data`` of :func:`cronos_flax.fit_head`. It returns the mean ``loss``
-        and, if the rows have labels, the ``accuracy`` in [0, 1].
+        A function of a state, rows, these as ``data`` of :func:`cronos_flax.fit_head`, and the name that errors call
+        the rows by. It returns the mean ``loss`` and, if the rows have labels, the ``accuracy`` in [0, 1].
     """
     if kwargs is None:
         kwargs = state.head.kwargs if isinstance(state, CronosTrainState) else {}
     kwargs = _Keywords({name: value for name, value in kwargs.items() if name != "mutable"})
     sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
+    door = Door(state, loss, kwargs)
 
-    def score(state: Any, rows: Any) -> dict[str, float]:
-        params = getattr(state, "eval_params", None)
-        params = module_params(state.params) if params is None else params
-        each = [sums(params, _collections(state), batch) for batch in batches(rows, unpack)]
-        total, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
-        figures = {"loss": float(total.sum() / count.sum())}
+    def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
+        params, collections = _params_to_score(state), _collections(state)
+        each = [sums(params, collections, door(batch), class_weight) for batch in batches(rows, unpack, "train", name)]
+        if not each:
+            raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")
+        total, weights, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
+        figures = {"loss": float(total.sum() / weights.sum())}
         if labelled.all():
             figures["accuracy"] = float(hits.sum() / count.sum())
         return figures
@@ -190,29 +203,44 @@ def scoring(
     return score
 
 
+def _params_to_score(state: TrainState) -> Any:
+    """The ``eval_params`` of a state that has them, else the parameters that the module is applied with."""
+    # Not getattr with a default: what a property raises is the user's to see.
+    given = state.eval_params if inspect.getattr_static(state, "eval_params", None) is not None else None  # type: ignore[attr-defined]
+    return module_params(state.params) if given is None else given
+
+
 @functools.lru_cache(maxsize=_KEPT_COMPILED)
 def _sums(apply_fn: Callable, output: Any, loss: Loss, kwargs: _Keywords) -> Callable[..., tuple[Array, ...]]:
-    """Gives the sums, over a batch, of losses, correct rows and weights; and whether all rows have labels."""
+    """Gives sums over a batch: losses, their weights, correct rows, their weights; and whether all rows have labels."""
 
     @jax.jit
-    def sums(params: Any, collections: Any, batch: Batch) -> tuple[Array, Array, Array, Array]:
+    def sums(params: Any, collections: Any, batch: Batch, class_weight: Array | None) -> tuple[Array, ...]:
         out = apply_fn({"params": params, **collections}, *batch.args, **{**kwargs, **batch.kwargs})
         outputs, y, weight = _rows_of(out, batch, output, loss)
         hits = weight @ (loss.predicted(outputs) == loss.labels(y)).astype(weight.dtype)
-        return weight @ loss.value(outputs, y), hits, jnp.sum(weight), jnp.asarray(loss.is_labelled(y))
+        weighted = _of_classes(weight, class_weight, y, loss)
+        labelled = jnp.asarray(loss.is_labelled(y))
+        return weighted @ loss.value(outputs, y), jnp.sum(weighted), hits, jnp.sum(weight), labelled
 
     return sums
 
 
 def _rows_of(out: Any, batch: Batch, output: Any, loss: Loss) -> tuple[Array, Array, Array]:
-    """Outputs ``(rows, C)``, targets ``(rows, C)`` and weights ``(rows,)``, leading axes flattened."""
+    """Outputs ``(rows, C)``, leading axes flattened, targets ``(rows, C)`` and weights ``(rows,)``."""
     out = selected(out, output)
-    leading, C = out.shape[:-1], out.shape[-1]
+    C = out.shape[-1]
     outputs = out.reshape(-1, C).astype(jnp.promote_types(out.dtype, jnp.float32))
-    y = loss.targets(jnp.asarray(flat_targets(batch.y, leading, C)), C).astype(outputs.dtype)
+    y = loss.targets(jnp.asarray(batch.y), C).astype(outputs.dtype)
     if batch.weight is None:
         return outputs, y, jnp.ones(len(outputs), outputs.dtype)
-    return outputs, y, jnp.asarray(flat_weight(batch.weight, leading)).astype(outputs.dtype)
+    weight = jnp.asarray(batch.weight, outputs.dtype)
+    return jnp.where(weight[:, None] > 0, outputs, 0), y, weight  # what a padded row gives may not be finite
+
+
+def _of_classes(weight: Array, class_weight: Array | None, y: Array, loss: Loss) -> Array:
+    """The weights of rows, each times that of the row's class."""
+    return weight if class_weight is None else weight * class_weight.astype(weight.dtype)[loss.labels(y)]
 
 
 def _output_of(state: TrainState) -> Any:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,11 @@ from jax import Array
 from cronos_flax._alternation.defaults import SolveSchedule
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.position import Checkpoints, Position
-from cronos_flax._alternation.steps import Arrays, Batches, Step, gradient_step, scoring
+from cronos_flax._alternation.sources import Arrays, Batches, source_of
+from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState
+from cronos_flax._head.data import Batch, batches, check_repeatable
+from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
@@ -34,13 +39,16 @@ def train(
     *,
     epochs: int,
     batch_size: int = 128,
+    steps_per_epoch: int | None = None,
     solve_every: int | SolveSchedule | None = None,
     solve_rows: int | None = None,
+    solve_data: Any = None,
     loss: str | Loss | None = None,
     unpack: Callable[[Any], tuple] | None = None,
     validation: Any = None,
     train_kwargs: Mapping[str, Any] | None = None,
     eval_kwargs: Mapping[str, Any] | None = None,
+    rngs: Iterable[str] | Mapping[str, Array] = ("dropout",),
     key: Array | None = None,
     callbacks: Iterable[Callable[[Row], Any]] = (),
     seconds: float | None = None,
@@ -58,26 +66,38 @@ def train(
         state: a :class:`CronosTrainState`, or any ``flax.training.train_state.TrainState``; it is not changed, and its
             arrays are not donated.
         data: whole arrays ``(x, y)``, in a new order for each epoch; or a re-iterable of batches, as for
-            :func:`cronos_flax.fit_head`, in the order in which they come.
+            :func:`cronos_flax.fit_head`, in the order in which they come. Batches without a row of positive weight are
+            passed over.
         epochs: passes through the data, of the whole run.
         batch_size: rows of a gradient step, for arrays; rows that do not fill a batch are left out of the epoch.
+        steps_per_epoch: batches of an epoch, for loaders that do not end; None means one pass. An epoch goes on where
+            the last one ended, and data that end begin again, arrays in a new order.
         solve_every: steps between two head solves. None solves before each of the first five epochs, and then before
             every third. There is also a solve at the end.
         solve_rows: for arrays, the number of random rows of a solve. None means all rows; or, with ``solve_every``, as
             many as the steps between two solves take, at least 8,192. A solve takes at most 4 GB.
-        loss: the loss of a row; gradients are those of its mean. None means that of ``state.solver``.
+        solve_data: the rows of the solves, in the form of ``data``, if they are others: clean ones where ``data``
+            augments. None means those of ``data``: for a loader one pass, or the first ``steps_per_epoch`` batches of
+            one.
+        loss: the loss of a row; gradients are those of its mean, weighted by ``unpack``'s weights and by the
+            ``class_weight`` of ``state.solver``, as solves are. None means the loss of ``state.solver``.
         unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
         validation: rows to score after each epoch, and after the solve that follows it, in the form of ``data``; or a
-            dict of several, by the prefix of their figures. If a state has ``eval_params`` (an average, or the result
-            of ``optax.contrib.schedule_free_eval_params``), these are scored.
+            dict of several, by the prefix of their figures (a dict with arrays in it is one batch). If a state has
+            ``eval_params`` (an average, or the result of ``optax.contrib.schedule_free_eval_params``), these are
+            scored.
         train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``. The collections
-            in ``state.model_state`` are mutable there, and there is an rng ``"dropout"``.
+            in ``state.model_state`` are mutable there, and there are the ``rngs``.
         eval_kwargs: keyword arguments of ``apply_fn`` in validation, such as ``{"train": False}``; None means those
             that the head was found with.
-        key: of the order of rows, dropout and solves; None means a fixed one.
+        rngs: the rng streams of gradient steps: names, whose keys come from ``key``; or a dict of keys. Each key is
+            folded with the step.
+        key: of the order of rows, rng streams and solves; None means a fixed one.
         callbacks: functions that are called with each row of the history as it is made.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
-        directory: where the checkpoints of this run lie; a run that is there is resumed.
+        directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings and data are
+            the same. Of data it knows shapes, dtypes and a checksum: of arrays up to 64 MB all rows, of larger ones
+            4,096 rows; of a loader the first batch, as far as it is the same when it is read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
@@ -86,11 +106,11 @@ def train(
         The state, and the history. The history is a list of flat dicts of numbers. There is one for each solve, with
         ``objective``, ``initial_objective``, ``solve_seconds`` (the pass for features included) and ``state.figures``;
         and one for each epoch, with ``loss`` (the mean over its batches), ``validation_loss`` and, if there are labels,
-        ``validation_accuracy``. Each has ``step``, ``epoch`` and ``seconds``, the training time with solves and without
-        validation and checkpoints.
+        ``validation_accuracy``, a share of rows. ``class_weight`` counts in losses, not in accuracies. Each has
+        ``step``, ``epoch`` and ``seconds``, the training time with solves and without validation and checkpoints.
 
     Raises:
-        ValueError: for arguments that do not fit, and for a ``directory`` with a run of other settings.
+        ValueError: for arguments that do not fit, and for a ``directory`` with a run of other settings or data.
         FloatingPointError: if the loss is not finite at the first solve.
 
     Example:
@@ -112,30 +132,49 @@ def train(
     loss = _loss_for(state, loss)
     schedule: int | SolveSchedule | None = _schedule_for(solve_every)
     _check_counts(epochs=epochs, batch_size=batch_size)
-    _check_counts(optional=True, save_every=save_every, solve_rows=solve_rows)
+    _check_counts(optional=True, save_every=save_every, solve_rows=solve_rows, steps_per_epoch=steps_per_epoch)
     if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
     key = jax.random.key(0) if key is None else key
-    source = _source_of(data, batch_size, unpack, key)
-    settings = {"batch_size": batch_size, "solve_rows": solve_rows, "loss": repr(loss)}
+    streams = _streams_of(rngs, key)
+    source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
+    to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
+    sets = _validation_sets(validation, unpack)
+    settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
+    settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
     settings["solve_every"] = schedule if isinstance(schedule, int) else repr(schedule)
     settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
     if not isinstance(state, CronosTrainState):
         schedule = None
-    elif solve_rows is None and isinstance(source, Arrays):
-        solve_rows = source.affordable(schedule if isinstance(schedule, int) else None, state.head)
+    elif not isinstance(to_solve, Arrays):
+        if solve_rows is not None:
+            raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
+    elif solve_rows is None:
+        between = schedule * batch_size if isinstance(schedule, int) else None
+        solve_rows = to_solve.affordable(between, state.head)
 
-    checkpoints = Checkpoints(directory, settings, save_every)
+    marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
+    checkpoints = Checkpoints(directory, settings, marks, save_every)
     state, position = checkpoints.resumed(state.replace(step=jnp.asarray(state.step)))  # Flax starts with an int
+    door = Door(state, loss, train_kwargs or {}, streams)
+    for name, rows in {"data": data, **sets}.items():
+        if isinstance(rows, tuple) and unpack is None:  # in memory: all targets are checked at once
+            for batch in batches(rows, None, "train", name):
+                door(batch)
+    class_weight = None
+    if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
+        class_weight = jnp.asarray(balanced_weights(loss, map(door, source.once())))
     loop = _Loop(
         state=copied(state),  # the loop donates its own
         position=position,
         clock=_Clock(position.seconds),
         source=source,
+        to_solve=to_solve,
         schedule=schedule,
         solve_rows=solve_rows,
-        step=gradient_step(loss, train_kwargs),
-        validate=_validation(validation, scoring(state, loss, eval_kwargs, unpack)),
+        door=door,
+        step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
+        validate=_validation(sets, scoring(state, loss, eval_kwargs, unpack, class_weight)),
         key=key,
         callbacks=tuple(callbacks),
         seconds=seconds,
@@ -177,23 +216,39 @@ def _check_counts(optional: bool = False, **counts: Any) -> None:
             positive_integer("train", name, value)
 
 
-def _source_of(data: Any, batch_size: int, unpack: Callable[[Any], tuple] | None, key: Array) -> Arrays | Batches:
-    """Where batches come from."""
-    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        return Arrays.of(*data, batch_size, key)
-    if isinstance(data, Iterator):
-        raise ValueError(
-            "train: `data` must be re-iterable, got an iterator, which can be read only once. Give a list."
-        )
-    return Batches(data, unpack)
+def _streams_of(rngs: Any, key: Array) -> dict[str, Array]:
+    """The key of each rng stream."""
+    try:
+        if isinstance(rngs, Mapping):
+            _described(rngs)  # they are keys
+            return dict(rngs)
+        if not isinstance(rngs, str):
+            return {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in rngs}
+    except (TypeError, AttributeError):
+        pass
+    raise ValueError(f'train: `rngs` must be names, such as ("dropout",), or a dict of keys, got {rngs!r}.')
 
 
-def _validation(validation: Any, score: Callable[[Any, Any], Row]) -> Callable[[Any], Row]:
+def _described(keys: Mapping[str, Array]) -> dict[str, list]:
+    """Keys as JSON takes them."""
+    return {name: np.asarray(jax.random.key_data(key)).tolist() for name, key in keys.items()}
+
+
+def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, Any]:
+    """The sets of validation rows by name; what can be read only once is refused."""
+    several = isinstance(validation, Mapping) and not any(map(is_array, validation.values()))
+    named = validation if several else {"validation": validation}
+    sets = {name: rows for name, rows in named.items() if rows is not None}
+    for name, rows in sets.items():
+        check_repeatable(rows, unpack, "train", name if name == "validation" else f"validation[{name!r}]")
+    return sets
+
+
+def _validation(sets: Mapping[str, Any], score: Callable[..., Row]) -> Callable[[Any], Row]:
     """A function that gives the figures of a state on the validation rows, each with its prefix."""
-    named = validation if isinstance(validation, Mapping) else {"validation": validation}
 
     def validate(state: Any) -> Row:
-        scores = {name: score(state, rows) for name, rows in named.items() if rows is not None}
+        scores = {name: score(state, rows, name) for name, rows in sets.items()}
         return {f"{name}_{figure}": value for name, row in scores.items() for figure, value in row.items()}
 
     return validate
@@ -225,12 +280,14 @@ class _Loop:
         state: the train state.
         position: how far the run is.
         clock: of the training time.
-        source: of batches, and of rows to solve on.
+        source: of batches.
+        to_solve: of rows to solve on.
         schedule: when to solve: every so many steps, or by epochs; None for a state without a head.
         solve_rows: rows of a solve; None for all.
-        step: the gradient step.
+        door: the check of a batch.
+        step: the gradient step, of a state and a batch.
         validate: gives the figures of a state on the validation rows.
-        key: of dropout and solves.
+        key: of solves.
         callbacks: called with each row of the history.
         seconds: training time to keep to.
         checkpoints: of the run.
@@ -241,9 +298,11 @@ class _Loop:
     position: Position
     clock: _Clock
     source: Arrays | Batches
+    to_solve: Arrays | Batches
     schedule: int | SolveSchedule | None
     solve_rows: int | None
-    step: Step
+    door: Door
+    step: Callable[[Any, Batch], tuple[Any, Array]]
     validate: Callable[[Any], Row]
     key: Array
     callbacks: tuple[Callable[[Row], Any], ...]
@@ -255,7 +314,7 @@ class _Loop:
         """Compile by a step and a solve on copies, then restart the clock."""
         began, position = time.perf_counter(), self.position
         for batch in itertools.islice(self.source.epoch(position.epoch, position.batch), 1):
-            jax.block_until_ready(self.step(copied(self.state), batch, self.key))
+            jax.block_until_ready(self.step(copied(self.state), self.door(batch)))
         if self.schedule is not None:
             jax.block_until_ready(self.solved()[0].params)
         compile_seconds = time.perf_counter() - began
@@ -274,12 +333,12 @@ class _Loop:
             if every is not None and position.step % every == 0 and position.batch:
                 self.save()
             self.solve_if_due()
-            self.state, value = self.step(self.state, batch, self.key)
+            self.state, value = self.step(self.state, self.door(batch))
             self.losses.append(value)
             position.step, position.batch = position.step + 1, position.batch + 1
         self.sum_losses()
         if not position.batch:
-            raise ValueError("train: `data` must have at least one batch, got none.")
+            raise ValueError("train: `data` must have at least one batch with a row of positive weight, got none.")
         jax.block_until_ready(self.state)
         position.epoch_seconds = self.clock.seconds - began + position.solve_seconds
         mean_loss = position.loss_sum / position.batch
@@ -297,7 +356,7 @@ class _Loop:
     def solved(self) -> tuple[Any, Solution]:
         """The state with its head solved for, and the solution."""
         step = self.position.step
-        rows, unpack = self.source.to_solve(step, self.solve_rows)
+        rows, unpack = self.to_solve.rows(step, self.solve_rows)
         return self.state.solve_head(rows, unpack=unpack, key=jax.random.fold_in(self.key, step))
 
     def solve_if_due(self, anyway: bool = False) -> None:

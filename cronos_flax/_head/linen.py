@@ -193,12 +193,14 @@ def fit_head(
     Args:
         head: from :func:`find_head`.
         variables: the module's variables; they are not changed.
-        data: whole arrays ``(x, y)``, or an iterable of batches ``(x, y)``. Targets are what the solver's loss takes:
-            labels, or floats with the shape of the module's output (for one output the last axis is optional).
+        data: whole arrays ``(x, y)``, or an iterable of batches ``(x, y)``; of NumPy, JAX, or any library whose arrays
+            NumPy can read. Targets are what the solver's loss takes: labels, or floats with the shape of the module's
+            output (for one output the last axis is optional). With ``unpack``, a dict of arrays is one batch.
         solver: None means ``Cronos()``.
         unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)``, with
             ``args`` a tuple of the module's positional arguments or a dict of keyword arguments, and one weight for
-            each example or for each row that reaches the head (a mask of tokens).
+            each example or for each row that reaches the head (a mask of tokens). Weights are finite and ≥ 0; batches
+            without a positive one are passed over.
         key: as for :meth:`cronos_flax.Cronos.solve`.
         callback: called with ``{"rows", "seconds"}`` after each batch, and then as by
             :meth:`cronos_flax.Cronos.solve`.

@@ -1,0 +1,210 @@
+"""Where ``cf.train`` takes its batches and the rows of its solves from, and how it knows them again."""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cronos_flax._head.data import Batch, Unpack, batches, check_repeatable, whole_arrays
+from cronos_flax._head.head import Head
+from cronos_flax._solver.arrays import native
+
+_LEAST_SOLVED = 8_192  # rows of a solve; of fewer, losses are too noisy for the guard to compare
+_SOLVE_BYTES = 2**32  # memory for a solve
+_READ_BYTES, _READ_ROWS = 2**26, 4_096  # of larger arrays, the fingerprint takes so many rows
+
+Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum; None for what is not kept
+
+
+def source_of(
+    data: Any, unpack: Unpack | None, batch_size: int, steps: int | None, key: Array, name: str
+) -> "Arrays | Batches":
+    """The source that ``data`` is.
+
+    Args:
+        data: as for ``cf.train``.
+        unpack: how to take a batch apart.
+        batch_size: rows of a batch, for arrays.
+        steps: batches of an epoch; None for one pass.
+        key: of the orders and samples, for arrays.
+        name: the argument that ``data`` is.
+
+    Raises:
+        ValueError: for data of another form; nothing of a loader is read.
+    """
+    check_repeatable(data, unpack, "train", name)
+    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
+        return Arrays.of(*data, batch_size, steps, key, name)
+    return Batches([data] if isinstance(data, Mapping) else data, unpack, steps, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Rows in memory, in a new order for each pass.
+
+    Args:
+        x: the module's input, a pytree of arrays ``(n, …)``.
+        y: targets ``(n, …)``.
+        batch_size: rows of a batch; rows that do not fill one are left out of the pass.
+        steps: batches of an epoch; None for one pass. An epoch goes on in the pass where the last one ended.
+        seed: of the orders and samples.
+    """
+
+    x: Any
+    y: np.ndarray
+    batch_size: int
+    steps: int | None
+    seed: int
+
+    @classmethod
+    def of(cls, x: Any, y: Any, batch_size: int, steps: int | None, key: Array, name: str) -> Self:
+        """Rows of equal number, as NumPy arrays.
+
+        Raises:
+            ValueError: if they are not arrays, or the numbers of rows differ or are zero.
+        """
+        x, y = whole_arrays(x, y, "train", name)
+        x, y = jax.tree.map(np.asarray, x), np.asarray(native(y, "train: the targets"))
+        return cls(x, y, min(batch_size, len(y)), steps, int(jax.random.bits(key)))
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch, from batch ``start`` on."""
+        in_pass, order, ordered = len(self.y) // self.batch_size, np.empty(0, int), -1
+        steps = in_pass if self.steps is None else self.steps
+        for i in range(number * steps + start, (number + 1) * steps):
+            passed, place = divmod(i, in_pass)
+            if passed != ordered:
+                ordered, order = passed, np.random.default_rng((self.seed, 0, passed)).permutation(len(self.y))
+            x, y = self._take(order[place * self.batch_size : (place + 1) * self.batch_size])
+            yield Batch.of((x,), {}, y, None, "train")
+
+    def once(self) -> Iterator[Batch]:
+        """All rows."""
+        return batches((self.x, self.y), None, "train")
+
+    def rows(self, step: int, count: int | None) -> tuple[Any, None]:
+        """``data`` and ``unpack`` of a head solve on so many random rows; None for all rows."""
+        if count is None or count >= len(self.y):
+            return (self.x, self.y), None
+        rng = np.random.default_rng((self.seed, 1, step))
+        return self._take(np.sort(rng.choice(len(self.y), count, replace=False))), None
+
+    def affordable(self, between: int | None, head: Head) -> int:
+        """Rows of a solve: no more than the gradient steps between two solves take, and than fit into memory.
+
+        Args:
+            between: rows of the gradient steps between two solves; None for all.
+            head: the head that is solved for.
+        """
+        between = len(self.y) if between is None else between
+        return min(max(between, _LEAST_SOLVED), max(_SOLVE_BYTES // head.solve_bytes(1), 1))
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the rows; of large arrays some of them, evenly spaced, are read."""
+        return _described({"x": self.x, "y": self.y})
+
+    def _take(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
+        return jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]
+
+
+@dataclasses.dataclass
+class Batches:
+    """The user's batches, in the order in which they come; ``unpack`` as for :func:`cronos_flax.fit_head`.
+
+    Args:
+        data: a re-iterable.
+        unpack: how to take a batch apart.
+        steps: batches of an epoch; None for one pass. An epoch goes on where the last one ended, and a loader that has
+            ended begins again.
+        name: the argument that ``data`` is.
+    """
+
+    data: Iterable[Any]
+    unpack: Unpack | None
+    steps: int | None
+    name: str
+    _next: int = -1  # the number of the batch that comes next, of all epochs
+    _stream: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
+
+    def epoch(self, number: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch, from batch ``start`` on."""
+        if self.steps is None:
+            yield from itertools.islice(self.once(), start, None)
+            return
+        first = number * self.steps + start
+        if first != self._next:
+            self._next, self._stream = first, itertools.islice(self._endless(), first, None)
+        for batch in itertools.islice(self._stream, self.steps - start):
+            self._next += 1
+            yield batch
+
+    def once(self) -> Iterator[Batch]:
+        """The batches of one pass; of ``steps`` batches, where an epoch has so many."""
+        return batches(self.data if self.steps is None else self._first(), self.unpack, "train", self.name)
+
+    def rows(self, step: int, count: int | None) -> tuple[Any, Unpack | None]:
+        """``data`` and ``unpack`` of a head solve, which takes the rows of :meth:`once`."""
+        del step, count
+        return self.data if self.steps is None else self._first(), self.unpack
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the first batch; what is not the same in a second reading is left out, for that loader shuffles."""
+        one, two = (_described(_first_of(batches(self.data, self.unpack, "train", self.name))) for _ in range(2))
+        return {
+            name: [a if a == b else None for a, b in zip(one[name], two[name], strict=True)]
+            for name in one.keys() & two.keys()
+        }
+
+    def _first(self) -> Iterator[Any]:
+        return itertools.islice(self.data, self.steps)
+
+    def _endless(self) -> Iterator[Batch]:
+        """Pass after pass, until one is empty."""
+        batch = object()
+        while batch is not None:
+            batch = None
+            for batch in batches(self.data, self.unpack, "train", self.name):
+                yield batch
+
+
+def _first_of(some: Iterator[Batch]) -> dict[str, Any]:
+    """The arrays of the first batch, by name; empty if there is none."""
+    for batch in some:
+        return {"argument": batch.args, "arguments": batch.kwargs, "y": batch.y, "weight": batch.weight}
+    return {}
+
+
+def _described(tree: Any) -> Fingerprint:
+    """Shape, dtype and checksum of every array in a tree, by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _description(leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, np.ndarray | np.generic)
+        or (isinstance(leaf, Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    }
+
+
+def _description(leaf: Any) -> list[Any]:
+    if leaf.nbytes > _READ_BYTES:
+        taken = leaf[np.linspace(0, len(leaf) - 1, min(_READ_ROWS, len(leaf))).astype(int)]
+    else:
+        taken = leaf
+    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(np.asarray(taken).tobytes())]
+
+
+def difference(saved: Fingerprint, now: Fingerprint) -> str | None:
+    """In words, how data differ from those of a saved run; None if nothing tells them apart."""
+    if saved.keys() != now.keys():
+        return f"it had the arrays {', '.join(sorted(saved))}, and has {', '.join(sorted(now))}"
+    for name in sorted(saved):
+        for kind, before, after in zip(("shape", "dtype", "values"), saved[name], now[name], strict=True):
+            if before is not None and after is not None and before != after:
+                return f"{name} has other {kind}" + (f", {after} for {before}" if kind != "values" else "")
+    return None

@@ -1,0 +1,268 @@
+"""``cf.train`` on loaders as they are: endless, augmented, shuffled; and a directory that knows its data."""
+
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import cronos_flax as cf
+from cronos_flax._alternation import sources
+from cronos_flax._head import data as door
+
+MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+X = np.asarray(jax.random.normal(jax.random.key(0), (300, 5)))
+Y = (X[:, 0] * X[:, 1] > 0).astype(int)
+PARAMS = MODEL.init(jax.random.key(1), X)["params"]
+HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
+WIDE = np.where(np.arange(256) == 7, 2**32 + 1, Y[:256])
+
+
+class Foreign:
+    """An array of another library, like one of PyTorch: it can be sliced, and NumPy can read it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array, dtype)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        return Foreign(self.array[rows])
+
+
+class Interface:
+    """An array that only describes its memory."""
+
+    def __init__(self, array):
+        self.__array_interface__ = array.__array_interface__
+        self.kept = array
+
+
+def plain(params=PARAMS, apply_fn=MODEL.apply, tx=None, kind=TrainState, **kwargs):
+    return kind.create(apply_fn=apply_fn, params=params, tx=tx or optax.adam(1e-2), **kwargs)
+
+
+def alternating(**solver):
+    solver = cf.Cronos(**{"loss": "softmax", **solver})
+    return plain(kind=cf.CronosTrainState, head=HEAD, solver=solver)
+
+
+def train(state=None, data=(X[:256], Y[:256]), **kwargs):
+    state = plain() if state is None else state
+    return cf.train(state, data, **{"epochs": 2, "batch_size": 64, "loss": "softmax", **kwargs})
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
+
+
+def batched(x=X, y=Y, rows=64, count=4):
+    return [(x[i : i + rows], y[i : i + rows]) for i in range(0, rows * count, rows)]
+
+
+def losses(history):
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.fixture
+def unsolved(monkeypatch):
+    """Solves change nothing, and compile nothing; the data that they were given."""
+    seen = []
+
+    def solve_head(self, data, unpack=None, **kwargs):
+        seen.append(list(door.batches(data, unpack)))
+        return self, SimpleNamespace(stats=SimpleNamespace(initial_objective=1.0, objective=1.0))
+
+    monkeypatch.setattr(cf.CronosTrainState, "solve_head", solve_head)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------ real loaders
+
+
+class Endless:
+    """A loader that never ends, of batches 0, 1, 2, … of rows."""
+
+    def __init__(self, limit=10**9):
+        self.started, self.limit = 0, limit
+
+    def __iter__(self):
+        self.started += 1
+        for i in range(self.limit):
+            rows = np.random.default_rng(i).integers(0, 256, 64)
+            yield X[rows], Y[rows]
+
+
+def test_epochs_of_a_loader_that_does_not_end_are_so_many_batches(unsolved):
+    state, history = train(data=Endless(), steps_per_epoch=3, epochs=2)
+    assert [row["step"] for row in history] == [3, 6]
+    six, _ = train(data=list(Endless(6)), epochs=1)
+    same(state.params, six.params)  # the second epoch goes on where the first one ended
+    again, _ = train(data=Endless(6), steps_per_epoch=4, epochs=3)
+    twice, _ = train(data=Endless(6), epochs=2)
+    same(again.params, twice.params)  # a loader that ends begins again
+    train(alternating(), data=Endless(), steps_per_epoch=3)
+    assert {len(batches) for batches in unsolved} == {3}
+
+
+def test_epochs_of_arrays_may_be_shorter_or_longer_than_a_pass():
+    whole, _ = train(epochs=3)
+    for steps, epochs in ((2, 6), (6, 2)):
+        other, history = train(epochs=epochs, steps_per_epoch=steps)
+        same(whole.params, other.params)
+        assert [row["step"] for row in history] == [steps * (i + 1) for i in range(epochs)]
+
+
+def test_an_endless_run_goes_on_where_it_stopped(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 6:
+            raise StopError
+
+    arguments = {"steps_per_epoch": 3, "epochs": 4}
+    whole, _ = train(data=Endless(), **arguments)
+    with pytest.raises(StopError):
+        train(data=Endless(), **arguments, directory=tmp_path, save_every=2, callbacks=[stop])
+    resumed, _ = train(data=Endless(), **arguments, directory=tmp_path, save_every=2)
+    same(whole.params, resumed.params)
+    with pytest.raises(ValueError, match="holds a run with steps_per_epoch=3"):
+        train(data=Endless(), directory=tmp_path, steps_per_epoch=4)
+
+
+def test_solves_can_be_on_rows_of_their_own(unsolved):
+    clean = X[:128], Y[:128]
+    train(alternating(), data=batched(X + 1), solve_data=clean)
+    assert len(unsolved) == 3
+    for batches in unsolved:
+        np.testing.assert_array_equal(np.concatenate([batch.args[0] for batch in batches]), clean[0])
+    unsolved.clear()
+    train(alternating(), data=batched(X + 1), solve_data=clean, solve_rows=64)
+    assert {len(batch.y) for batches in unsolved for batch in batches} == {64}
+
+
+class Noisy(nn.Module):
+    """A module with two streams of random numbers in training."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(0.3, deterministic=not train)(nn.tanh(nn.Dense(8)(x)))
+        if train:
+            x += 0.1 * jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+
+def test_a_module_gets_the_rng_streams_that_are_named():
+    model = Noisy()
+    params = model.init(jax.random.key(0), X, train=False)["params"]
+
+    def run(**kwargs):
+        return train(plain(params, model.apply), train_kwargs={"train": True}, **kwargs)[0].params
+
+    def differ(a, b):
+        return not np.array_equal(jax.tree.leaves(a)[0], jax.tree.leaves(b)[0])
+
+    named = run(rngs=("dropout", "noise"))
+    same(named, run(rngs=["noise", "dropout"]))
+    assert differ(named, run(rngs=("dropout", "noise"), key=jax.random.key(3)))
+    one, two, three = jax.random.split(jax.random.key(0), 3)
+    keys = {"dropout": one, "noise": two}
+    given = run(rngs=keys)
+    same(given, run(rngs=keys))
+    assert differ(given, run(rngs={**keys, "noise": three}))
+    with pytest.raises(ValueError, match=r"(?s)the model takes.*noise"):
+        run()
+
+
+def test_each_step_has_random_numbers_of_its_own():
+    seen = []
+
+    def apply_fn(variables, x, rngs):
+        jax.debug.callback(lambda draw: seen.append(float(draw)), jax.random.uniform(rngs["noise"]))
+        return MODEL.apply(variables, x)
+
+    train(plain(apply_fn=apply_fn), rngs=("noise",))
+    jax.effects_barrier()
+    assert len(set(seen)) == 8
+
+
+def test_an_error_in_eval_params_is_raised():
+    class Averaged(TrainState):
+        @property
+        def eval_params(self):
+            return self.avrage
+
+    with pytest.raises(AttributeError, match="avrage"):
+        train(plain(kind=Averaged), validation=(X, Y))
+
+
+# ------------------------------------------------------------------------------------------------ the data of a run
+
+
+class Shuffled:
+    """A loader with another order at each pass."""
+
+    def __init__(self, x=X):
+        self.rng, self.x = np.random.default_rng(0), x
+
+    def __iter__(self):
+        for rows in self.rng.permutation(256).reshape(4, 64):
+            yield self.x[rows], Y[rows]
+
+
+SWAPPED = Y[:256].copy()
+SWAPPED[:2] = 1 - SWAPPED[:2]
+OTHERS = {
+    "other values": ((X[:256] + 1, Y[:256]), "other `data`: x has other values"),
+    "other labels": ((X[:256], SWAPPED), "other `data`: y has other values"),
+    "fewer rows": ((X[:128], Y[:128]), r"other `data`: x has other shape, \[128, 5\] for \[256, 5\]"),
+    "another type": ((X[:256], Y[:256].astype("int16")), "other `data`: y has other dtype, int16"),
+    "a tree": (({"a": X[:256]}, Y[:256]), "other `data`: it had the arrays x, y, and has x/a, y"),
+    "a loader": (batched(X, Y), "other `data`: it had the arrays x, y, and has"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    train(directory=directory / "arrays")
+    train(data=batched(), directory=directory / "batches")
+    train(data=Shuffled(), directory=directory / "shuffled")
+    return directory
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_directory_is_of_one_set_of_data(saved, case):
+    data, message = OTHERS[case]
+    train(directory=saved / "arrays")
+    apply_fn = (lambda v, x: MODEL.apply(v, x["a"])) if case == "a tree" else MODEL.apply
+    with pytest.raises(ValueError, match=message):
+        train(plain(apply_fn=apply_fn), data, directory=saved / "arrays")
+
+
+def test_a_directory_knows_a_loader_by_its_first_batch(saved):
+    train(data=batched(), directory=saved / "batches")
+    with pytest.raises(ValueError, match="other `data`: argument/0 has other values"):
+        train(data=batched(X + 1), directory=saved / "batches")
+    train(data=Shuffled(), directory=saved / "shuffled")  # another first batch: it is known by shapes and dtypes
+    with pytest.raises(ValueError, match="other `data`: argument/0 has other dtype"):
+        train(data=Shuffled(X.astype("float16")), directory=saved / "shuffled")
+
+
+def test_of_large_arrays_some_rows_are_read(monkeypatch):
+    monkeypatch.setattr(sources, "_READ_BYTES", 100)
+    monkeypatch.setattr(sources, "_READ_ROWS", 10)
+
+    def mark(x):
+        return sources.Arrays.of(x, Y, 64, None, jax.random.key(0), "data").fingerprint()
+
+    assert mark(X) == mark(X.copy())
+    assert sources.difference(mark(X), mark(X + 1)) == "x has other values"
