@@ -382,3 +382,18 @@ def test_forms_of_data_that_cannot_be_used_are_refused_before_training(case):
 def test_no_rows_to_validate_on_are_said():
     with pytest.raises(ValueError, match="`validation` must have at least one batch"):
         train(validation=[])
+
+
+def test_models_of_nnx_take_the_same_data():
+    import flax.nnx as nnx
+
+    layers = [nnx.Linear(5, 6, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(6, 2, rngs=nnx.Rngs(1))]
+    model = nnx.Sequential(*layers)
+    head = cf.nnx.find_head(model, Foreign(X[:64]))
+    rows = head.gather(model, [(X[:0], Y[:0]), (Foreign(X[:64]), Foreign(Y[:64]))])
+    same(rows, head.gather(model, [(X[:64], Y[:64])]))
+    optimizer = cf.nnx.CronosOptimizer(model, optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax"))
+    with pytest.raises(ValueError, match="fit_head: the targets must be integers that fit int32"):
+        optimizer.solve_head(model, (X[:64], WIDE[:64]))
+    with pytest.raises(ValueError, match=r"labels in \[0, 2\), got values from 0 to 2"):
+        optimizer.solve_head(model, (X[:64], Y[:64] + np.arange(64) % 2))

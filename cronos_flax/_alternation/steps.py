@@ -54,7 +54,7 @@ class Door:
         self._known: dict[Any, tuple[int, ...]] = {}
         collections = _collections(state)
         variables = {"params": module_params(state.params), **collections}
-        self._variables = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), variables)
+        self._variables = jax.eval_shape(lambda v: v, variables)
         mutable = list(collections) if streams is not None else []
         apply_fn = state.apply_fn  # the state itself must not be kept alive
 

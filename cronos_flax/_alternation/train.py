@@ -157,10 +157,7 @@ def train(
     checkpoints = Checkpoints(directory, settings, marks, save_every)
     state, position = checkpoints.resumed(state.replace(step=jnp.asarray(state.step)))  # Flax starts with an int
     door = Door(state, loss, train_kwargs or {}, streams)
-    for name, rows in {"data": data, **sets}.items():
-        if isinstance(rows, tuple) and unpack is None:  # in memory: all targets are checked at once
-            for batch in batches(rows, None, "train", name):
-                door(batch)
+    _check_what_is_in_memory(door, source, sets, unpack)
     class_weight = None
     if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
         class_weight = jnp.asarray(balanced_weights(loss, map(door, source.once())))
@@ -242,6 +239,19 @@ def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> 
     for name, rows in sets.items():
         check_repeatable(rows, unpack, "train", name if name == "validation" else f"validation[{name!r}]")
     return sets
+
+
+def _check_what_is_in_memory(
+    door: Door, source: Arrays | Batches, sets: Mapping[str, Any], unpack: Callable[[Any], tuple] | None
+) -> None:
+    """Check all targets of arrays before training; those of loaders are checked as they come."""
+    if isinstance(source, Arrays):
+        for batch in source.once():
+            door(batch)
+    for name, rows in sets.items():
+        if isinstance(rows, tuple) and unpack is None:
+            for batch in batches(rows, None, "train", name):
+                door(batch)
 
 
 def _validation(sets: Mapping[str, Any], score: Callable[..., Row]) -> Callable[[Any], Row]:
