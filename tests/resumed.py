@@ -65,7 +65,7 @@ def main(directory: str, what: str, number: int) -> int:
         apply_fn=model.apply,
         params=variables["params"],
         tx=optax.adam(0.03),
-        head=cf.find_head(model, variables, x[:32], train=False),
+        head=cf.find_head(model, variables, x[:32], train=False, statistics="batch"),
         solver=cf.Cronos(loss="softmax"),
         model_state={"batch_stats": variables["batch_stats"]},
     )

@@ -175,7 +175,7 @@ def test_running_statistics_dropout_and_several_steps_between_updates():
         apply_fn=model.apply,
         params=variables["params"],
         tx=optax.MultiSteps(optax.adam(1e-2), 2),
-        head=cf.find_head(model, variables, X[:64], train=False),
+        head=cf.find_head(model, variables, X[:64], train=False, statistics="batch"),
         solver=cf.Cronos(loss="softmax"),
         model_state={"batch_stats": variables["batch_stats"]},
     )

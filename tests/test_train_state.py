@@ -107,7 +107,7 @@ def normed_state(tx):
     x = jax.random.normal(jax.random.key(0), (64, 5))
     model = Normed()
     variables = model.init(jax.random.key(1), x, train=False)
-    head = cf.find_head(model, variables, x, train=False)
+    head = cf.find_head(model, variables, x, train=False, statistics="running")
     state = cf.CronosTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -229,7 +229,7 @@ def test_an_nnx_loop_moves_the_backbone_by_gradients_and_the_head_by_solves(tx):
     x = jax.random.normal(jax.random.key(0), (64, 5))
     y = (x[:, 0] > 0).astype(int)
     model = Net(nnx.Rngs(0))
-    head = cf.nnx.find_head(model, x)
+    head = cf.nnx.find_head(model, x, statistics="running")
     optimizer = cf.nnx.CronosOptimizer(model, tx, head=head, solver=cf.Cronos(loss="softmax"))
 
     @nnx.jit

@@ -64,7 +64,8 @@ def test_linen_models_are_solved_and_only_their_head_changes(name):
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(variables), jax.tree.leaves(fitted), strict=True):
         names = tuple(entry.key for entry in path if hasattr(entry, "key"))[1:]
         assert old.dtype == new.dtype
-        assert bool(jnp.array_equal(old, new)) == (names[: len(head.hidden_path)] not in head.paths)
+        solved = names[: len(head.hidden_path)] in head.paths or (path[0].key == "batch_stats" and head.in_training)
+        assert bool(jnp.array_equal(old, new)) != solved
     assert same(host(variables), kept)
     assert same(host(member.args), args)
 

@@ -1,6 +1,10 @@
 """The defaults of an alternation, which solves again and again and needs less of each solve than a single fit does."""
 
 import dataclasses
+import warnings
+from typing import Any
+
+import jax
 
 from cronos_flax._head.head import Head
 from cronos_flax._solver.checks import positive_integer
@@ -55,4 +59,24 @@ def alternation_defaults(solver: Cronos, head: Head) -> Cronos:
         solver,
         max_iters=_MAX_ITERS if solver.max_iters is None else solver.max_iters,
         beta_ratio=_BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio,
+    )
+
+
+def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
+    """Warn if a model has running statistics, and solves use them where gradient steps use those of the batch.
+
+    Args:
+        where: the caller's name.
+        head: the head that is solved for.
+        statistics: the running statistics of the model; empty if it has none.
+    """
+    if not jax.tree.leaves(statistics) or head.in_training or head.module.statistics is not None:
+        return
+    warnings.warn(
+        f"{where}: `head` was found with the running statistics of batch norms, but training steps use those of the "
+        "batch, so solves fit other features than gradients see; this costs accuracy. Call find_head with "
+        'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
+        'statistics="running".',
+        UserWarning,
+        stacklevel=3,
     )

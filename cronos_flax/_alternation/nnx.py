@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from cronos_flax._alternation.backbone import at_backbone_rate, check_optimizer
-from cronos_flax._alternation.defaults import alternation_defaults
+from cronos_flax._alternation.defaults import alternation_defaults, warn_of_running_statistics
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, Path, check_head
@@ -88,6 +88,7 @@ class CronosOptimizer(nnx.Optimizer):
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         drifts = bool(jax.tree.leaves(statistics)) and not head.in_training
+        warn_of_running_statistics("CronosOptimizer", head, nnx.filter_state(statistics, nnx.BatchStat))
         made = None if settings is None else GuardState.init(settings, self._parts(model), drifts)
         self.guard = None if made is None else GuardVariable(made)
 
@@ -101,11 +102,11 @@ class CronosOptimizer(nnx.Optimizer):
         """The state of ``tx``; ``opt_state`` holds it with the backbone's rate. There is nothing in it for the head."""
         return self.opt_state.optimizer_state
 
-    def _parts(self, model: nnx.Module, network: TwoLayer | None = None) -> dict[str, Any]:
-        """The guarded parts with this head, as plain arrays; None stands for the present head."""
-        state = nnx.state(model, nnx.Not(nnx.RngState))
+    def _parts(self, model: nnx.Module, network: TwoLayer | None = None, moments: Any = None) -> dict[str, Any]:
+        """The guarded parts with this head and these statistics, as plain arrays; None stands for the present ones."""
+        head: Head = self.solving.head
+        state = head.module.recalibrated(nnx.state(model, nnx.Not(nnx.RngState)), moments or {})
         if network is not None:
-            head: Head = self.solving.head
             state = head.module.write(state, head.paths, network)
         return {"model": nnx.as_pure(state), "opt_state": nnx.as_pure(self.opt_state)}
 
@@ -122,7 +123,8 @@ class CronosOptimizer(nnx.Optimizer):
         """Solve for the head on the present features, starting from the present head, and write it into the model.
 
         Runs on the host, between jitted training steps, as :meth:`cronos_flax.CronosTrainState.solve_head` does, with
-        the same guard. Everything is written at the end; after an exception nothing has changed.
+        the same guard; running statistics are recalibrated likewise. Everything is written at the end; after an
+        exception nothing has changed.
 
         Args:
             model: the model.
@@ -140,10 +142,10 @@ class CronosOptimizer(nnx.Optimizer):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         head, solver = self.solving.head, self.solving.solver
-        rows = head.gather(model, data, unpack, callback)
+        rows, moments = head.gather(model, data, unpack, callback)
         key = jax.random.fold_in(jax.random.key(0), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
-        parts = functools.partial(self._parts, model)
+        parts = functools.partial(self._parts, model, moments=moments)
         beta, network = self.beta.get_value(), head.read(model)
         guard, beta, changed, solution = solve_guarded(guard, beta, network, rows, solver, parts, key, callback, throw)
         nnx.update(model, changed["model"])

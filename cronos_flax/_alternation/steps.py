@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jax import Array
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, batches
 from cronos_flax._head.head import selected
+from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.loss import Loss
 
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
@@ -143,13 +145,14 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
 
         def mean_loss(params: Any) -> tuple[Array, Any]:
             rngs = {name: jax.random.fold_in(key, state.step) for name, key in streams.items()}
-            out = state.apply_fn(
-                {"params": params, **collections},
-                *batch.args,
-                **({"rngs": rngs} if rngs else {}),
-                **({"mutable": mutable} if mutable else {}),
-                **{**kwargs, **batch.kwargs},
-            )
+            with nn.intercept_methods(on_one_device):
+                out = state.apply_fn(
+                    {"params": params, **collections},
+                    *batch.args,
+                    **({"rngs": rngs} if rngs else {}),
+                    **({"mutable": mutable} if mutable else {}),
+                    **{**kwargs, **batch.kwargs},
+                )
             out, updates = out if mutable else (out, {})
             outputs, y, weight = _rows_of(out, batch, _output_of(state), loss)
             weight = _of_classes(weight, class_weight, y, loss)

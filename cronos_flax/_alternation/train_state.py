@@ -1,5 +1,6 @@
 """CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -11,7 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._alternation.backbone import check_optimizer, rated_backbone_only
-from cronos_flax._alternation.defaults import alternation_defaults
+from cronos_flax._alternation.defaults import alternation_defaults, warn_of_running_statistics
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
 from cronos_flax._alternation.optimizer_state import with_head
 from cronos_flax._head.fit import solver_or_default
@@ -88,6 +89,7 @@ class CronosTrainState(TrainState):
         tx = rated_backbone_only(tx, head)
         kwargs |= {"head": head, "solver": solver, "beta": undecided_beta(solver)}
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
         if settings is None:
             return state
         drifts = bool(jax.tree.leaves(state.model_state)) and not head.in_training
@@ -113,9 +115,10 @@ class CronosTrainState(TrainState):
         """
         return with_head(self.opt_state.optimizer_state, self.head.paths, module_params(self.params))
 
-    def _parts_with(self, network: TwoLayer | None) -> dict[str, Any]:
-        """The guarded parts of the state with this head; None stands for the present head."""
+    def _parts_with(self, network: TwoLayer | None, moments: Any = None) -> dict[str, Any]:
+        """The guarded parts of the state with this head and these statistics; None stands for the present ones."""
         parts = {name: getattr(self, name) for name in self.guarded}
+        parts["model_state"] = self.head.module.recalibrated(self.model_state, moments or {})
         if network is None:
             return parts
         ahead = isinstance(self.params, optax.LookaheadParams)
@@ -140,6 +143,9 @@ class CronosTrainState(TrainState):
         the backbone continues at a lower rate, and ``solution.status`` is ``Status.rejected``. Accepted solves raise
         the rate again (see :class:`cronos_flax.Guard`).
 
+        If features are those of batch statistics, the running statistics in ``model_state`` become those of all rows of
+        ``data``, from the same pass (see ``recalibrate`` of :func:`cronos_flax.find_head`).
+
         Args:
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments. The guard compares losses from solve
                 to solve, so give the same rows each time, or samples of the same rows.
@@ -155,10 +161,10 @@ class CronosTrainState(TrainState):
             ValueError: for data that do not fit.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        rows = self.head.gather(self.variables, data, unpack, callback)
+        rows, moments = self.head.gather(self.variables, data, unpack, callback)
         key = jax.random.fold_in(jax.random.key(0), self.step) if key is None else key
-        network = self.head.read(self.variables)
+        network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         guard, beta, changed, solution = solve_guarded(
-            self.guard, self.beta, network, rows, self.solver, self._parts_with, key, callback, throw
+            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw
         )
         return self.replace(guard=guard, beta=beta, **changed), solution

@@ -149,7 +149,9 @@ def flat_weight(weight: np.ndarray, leading: tuple[int, ...], where: str = "fit_
     return weight.reshape(-1).repeat(math.prod(leading[weight.ndim :]))
 
 
-def batches(data: Any, unpack: Unpack | None, where: str = "fit_head", name: str = "data") -> Iterator[Batch]:
+def batches(
+    data: Any, unpack: Unpack | None, where: str = "fit_head", name: str = "data", shuffled: bool = False
+) -> Iterator[Batch]:
     """The batches of ``data`` that count, in any form that :func:`cronos_flax.fit_head` takes.
 
     Args:
@@ -157,11 +159,12 @@ def batches(data: Any, unpack: Unpack | None, where: str = "fit_head", name: str
         unpack: how to take a batch apart.
         where: the caller's name, for messages.
         name: the name of ``data`` there.
+        shuffled: whether batches of whole arrays are of random rows.
 
     Raises:
         ValueError: for anything else.
     """
-    for batch in _all_batches(data, unpack, where, name):
+    for batch in _all_batches(data, unpack, where, name, shuffled):
         if batch.counts:
             yield batch
 
@@ -189,10 +192,10 @@ def check_repeatable(data: Any, unpack: Unpack | None, where: str, name: str = "
         )
 
 
-def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str) -> Iterator[Batch]:
+def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str, shuffled: bool) -> Iterator[Batch]:
     check_form(data, unpack, where, name)
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        yield from _chunks(*whole_arrays(*data, where, name), where)
+        yield from _chunks(*whole_arrays(*data, where, name), where, shuffled)
         return
     for batch in (data,) if isinstance(data, Mapping) else data:
         if unpack is not None:
@@ -235,10 +238,13 @@ def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, A
     return x, y
 
 
-def _chunks(x: Any, y: Any, where: str) -> Iterator[Batch]:
-    """Whole arrays in pieces, so that a pass through the backbone needs little memory."""
-    y, leaves = native(y, f"{where}: the targets"), jax.tree.leaves(x)
-    size = int(np.clip(_CHUNK_BYTES * len(y) / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
-    for i in range(0, len(y), size):
-        part = jax.tree.map(lambda leaf, i=i: leaf[i : i + size], x)
-        yield Batch.of((part,), {}, y[i : i + size], None, where)
+def _chunks(x: Any, y: Any, where: str, shuffled: bool) -> Iterator[Batch]:
+    """Whole arrays in pieces of equal size, so that a pass through the backbone needs little memory."""
+    y, leaves, n = native(y, f"{where}: the targets"), jax.tree.leaves(x), len(y)
+    size = int(np.clip(_CHUNK_BYTES * n / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
+    order = np.random.default_rng(0).permutation(n) if shuffled else None
+    pieces = -(-n // size)
+    for i in range(pieces):
+        part = slice(i * n // pieces, (i + 1) * n // pieces)
+        rows = part if order is None else order[part]
+        yield Batch.of((jax.tree.map(lambda leaf, rows=rows: leaf[rows], x),), {}, y[rows], None, where)

@@ -36,7 +36,12 @@ class GatheredRows(NamedTuple):
 
 
 def gather(
-    tap: Tap, outputs: int, data: Any, unpack: Unpack | None, callback: Callable[[dict[str, float]], Any] | None
+    tap: Tap,
+    outputs: int,
+    data: Any,
+    unpack: Unpack | None,
+    callback: Callable[[dict[str, float]], Any] | None,
+    shuffled: bool = False,
 ) -> GatheredRows:
     """All rows of ``data``.
 
@@ -46,6 +51,7 @@ def gather(
         data: as for :func:`cronos_flax.fit_head`.
         unpack: as for :func:`cronos_flax.fit_head`.
         callback: called after every batch with ``rows`` (so far) and ``seconds``.
+        shuffled: whether batches of whole arrays are of random rows: statistics of a batch need rows of all classes.
 
     Raises:
         ValueError: for data that do not fit the module, or each other.
@@ -63,7 +69,7 @@ def gather(
         if callback is not None:
             callback({"rows": count, "seconds": time.perf_counter() - start})
 
-    for batch in batches(data, unpack):
+    for batch in batches(data, unpack, shuffled=shuffled):
         features = tap(batch.args, batch.kwargs)
         if pending is not None:  # copied to the host while the device works on this batch
             finish(*pending)

@@ -86,7 +86,9 @@ class _Verdict(NamedTuple):
     far: bool = False
 
 
-def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths: Any = None) -> Head:
+def find(
+    module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths: Any = None, recalibrate: bool = True
+) -> Head:
     """The head of a module, verified.
 
     Args:
@@ -95,6 +97,7 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
         args: positional arguments of one batch.
         kwargs: keyword arguments.
         paths: the paths of the hidden and the output layer, still verified; None to search.
+        recalibrate: whether solves of this head set running statistics.
 
     Raises:
         ValueError: if there is no head; the message says what was found instead and what to do.
@@ -125,7 +128,8 @@ def find(module: Functional, variables: Any, args: tuple, kwargs: Mapping, paths
             tol = _tolerance(seen, pair, calls)
             verdict = _verified(seen, partial(call_with, pair), tol)
             if not verdict.reason:
-                return _head(module, variables, kwargs, pair, seen, verdict.error, tol)
+                head = _head(module, variables, kwargs, pair, seen, verdict.error, tol)
+                return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     raise ValueError(_refusal(module, calls, nearest))

@@ -44,14 +44,15 @@ def fit_data(
         ValueError: for data that do not fit, or features that are not finite.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    rows = head.gather(variables, data, unpack, callback)
+    rows, moments = head.gather(variables, data, unpack, callback)
     if not rows.finite:
         raise ValueError(
             "fit_head: the features must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
             "and remove or impute the rows of `data` that are not finite."
         )
     network, solution = fit_rows(head.read(variables), rows, solver, key, callback, throw)
-    return variables if network is None else head.write(variables, network), solution
+    fitted = variables if network is None else head.write(variables, network)
+    return head.module.recalibrated(fitted, moments), solution
 
 
 def fit_rows(

@@ -17,6 +17,7 @@ from jax import Array
 
 from cronos_flax._head.data import as_arrays
 from cronos_flax._head.features import GatheredRows, gather
+from cronos_flax._head.norms import Moments, Population
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.solution import TwoLayer, predict
 
@@ -42,6 +43,22 @@ class Call(NamedTuple):
     input: Array | None
 
 
+class Tap(NamedTuple):
+    """What a feature pass yields.
+
+    Args:
+        features: the input of the head, with its leading axes.
+        out: the module's chosen output.
+        updates: the collections that changed; None if none may.
+        norms: the statistics of the batch norms, if they were observed.
+    """
+
+    features: Array
+    out: Array
+    updates: Any
+    norms: tuple[Moments, ...]
+
+
 class Functional(Protocol):
     """A module as pure functions of its variables.
 
@@ -62,6 +79,10 @@ class Functional(Protocol):
     def output(self) -> Any:
         """Which of several outputs ends in the head: a key, an index, a function, or None for the only one."""
 
+    @property
+    def statistics(self) -> str | None:
+        """Which statistics batch norms take, "batch" or "running"; None for those that the call asks for."""
+
     def variables(self, given: Any, where: str) -> Any:
         """The variables that the user's object holds.
 
@@ -72,8 +93,8 @@ class Functional(Protocol):
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
         """The chosen output, and every fully connected layer in the order of its last call."""
 
-    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Any, Array]:
-        """The input of the layer at ``path``, the collections that changed (None if none may), the chosen output."""
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
+        """The input of the layer at ``path``; if ``observed``, with the statistics of batch norms, not of updates."""
 
     def in_training(self, kwargs: Mapping) -> bool:
         """Whether a call with these keyword arguments sees batch statistics, as a training step does."""
@@ -89,6 +110,9 @@ class Functional(Protocol):
 
     def store(self, given: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
         """What the user holds, with these weights: a copy for linen; for NNX the model, changed in place."""
+
+    def recalibrated(self, given: Any, moments: Mapping[Path, tuple[Any, Any]]) -> Any:
+        """Variables with these running means and variances of batch norms: a copy; an NNX model is changed in place."""
 
     def count(self, variables: Any) -> int:
         """The number of parameters."""
@@ -116,6 +140,7 @@ class Head:
         frozen: number of parameters that a solve does not change.
         module: the module as pure functions.
         kwargs: the keyword arguments that the module was called with; feature passes use them again.
+        recalibrate: whether a solve writes the statistics of batch norms in its pass in place of the running ones.
     """
 
     hidden_path: Path
@@ -129,6 +154,7 @@ class Head:
     frozen: int
     module: Functional
     kwargs: Mapping[str, Any]
+    recalibrate: bool = True
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -176,9 +202,9 @@ class Head:
         Raises:
             ValueError: if the module does not take the batch.
         """
-        features, updates, _ = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
-        rows = features.reshape(-1, self.features)
-        return rows if updates is None else (rows, updates)
+        seen = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
+        rows = seen.features.reshape(-1, self.features)
+        return rows if seen.updates is None else (rows, seen.updates)
 
     def gather(
         self,
@@ -186,7 +212,7 @@ class Head:
         data: Any,
         unpack: Callable[[Any], tuple] | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
-    ) -> GatheredRows:
+    ) -> tuple[GatheredRows, dict[Path, tuple[Any, Any]]]:
         """The head's input for all rows of ``data``, with targets and weights.
 
         Args:
@@ -196,23 +222,29 @@ class Head:
             callback: called after each batch with ``rows`` (so far) and ``seconds``.
 
         Returns:
-            The rows, in host memory.
+            The rows, in host memory; and mean and variance of the batch norms by path, over all rows. The latter are
+            empty if features are not those of batch statistics, if there is nothing to ``recalibrate``, or if anything
+            is not finite.
 
         Raises:
             ValueError: for data that do not fit the module, or each other; and if the module's outputs for the first
                 batch are no longer those of the two layers.
         """
         variables, first = self.module.variables(variables, "fit_head"), True
+        in_training, population = self.in_training, Population()
+        observed = in_training and self.recalibrate
 
         def features(args: tuple, kwargs: Mapping) -> Array:
             nonlocal first
-            features, _, out = self._pass(variables, args, kwargs, "fit_head")
+            seen = self._pass(variables, args, kwargs, "fit_head", observed)
             if first:
-                self._check_still_holds(variables, features, out)
+                self._check_still_holds(variables, seen.features, seen.out)
             first = False
-            return features
+            population.add(seen.norms if observed else (), seen.features.size // self.features)
+            return seen.features
 
-        return gather(features, self.outputs, data, unpack, callback)
+        rows = gather(features, self.outputs, data, unpack, callback, shuffled=in_training)
+        return rows, population.moments if rows.finite else {}
 
     def _check_still_holds(self, variables: Any, features: Array, out: Array) -> None:
         """Raise a ValueError if the module's outputs are not those of the two layers any more."""
@@ -229,10 +261,10 @@ class Head:
         """Roughly the memory, in bytes, of a solve on so many rows of float32 features."""
         return int(_PEAK * 4 * rows * (2 * (self.features + 1) + 4 * self.hidden))
 
-    def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str) -> tuple[Array, Any, Array]:
-        """Features with their leading axes, the collections that changed or None, and the module's output."""
+    def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str, observed: bool = False) -> Tap:
+        """One jitted pass, with the keyword arguments that the head was found with where none is given."""
         try:
-            return self._tap(variables, args, {**self.kwargs, **kwargs})
+            return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
             shapes = jax.tree.map(jnp.shape, args)
             raise ValueError(
@@ -240,8 +272,17 @@ class Head:
             ) from error
 
     @functools.cached_property
-    def _tap(self) -> Callable[[Any, tuple, Mapping], tuple[Array, Any, Array]]:
-        return jitted(lambda variables, args, kwargs: self.module.tap(variables, args, kwargs, self.hidden_path))
+    def _tap(self) -> Callable[[Any, tuple, Mapping], Tap]:
+        return self._jitted(observed=False)
+
+    @functools.cached_property
+    def _observed(self) -> Callable[[Any, tuple, Mapping], Tap]:
+        return self._jitted(observed=True)
+
+    def _jitted(self, observed: bool) -> Callable[[Any, tuple, Mapping], Tap]:
+        return jitted(
+            lambda variables, args, kwargs: self.module.tap(variables, args, kwargs, self.hidden_path, observed)
+        )
 
     def __str__(self) -> str:
         hidden, output = map(format_path, self.paths)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -15,12 +15,67 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.head import Call, Head, Layer, Path, check_head, selected
+from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, selected
+from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
+_STATS = "batch_stats"  # Flax's collection of running statistics
 _DENSE = nn.Dense, nn.DenseGeneral
+
+
+class _Seen(NamedTuple):
+    """What is seen of one call of a module.
+
+    Args:
+        out: the chosen output.
+        inputs: of the fully connected layers, by path, as far as they were recorded.
+        dtypes: of their results, by path, in call order.
+        updates: the collections that changed; None if none may.
+        norms: statistics of the batch norms; those of the batch only if they were observed.
+    """
+
+    out: Any
+    inputs: dict[Path, Array]
+    dtypes: dict[Path, Any]
+    updates: Mapping | None
+    norms: tuple[Moments, ...]
+
+
+def _normed(
+    module: nn.BatchNorm, call: Callable, inputs: tuple, kwargs: dict, statistics: str | None, observed: bool
+) -> Any:
+    """A call of a batch norm, with the statistics that were chosen.
+
+    If ``observed``, its running statistics are the batch's own afterwards, and their mean if it is called repeatedly.
+    """
+    attributes: dict[str, Any] = {"axis_name": bound_axes(module.axis_name)}
+    if statistics is not None:
+        attributes["use_running_average"] = statistics == "running"
+        inputs, kwargs = inputs[:1], {name: v for name, v in kwargs.items() if name != "use_running_average"}
+    if not observed:
+        with with_attributes(module, **attributes):
+            return call(*inputs, **kwargs)
+    earlier = module.get_variable(_TAPPED, "calls", 0.0)
+    before: dict[str, Array | None] = {name: module.get_variable(_STATS, name) for name in ("mean", "var")}
+    with with_attributes(module, **attributes, momentum=0.0):
+        out = call(*inputs, **kwargs)
+    if module.is_mutable_collection(_TAPPED):  # not within nn.scan, where layers are called once
+        module.put_variable(_TAPPED, "calls", earlier + 1)
+        for name, old in before.items():
+            if old is not None:
+                mean: Array = module.get_variable(_STATS, name)
+                module.put_variable(_STATS, name, (earlier * old + mean) / (earlier + 1))
+    return out
+
+
+def on_one_device(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    """For ``nn.intercept_methods``: batch norms average over no axis of devices that is not there."""
+    if not isinstance(context.module, nn.BatchNorm):
+        return call(*inputs, **kwargs)
+    with with_attributes(context.module, axis_name=bound_axes(context.module.axis_name)):
+        return call(*inputs, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +86,13 @@ class LinenModule:
         model: the module.
         method: the method to call, as for ``model.apply``.
         output: which of several outputs ends in the head.
+        statistics: which statistics batch norms take, "batch" or "running"; None for those that the call asks for.
     """
 
     model: nn.Module
     method: Any
     output: Any
+    statistics: str | None
 
     finder: ClassVar[str] = "cf.find_head"
     dense: ClassVar[str] = "nn.Dense"
@@ -55,26 +112,40 @@ class LinenModule:
         return given
 
     def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
-        out, inputs, dtypes, _ = self._apply(variables, args, kwargs, lambda _: True)
-        return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
+        seen = self._apply(variables, args, kwargs, lambda _: True)
+        if self.statistics == "batch" and not seen.norms and jax.tree.leaves(variables.get(_STATS, {})):
+            raise ValueError(
+                '`statistics="batch"` must find nn.BatchNorm layers, and there are statistics but no such layers. For '
+                f'other norms call the module as in training instead: mutable=["{_STATS}"] and its own argument.'
+            )
+        return seen.out, tuple(Call(Layer(path, dtype), seen.inputs.get(path)) for path, dtype in seen.dtypes.items())
 
-    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, Mapping | None, Array]:
-        out, inputs, _, updates = self._apply(variables, args, kwargs, lambda other: other == path)
-        return inputs[path], None if kwargs.get("mutable", False) is False else updates, out
+    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
+        seen = self._apply(variables, args, kwargs, lambda other: other == path, observed)
+        return Tap(seen.inputs[path], seen.out, seen.updates, seen.norms)
 
     def in_training(self, kwargs: Mapping) -> bool:
-        return bool(kwargs.get("mutable"))
+        return bool(kwargs.get("mutable")) if self.statistics is None else self.statistics == "batch"
 
     def _apply(
-        self, variables: Mapping, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
-    ) -> tuple[Any, dict[Path, Array], dict[Path, Any], Mapping]:
-        """The chosen output; inputs and dtypes of results by path, in call order; and the collections that changed."""
+        self,
+        variables: Mapping,
+        args: tuple,
+        kwargs: Mapping,
+        wanted: Callable[[Path], bool],
+        observed: bool = False,
+    ) -> "_Seen":
+        """One call of the module."""
         dtypes: dict[Path, Any] = {}
+        norms: list[Path] = []
 
         def watch(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            if not isinstance(module, _DENSE) or context.method_name != "__call__":
+            if context.method_name != "__call__" or not isinstance(module, (*_DENSE, nn.BatchNorm)):
                 return call(*inputs, **kwargs)
+            if isinstance(module, nn.BatchNorm):
+                norms.append(module.path)
+                return _normed(module, call, inputs, kwargs, self.statistics, observed)
             if inputs and wanted(module.path):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
@@ -83,12 +154,22 @@ class LinenModule:
             return out
 
         kwargs = dict(kwargs)
-        mutable = flax.core.scope.union_filters(kwargs.pop("mutable", False), _TAPPED)
+        asked = kwargs.pop("mutable", False)
+        mutable = flax.core.scope.union_filters(asked, _TAPPED)
+        if observed or self.statistics == "batch":
+            mutable = flax.core.scope.union_filters(mutable, _STATS)
         with nn.intercept_methods(watch):
-            out, updates = self.model.apply(variables, *args, method=self.method, mutable=mutable, **kwargs)
-        updates = dict(updates)
-        sown = flax.traverse_util.flatten_dict(flax.core.unfreeze(updates.pop(_TAPPED, {})))
-        return selected(out, self.output), {path[:-1]: x for path, x in sown.items()}, dtypes, updates
+            out, changed = self.model.apply(variables, *args, method=self.method, mutable=mutable, **kwargs)
+        changed = dict(changed)
+        sown = flax.traverse_util.flatten_dict(flax.core.unfreeze(changed.pop(_TAPPED, {})))
+        updates = {name: value for name, value in changed.items() if flax.core.scope.in_filter(asked, name)}
+        return _Seen(
+            selected(out, self.output),
+            {path[:-1]: x for path, x in sown.items() if path[-1] == "input"},
+            dtypes,
+            None if asked is False else updates,
+            tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
+        )
 
     def kernel_shape(self, variables: Mapping, path: Path) -> tuple[int, ...]:
         try:
@@ -112,8 +193,28 @@ class LinenModule:
 
     store = write
 
+    def recalibrated(self, given: Mapping, moments: Mapping[Path, tuple[Any, Any]]) -> Mapping:
+        for path, (mean, var) in moments.items():
+            try:
+                old = dict(functools.reduce(lambda tree, name: tree[name], path, given[_STATS]))
+            except KeyError:  # statistics that the user does not keep
+                continue
+            unboxed = nn.meta.unbox(old)
+            new = unboxed | {
+                "mean": jnp.asarray(mean, unboxed["mean"].dtype),
+                "var": jnp.asarray(var, unboxed["var"].dtype),
+            }
+            given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
+        return given
+
     def count(self, variables: Mapping) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _moments(collection: Mapping, path: Path) -> Moments:
+    """The statistics of the batch norm at ``path``."""
+    stats = _at(collection, path)
+    return Moments(Norm(path), stats["mean"], stats["var"])
 
 
 def _at(tree: Mapping, path: Path) -> Mapping:
@@ -135,6 +236,8 @@ def find_head(
     method: Any = None,
     output: Any = None,
     paths: Any = None,
+    statistics: str | None = None,
+    recalibrate: bool = True,
     **kwargs: Any,
 ) -> Head:
     """Find the head ``Dense → relu → Dense`` that a linen module ends in, and verify it numerically.
@@ -150,6 +253,11 @@ def find_head(
         output: which output ends in the head, if there are several: a key, an index, or a function of the outputs.
         paths: the paths of the hidden and the output layer within ``variables["params"]``, such as
             ``("fc1", "out/fc2")``; they are verified too. None searches for them.
+        statistics: which statistics every ``nn.BatchNorm`` takes, whatever the call says. ``"batch"``: those of the
+            batch; with the keyword arguments of an evaluation, features are then as in training, but without dropout.
+            Alternate on these. ``"running"``: the running ones. None: those that the call asks for.
+        recalibrate: whether, after a solve on features of batch statistics, the running statistics become those of all
+            rows of that pass. Evaluated models then see the features that were solved on.
         **kwargs: the keyword arguments of ``model.apply``.
 
     Returns:
@@ -170,8 +278,9 @@ def find_head(
         raise ValueError(
             f"find_head: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.find_head."
         )
-    module = LinenModule(model, method, output)
-    return find(module, module.variables(variables, "find_head"), args, kwargs, paths)
+    check_statistics("find_head", statistics)
+    module = LinenModule(model, method, output, statistics)
+    return find(module, module.variables(variables, "find_head"), args, kwargs, paths, recalibrate)
 
 
 def fit_head(
@@ -207,7 +316,8 @@ def fit_head(
         throw: raise on numerical failure; if False, ``solution.status`` tells.
 
     Returns:
-        New variables, and the :class:`cronos_flax.Solution`.
+        New variables, and the :class:`cronos_flax.Solution`. Running statistics change only if features are those of
+        batch statistics (see ``recalibrate`` of :func:`find_head`).
 
     Raises:
         ValueError: for data that do not fit the module, or each other, and for features that are not finite.

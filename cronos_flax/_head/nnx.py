@@ -19,7 +19,8 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.head import Call, Head, Layer, Path, check_head, format_path, selected
+from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, format_path, selected
+from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 
@@ -45,6 +46,33 @@ def _tapping(kind: Any) -> type:
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
+
+
+@functools.cache
+def _normalising(kind: Any) -> type:
+    """A subclass of a batch norm's class that takes the statistics that were chosen, and keeps those of the batch."""
+
+    def call(self: Any, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
+        if self.statistics is not None:
+            use_running_average = self.statistics == "running"
+        mean, var, earlier = self.mean[...], self.var[...], self.calls[...]
+        with with_attributes(self, axis_name=bound_axes(self.axis_name), momentum=0.0):
+            out = kind.__call__(self, x, use_running_average, **kwargs)
+        # The batch's own; if the layer is called repeatedly, their mean.
+        self.mean[...] = (earlier * mean + self.mean[...]) / (earlier + 1)
+        self.var[...] = (earlier * var + self.var[...]) / (earlier + 1)
+        self.calls[...] = earlier + 1
+        return out
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
+
+
+def _normalise(layer: Any, statistics: str | None) -> None:
+    """Make a batch norm take these statistics, and keep those of the batch."""
+    kind: Any = type(layer)
+    layer.__class__ = _normalising(kind)
+    layer.statistics = nnx.static(statistics)
+    layer.calls = nnx.BatchStat(jnp.zeros_like(layer.mean[...]))  # the same for all: of a shape that transforms take
 
 
 def _watch(layer: Any, path: Path, wanted: bool) -> None:
@@ -74,6 +102,7 @@ class NnxModule:
         method: the name of the method to call, or a function; None calls the model.
         output: which of several outputs ends in the head.
         eval_mode: whether features are computed as after ``model.eval()``.
+        statistics: which statistics batch norms take, "batch" or "running"; None for those of the mode.
     """
 
     name: str
@@ -81,6 +110,7 @@ class NnxModule:
     method: Any
     output: Any
     eval_mode: bool
+    statistics: str | None
 
     finder: ClassVar[str] = "cf.nnx.find_head"
     dense: ClassVar[str] = "nnx.Linear"
@@ -99,24 +129,34 @@ class NnxModule:
         return state
 
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
-        out, inputs, dtypes = self._apply(variables, args, kwargs, lambda _: True)
+        out, inputs, dtypes, norms = self._apply(variables, args, kwargs, lambda _: True)
+        if self.statistics == "batch" and not norms and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat)):
+            raise ValueError(
+                '`statistics="batch"` must find nnx.BatchNorm layers, and there are statistics but no such layers. For '
+                "other norms call model.train() and give eval_mode=False instead."
+            )
         return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
 
-    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path) -> tuple[Array, None, Array]:
-        out, inputs, _ = self._apply(variables, args, kwargs, lambda other: other == path)
-        return inputs[path], None, out
+    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
+        out, inputs, _, norms = self._apply(variables, args, kwargs, lambda other: other == path)
+        return Tap(inputs[path], out, None, norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
-        return not self.eval_mode
+        return not self.eval_mode if self.statistics is None else self.statistics == "batch"
 
     def _apply(
         self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
-    ) -> tuple[Any, dict[Path, Array], dict[Path, Any]]:
-        """The chosen output; and inputs and dtypes of results by path, in call order."""
+    ) -> tuple[Any, dict[Path, Array], dict[Path, Any], tuple[Moments, ...]]:
+        """The chosen output; inputs and dtypes of results by path, in call order; and statistics of batch norms."""
         model = nnx.merge(self.graphdef, variables, copy=True)
+        norms = {}
         for path, module in nnx.iter_modules(model):
             if isinstance(module, LAYERS):
                 _watch(module, tuple(path), wanted(path))
+            if isinstance(module, nnx.BatchNorm):
+                norms[tuple(path)] = module
+        for norm in norms.values():
+            _normalise(norm, self.statistics)
 
         def call(model: nnx.Module) -> Any:
             method = self.method or type(model).__call__
@@ -128,7 +168,8 @@ class NnxModule:
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
-        return selected(out, self.output), inputs, unseen | dtypes
+        moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
+        return selected(out, self.output), inputs, unseen | dtypes, moments
 
     def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         try:
@@ -159,6 +200,14 @@ class NnxModule:
             )
         _assign([_weights(given, path) for path in paths], network)
         return given
+
+    def recalibrated(self, given: Any, moments: Mapping[Path, tuple[Any, Any]]) -> Any:
+        new = given if isinstance(given, nnx.Module) else jax.tree.map(lambda leaf: leaf, given)
+        for path, (mean, var) in moments.items():
+            layer = _weights(new, path)
+            layer["mean"].set_value(jnp.asarray(mean, layer["mean"].dtype))
+            layer["var"].set_value(jnp.asarray(var, layer["var"].dtype))
+        return new
 
     def count(self, variables: Any) -> int:
         return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(nnx.filter_state(variables, nnx.Param)))
@@ -213,6 +262,8 @@ def find_head(
     output: Any = None,
     paths: Any = None,
     eval_mode: bool = True,
+    statistics: str | None = None,
+    recalibrate: bool = True,
     **kwargs: Any,
 ) -> Head:
     """Find the head ``Linear → relu → Linear`` that an NNX model ends in, and verify it numerically.
@@ -228,8 +279,12 @@ def find_head(
         paths: the paths of the hidden and the output layer, such as ``("fc1", "layers/2")``; they are verified too.
             None searches for them.
         eval_mode: compute features as after ``model.eval()``, whatever the model's mode: no dropout, running averages
-            in norms. False takes the mode that the model is in now; for models with BatchNorm call ``model.train()``
-            first, and alternate on the features of training.
+            in norms. False takes the mode that the model is in now.
+        statistics: which statistics every ``nnx.BatchNorm`` takes, whatever mode and call say. ``"batch"``: those of
+            the batch; in evaluation mode, features are then as in training, but without dropout. Alternate on these.
+            ``"running"``: the running ones. None: those of the mode.
+        recalibrate: whether, after a solve on features of batch statistics, the running statistics become those of all
+            rows of that pass. Evaluated models then see the features that were solved on.
         **kwargs: its keyword arguments.
 
     Returns:
@@ -253,10 +308,11 @@ def find_head(
             f"find_head: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.find_head."
         )
     bridged = [format_path(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
+    check_statistics("find_head", statistics)
     graphdef, state = _functional(model, eval_mode)
-    module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode)
+    module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics)
     try:
-        return find(module, state, args, kwargs, paths)
+        return find(module, state, args, kwargs, paths, recalibrate)
     except ValueError as error:
         if not bridged:
             raise
@@ -280,7 +336,8 @@ def fit_head(
     """Solve for the head of a model on the model's own features, and write it into the model, in place.
 
     The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises. The head's Params are written at
-    the end, all of them; nothing else in the model changes. After an exception the model is unchanged.
+    the end, all of them; and, if features are those of batch statistics, the running statistics (see ``recalibrate`` of
+    :func:`find_head`). Nothing else in the model changes. After an exception the model is unchanged.
 
     Args:
         head: from :func:`find_head`.

@@ -227,7 +227,7 @@ def _frozen(task: Task, run: Run, watch: Callable[[Row], Any]) -> list[Row]:
         return jax.block_until_ready(do()), time.perf_counter() - began
 
     def features() -> Any:
-        return jax.device_put(task.head.gather(variables, (data.x, data.y), None, None))
+        return jax.device_put(task.head.gather(variables, (data.x, data.y), None, None)[0])
 
     def solved(network: Any, rows: Any, number: int, beta: Any) -> Any:
         with_beta = dataclasses.replace(solver, beta=beta)

@@ -1,0 +1,242 @@
+"""Batch norms and dropout as they are used: features as in training without dropout, and statistics that follow."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import cronos_flax as cf
+
+X = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))
+Y = (X[:, 0] > 3).astype(int)
+SOLVER = cf.Cronos(loss="softmax", max_iters=3)
+
+
+class LinenNet(nn.Module):
+    """A batch norm that averages over devices, used twice if told so; dropout before the head and inside it."""
+
+    twice: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = nn.BatchNorm(use_running_average=not train, axis_name="batch")
+        x = norm(nn.Dense(8)(x))
+        x = nn.relu(norm(3 * x + 1) if self.twice else x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        x = nn.relu(nn.Dense(6)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class NnxNet(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, twice, rngs):
+        self.twice = twice
+        self.encoder = nnx.Linear(5, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, axis_name="batch", rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.hidden, self.out = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.encoder(x))
+        x = nnx.relu(self.norm(3 * x + 1) if self.twice else x)
+        return self.out(self.dropout(nnx.relu(self.hidden(self.dropout(x)))))
+
+
+@dataclasses.dataclass
+class Kind:
+    """A model of one kind, and what a user does with it.
+
+    Args:
+        find: finds its head, with the arguments given.
+        fit: solves once with ``fit_head``; gives what it made.
+        alternate: makes a train state or an optimizer, solves once; gives the model it made.
+        logits: of a model in evaluation mode, on these rows.
+        encoded: the input of the norm, as an array.
+        running: mean and variance that a model keeps.
+    """
+
+    find: Callable[..., cf.Head]
+    fit: Callable[[cf.Head, Any], Any]
+    alternate: Callable[[cf.Head, Any], Any]
+    logits: Callable[[Any, Any], Any]
+    encoded: Callable[[Any], Any]
+    running: Callable[[Any], tuple]
+
+
+def linen(twice=False):
+    model = LinenNet(twice)
+    variables = model.init(jax.random.key(0), X)
+
+    def alternate(head, data):
+        state = cf.CronosTrainState.create(
+            apply_fn=model.apply,
+            params=variables["params"],
+            tx=optax.sgd(0.1),
+            head=head,
+            solver=SOLVER,
+            model_state={"batch_stats": variables["batch_stats"]},
+        )
+        return state.solve_head(data)[0].variables
+
+    return Kind(
+        find=lambda **how: cf.find_head(model, variables, X, **how),
+        fit=lambda head, data: cf.fit_head(head, variables, data, solver=SOLVER)[0],
+        alternate=alternate,
+        logits=lambda variables, x: model.apply(variables, x),
+        encoded=lambda variables: np.asarray(
+            X @ variables["params"]["Dense_0"]["kernel"] + variables["params"]["Dense_0"]["bias"]
+        ),
+        running=lambda variables: tuple(
+            np.asarray(variables["batch_stats"]["BatchNorm_0"][name]) for name in ("mean", "var")
+        ),
+    )
+
+
+def in_nnx(twice=False):
+    model = NnxNet(twice, nnx.Rngs(0))
+
+    def fit(head, data):
+        copy = nnx.clone(model)
+        cf.nnx.fit_head(head, copy, data, solver=SOLVER)
+        return copy
+
+    def alternate(head, data):
+        copy = nnx.clone(model)
+        cf.nnx.CronosOptimizer(copy, optax.sgd(0.1), head=head, solver=SOLVER).solve_head(copy, data)
+        return copy
+
+    def logits(model, x):
+        copy = nnx.clone(model)
+        copy.eval()
+        return copy(x)
+
+    return Kind(
+        find=lambda **how: cf.nnx.find_head(model, X, **how),
+        fit=fit,
+        alternate=alternate,
+        logits=logits,
+        encoded=lambda model: np.asarray(model.encoder(X)),
+        running=lambda model: (np.asarray(model.norm.mean[...]), np.asarray(model.norm.var[...])),
+    )
+
+
+KINDS = pytest.mark.parametrize("kind", [linen, in_nnx])
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["fit", "alternate"])
+def test_an_evaluated_model_sees_what_was_solved_on(kind, way):
+    """Section 3: dropout between the two layers, and an axis of devices; 11.6 % after the first epoch."""
+    made = kind()
+    head = made.find(statistics="batch")
+    assert head.in_training
+    batches = [(X[:40], Y[:40]), (X[40:], Y[40:])]
+    after = getattr(made, way)(head, batches)
+    mean, var = made.running(after)
+    encoded = made.encoded(after)
+    np.testing.assert_allclose(mean, encoded.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(var, encoded.var(axis=0), rtol=1e-3)
+    whole = getattr(made, way)(head, (X, Y))
+    logits = cf.predict(head.read(whole), head.inputs(whole[0] if isinstance(whole, tuple) else whole, X))
+    np.testing.assert_allclose(made.logits(whole, X), logits, atol=1e-3)
+
+
+@KINDS
+def test_statistics_stay_where_a_user_says_so(kind):
+    made = kind()
+    for how in ({"statistics": "batch", "recalibrate": False}, {"statistics": "running"}):
+        mean, var = made.running(made.alternate(made.find(**how), (X, Y)))
+        np.testing.assert_array_equal(mean, 0)
+        np.testing.assert_array_equal(var, 1)
+
+
+@KINDS
+def test_a_norm_that_is_used_twice_keeps_the_mean_of_both(kind):
+    made = kind(twice=True)
+    after = made.fit(made.find(statistics="batch"), (X, Y))
+    first = made.encoded(after)
+    second = 3 * (first - first.mean(axis=0)) / np.sqrt(first.var(axis=0) + 1e-5) + 1
+    mean, var = made.running(after)
+    np.testing.assert_allclose(mean, (first.mean(axis=0) + second.mean(axis=0)) / 2, atol=1e-4)
+    np.testing.assert_allclose(var, (first.var(axis=0) + second.var(axis=0)) / 2, rtol=1e-3)
+
+
+@KINDS
+def test_an_alternation_on_running_statistics_warns(kind):
+    """Section 3: gradients see other features than solves, and nobody is told."""
+    made = kind()
+    with pytest.warns(UserWarning, match=r'running statistics of batch norms.*Call find_head with statistics="batch"'):
+        made.alternate(made.find(), (X, Y))
+    with warnings.catch_warnings(action="error"):
+        made.fit(made.find(), (X, Y))
+
+
+@KINDS
+def test_other_words_than_batch_and_running_are_refused(kind):
+    with pytest.raises(ValueError, match=r'find_head: `statistics` must be "batch", "running" or None.*got \'train\''):
+        kind().find(statistics="train")
+
+
+def test_rows_in_the_order_of_their_classes_are_mixed_for_the_statistics_of_a_batch():
+    """Each batch of one class, normalised by its own mean, would say nothing of the class."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(x)
+            return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 1100)
+    x = (rng.normal(size=(2200, 5)) + 6 * y[:, None]).astype("float32")
+    variables = Net().init(jax.random.key(0), x[:64])
+    head = cf.find_head(Net(), variables, x[:64], statistics="batch")
+    rows, _ = head.gather(variables, (x, y))
+    assert np.mean((rows.X.mean(axis=1) > 0) == rows.y) > 0.99
+
+
+def test_statistics_that_no_batch_norm_keeps_are_not_passed_over():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+            return nn.Dense(2)(nn.relu(nn.Dense(6)(x - mean.value)))
+
+    variables = Own().init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"must find nn.BatchNorm layers.*mutable="):
+        cf.find_head(Own(), variables, X, statistics="batch")
+
+
+def test_train_takes_a_norm_that_averages_over_devices():
+    """Section 3: unbound axis outside pmap and shard_map."""
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), X)
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optax.sgd(0.1),
+        head=cf.find_head(model, variables, X, statistics="batch"),
+        solver=SOLVER,
+        model_state={"batch_stats": variables["batch_stats"]},
+    )
+    state, history = cf.train(state, (X, Y), epochs=1, batch_size=64, train_kwargs={"train": True}, validation=(X, Y))
+    assert history[-1]["validation_loss"] < 0.7
+
+
+def test_an_axis_that_is_there_is_averaged_over():
+    """A module that binds the axis itself, as nn.vmap does, is left alone."""
+    from cronos_flax._head.norms import bound_axes
+
+    assert bound_axes("batch") is None
+    seen = []
+    jax.vmap(lambda x: seen.append(bound_axes(("batch", "other"))) or x, axis_name="batch")(X)
+    assert seen == [("batch",)]
