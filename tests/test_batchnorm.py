@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import cronos_flax as cf
+from cronos_flax._head.norms import bound_axes
 
 X = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))
 Y = (X[:, 0] > 3).astype(int)
@@ -234,8 +235,6 @@ def test_train_takes_a_norm_that_averages_over_devices():
 
 def test_an_axis_that_is_there_is_averaged_over():
     """A module that binds the axis itself, as nn.vmap does, is left alone."""
-    from cronos_flax._head.norms import bound_axes
-
     assert bound_axes("batch") is None
     seen = []
     jax.vmap(lambda x: seen.append(bound_axes(("batch", "other"))) or x, axis_name="batch")(X)

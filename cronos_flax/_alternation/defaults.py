@@ -74,7 +74,7 @@ def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
         return
     warnings.warn(
         f"{where}: `head` was found with the running statistics of batch norms, but training steps use those of the "
-        "batch, so solves fit other features than gradients see; this costs accuracy. Call find_head with "
+        "batch, so solves fit other features than gradients see; this can cost accuracy. Call find_head with "
         'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
         'statistics="running".',
         UserWarning,

@@ -122,7 +122,7 @@ class LinenModule:
 
     def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         seen = self._apply(variables, args, kwargs, lambda other: other == path, observed)
-        return Tap(seen.inputs[path], seen.out, seen.updates, seen.norms)
+        return Tap(seen.inputs[path], seen.out, seen.updates, seen.norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
         return bool(kwargs.get("mutable")) if self.statistics is None else self.statistics == "batch"
