@@ -140,6 +140,7 @@ def test_an_evaluated_model_sees_what_was_solved_on(kind, way):
     made = kind()
     head = made.find(statistics="batch")
     assert head.in_training
+    assert "statistics of the batch; a solve sets the running ones" in str(head)
     batches = [(X[:40], Y[:40]), (X[40:], Y[40:])]
     after = getattr(made, way)(head, batches)
     mean, var = made.running(after)

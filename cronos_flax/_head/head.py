@@ -297,6 +297,8 @@ class Head:
             "frozen": f"{self.frozen:,} other parameters",
             "memory": f"about {self.solve_bytes(10_000) / 1e6:,.0f} MB for a solve on 10,000 rows",
         }
+        if self.in_training:
+            lines["norms"] = "statistics of the batch" + ("; a solve sets the running ones" if self.recalibrate else "")
         longest = max(map(len, lines))
         return "\n".join(
             [f"Head of {self.module.name}", *(f"  {label:<{longest}}  {line}" for label, line in lines.items())]
