@@ -136,7 +136,7 @@ KINDS = pytest.mark.parametrize("kind", [linen, in_nnx])
 @KINDS
 @pytest.mark.parametrize("way", ["fit", "alternate"])
 def test_an_evaluated_model_sees_what_was_solved_on(kind, way):
-    """Section 3: dropout between the two layers, and an axis of devices; 11.6 % after the first epoch."""
+    """Dropout between the two layers, and an axis of devices; it had 11.6 % after an epoch."""
     made = kind()
     head = made.find(statistics="batch")
     assert head.in_training
@@ -174,7 +174,7 @@ def test_a_norm_that_is_used_twice_keeps_the_mean_of_both(kind):
 
 @KINDS
 def test_an_alternation_on_running_statistics_warns(kind):
-    """Section 3: gradients see other features than solves, and nobody is told."""
+    """Gradients see other features than solves, and nobody is told."""
     made = kind()
     with pytest.warns(UserWarning, match=r'running statistics of batch norms.*Call find_head with statistics="batch"'):
         made.alternate(made.find(), (X, Y))
@@ -218,18 +218,31 @@ def test_statistics_that_no_batch_norm_keeps_are_not_passed_over():
         cf.find_head(Own(), variables, X, statistics="batch")
 
 
-def test_train_takes_a_norm_that_averages_over_devices():
-    """Section 3: unbound axis outside pmap and shard_map."""
+def linen_state(rate):
+    """A train state whose head was found on the statistics of the batch."""
     model = LinenNet()
     variables = model.init(jax.random.key(0), X)
-    state = cf.CronosTrainState.create(
+    return cf.CronosTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
-        tx=optax.sgd(0.1),
+        tx=optax.sgd(rate),
         head=cf.find_head(model, variables, X, statistics="batch"),
         solver=SOLVER,
         model_state={"batch_stats": variables["batch_stats"]},
     )
+
+
+def test_a_rejected_solve_takes_the_running_statistics_back():
+    accepted, _ = linen_state(1e30).solve_head((X, Y))
+    state = accepted.apply_gradients(grads=jax.tree.map(jnp.ones_like, accepted.params))
+    state, solution = state.solve_head((X, Y))
+    assert solution.status == cf.Status.rejected
+    jax.tree.map(np.testing.assert_array_equal, state.model_state, accepted.model_state)
+
+
+def test_train_takes_a_norm_that_averages_over_devices():
+    """It was an unbound axis outside pmap and shard_map."""
+    state = linen_state(0.1)
     state, history = cf.train(state, (X, Y), epochs=1, batch_size=64, train_kwargs={"train": True}, validation=(X, Y))
     assert history[-1]["validation_loss"] < 0.7
 
