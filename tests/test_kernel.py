@@ -417,3 +417,20 @@ def test_beta_max_of_many_rows_is_that_of_all_rows(where, monkeypatch):
     jax.clear_caches()
     assert some == pytest.approx(largest(), rel=0.02)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("output_bias", [True, False])
+def test_the_default_beta_of_many_rows_does_not_move_with_the_key_or_an_offset(output_bias):
+    """Features with a large mean have the β_max of all rows, with every key, also where many rows have weight zero."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(12_000, 32)) + 5
+    y = np.abs(X[:, 0] - 5) + 0.3 * rng.normal(size=12_000)
+    y = y - (0 if output_bias else y.mean())
+    weight = np.where(np.arange(12_000) % 2, rng.exponential(size=12_000), 0)
+    arrays = (jnp.asarray(array, "float32") for array in (X, y[:, None], weight / weight[weight > 0].mean()))
+    rows, _ = coordinates.scaled(*arrays, losses.Squared(), hidden_bias=True, output_bias=output_bias)
+    alpha = betas.at_best_constant(rows)
+    u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 8), rows.X.dtype)
+    everything = float(jnp.max(betas.violation(rows.X, alpha, betas.climb(rows.X, alpha, u / programs.norms(u), 40))))
+    found = [float(jax.jit(betas.beta_max)(rows, jax.random.key(seed))) for seed in range(4)]
+    assert found == pytest.approx([everything] * 4, rel=0.03)
