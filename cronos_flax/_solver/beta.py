@@ -78,7 +78,8 @@ def sample(rows: Rows, alpha: Outputs, key: Array) -> tuple[Rows, Outputs]:
 def beta_max(rows: Rows, key: Array) -> Scalar:
     """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖``.
 
-    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate. Of many
+    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, which a
+    local maximum can make too low by some per cent (docs/benchmarks/beta.md). Of many
     rows, a sample is climbed on first, then all rows for a few steps: the best neuron of a sample fits its noise too.
     """
     alpha = at_best_constant(rows)
