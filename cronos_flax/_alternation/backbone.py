@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from cronos_flax._head.head import Head, check_head, format_path
 from cronos_flax._head.linen import LinenModule
+from cronos_flax._solver.transfer import on_device
 
 
 class RatedState(NamedTuple):
@@ -25,7 +26,7 @@ def at_backbone_rate(tx: optax.GradientTransformation) -> optax.GradientTransfor
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> RatedState:
-        return RatedState(inner.init(params), jnp.ones((), jnp.float32))
+        return RatedState(inner.init(params), on_device(1, jnp.float32))
 
     def update(updates: Any, state: RatedState, params: Any = None, **extra: Any) -> tuple[Any, RatedState]:
         updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)

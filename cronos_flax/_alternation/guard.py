@@ -31,6 +31,7 @@ from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.transfer import on_device, on_host
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -143,18 +144,18 @@ class GuardState:
         """
         return cls(
             kept=copied(parts),
-            best=jnp.full((), jnp.inf, jnp.float32),
-            accepted=jnp.ones((), bool),
-            solves=jnp.zeros((), jnp.int32),
-            rejections=jnp.zeros((), jnp.int32),
-            consecutive_rejections=jnp.zeros((), jnp.int32),
+            best=on_device(math.inf, jnp.float32),
+            accepted=on_device(True),
+            solves=on_device(0, jnp.int32),
+            rejections=on_device(0, jnp.int32),
+            consecutive_rejections=on_device(0, jnp.int32),
             settings=settings,
             drifts=drifts,
         )
 
     def forgetful(self) -> Self:
         """The same, without the least loss so far: the next finite one is accepted."""
-        return self.replace(best=jnp.full_like(self.best, jnp.inf))  # type: ignore[attr-defined]
+        return self.replace(best=on_device(math.inf, self.best.dtype))  # type: ignore[attr-defined]
 
     def judge(self, parts: dict[str, Any], stats: Stats, rounding: float) -> tuple[Self, dict[str, Any]]:
         """Accept or reject the state after a solve.
@@ -168,28 +169,29 @@ class GuardState:
             The new state of the guard, and the parts to continue with: those given if the solve is accepted, otherwise
             copies of the kept ones; with the new rate of the backbone in both cases.
         """
-        settings, objective, best = self.settings, float(stats.objective), float(self.best)
-        rise, allowed = objective - best - rounding, settings.tolerance * max(float(stats.null_loss), _TINY)
+        settings, objective, best = self.settings, float(on_host(stats.objective)), float(on_host(self.best))
+        rise, allowed = objective - best - rounding, settings.tolerance * max(float(on_host(stats.null_loss)), _TINY)
         accepted = math.isfinite(objective) and rise <= allowed * settings.drift_factor ** self._tries()
         comparable = rise <= allowed  # with the losses before, which drift does not explain
-        before = optax.tree.get(parts["opt_state"], "backbone_rate")
+        before = on_host(optax.tree.get(parts["opt_state"], "backbone_rate"))
         rate = self._new_rate(before, accepted, comparable)
         if not accepted:
             opt_state = gone_back(self.kept["opt_state"], parts["opt_state"])
             parts = {**self.kept, "opt_state": opt_state}
-        parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=rate)}
+        parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=on_device(rate))}
         if accepted:
             best = min(objective, best) if comparable else objective
+        in_a_row = 0 if accepted else int(on_host(self.consecutive_rejections)) + 1
         state = self.replace(  # type: ignore[attr-defined]
             # A user's step may donate the parts of the state: kept ones share no buffer with them.
             kept=copied(parts),
-            best=jnp.asarray(best, self.best.dtype),
-            accepted=jnp.asarray(accepted),
-            solves=self.solves + 1,
-            rejections=self.rejections + (not accepted),
-            consecutive_rejections=jnp.zeros((), jnp.int32) if accepted else self.consecutive_rejections + 1,
+            best=on_device(best, self.best.dtype),
+            accepted=on_device(accepted),
+            solves=on_device(int(on_host(self.solves)) + 1, jnp.int32),
+            rejections=on_device(int(on_host(self.rejections)) + (not accepted), jnp.int32),
+            consecutive_rejections=on_device(in_a_row, jnp.int32),
         )
-        if int(state.consecutive_rejections) == 2 or rate < _LOW_RATE <= before:
+        if in_a_row == 2 or rate < _LOW_RATE <= before:
             state._warn(objective, best)
         return state, parts if accepted else copied(parts)
 
@@ -212,33 +214,36 @@ class GuardState:
             return 0
         # Statistics have not settled at the start; and they go back with the rest, so that the next solve fails too.
         most = self.settings.drift_tries
-        return most if int(self.solves) <= 1 else min(int(self.consecutive_rejections), most)
+        return most if int(on_host(self.solves)) <= 1 else min(int(on_host(self.consecutive_rejections)), most)
 
-    def _new_rate(self, rate: Array, accepted: bool, comparable: bool) -> Array:
+    def _new_rate(self, rate: np.ndarray, accepted: bool, comparable: bool) -> np.ndarray:
         settings = self.settings
         if not accepted:
             return rate * settings.decrease_factor
         if not comparable:  # the rejections before were the drift's doing
-            return rate / settings.decrease_factor ** int(self.consecutive_rejections)
-        return jnp.maximum(rate, jnp.minimum(rate * settings.increase_factor, settings.highest_rate))
+            return rate / settings.decrease_factor ** int(on_host(self.consecutive_rejections))
+        return np.maximum(rate, np.minimum(rate * settings.increase_factor, settings.highest_rate))
 
     @property
     def figures(self) -> dict[str, float]:
         """The decisions so far, as flat Python numbers for a logger."""
         return {
-            "accepted": bool(self.accepted),
-            "backbone_rate": float(optax.tree.get(self.kept["opt_state"], "backbone_rate")),
-            "best_objective": float(self.best),
-            "solves": int(self.solves),
-            "rejections": int(self.rejections),
-            "consecutive_rejections": int(self.consecutive_rejections),
+            "accepted": bool(on_host(self.accepted)),
+            "backbone_rate": float(on_host(optax.tree.get(self.kept["opt_state"], "backbone_rate"))),
+            "best_objective": float(on_host(self.best)),
+            "solves": int(on_host(self.solves)),
+            "rejections": int(on_host(self.rejections)),
+            "consecutive_rejections": int(on_host(self.consecutive_rejections)),
         }
 
 
 def undecided_beta(solver: Cronos) -> Float[Array, ""]:
-    """The weight decay of an alternation before its first solve: the solver's number, or NaN, to be chosen then."""
+    """The weight decay of an alternation before its first solve: the solver's number, or infinity, to be chosen then.
+
+    Not NaN: a user's jitted step carries it, and ``jax_debug_nans`` would take it for a fault.
+    """
     chosen = solver.beta is None or isinstance(solver.beta, str)
-    return jnp.asarray(jnp.nan if chosen else solver.beta, float)
+    return on_device(math.inf if chosen else solver.beta, float)
 
 
 def solve_guarded(
@@ -256,7 +261,7 @@ def solve_guarded(
 
     Args:
         guard: None accepts every solve.
-        beta: weight decay of the alternation; NaN lets this solve choose it, as ``solver`` says.
+        beta: weight decay of the alternation; infinity lets this solve choose it, as ``solver`` says.
         network: the present head.
         rows: the head's input, with targets and weights.
         solver: how the head is solved.
@@ -273,22 +278,23 @@ def solve_guarded(
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
     if rows.finite:
-        if not jnp.isnan(beta):
+        decided = not np.isinf(on_host(beta))
+        if decided:
             solver = dataclasses.replace(solver, beta=beta)
         elif guard is not None:  # losses with another weight decay say nothing
             guard = guard.forgetful()
         new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
-        beta = jnp.where(jnp.isnan(beta), jnp.asarray(solution.stats.beta, beta.dtype), beta)
+        beta = beta if decided else on_device(solution.stats.beta, beta.dtype)
     else:
         new, solution = None, nonfinite_solution(network)
-    if throw and solution.status == Status.nonfinite and (guard is None or int(guard.solves) == 0):
+    if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
         raise FloatingPointError(f"solve_head: {solution.status.message}")
     changed = parts(new)
     if guard is None:
         return None, beta, changed, solution
     guard, changed = guard.judge(changed, solution.stats, _rounding(rows))
-    if not guard.accepted:
-        solution = dataclasses.replace(solution, status_code=jnp.asarray(Status.rejected, jnp.int32))
+    if not on_host(guard.accepted):
+        solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
     if callback is not None:
         callback(guard.figures)
     return guard, beta, changed, solution

@@ -18,6 +18,7 @@ from cronos_flax._head.head import Head, Path, check_head
 from cronos_flax._head.nnx import NnxModule
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.transfer import default_key, folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class GuardVariable(nnx.Variable):
 
 
 class BetaVariable(nnx.Variable):
-    """Holds the weight decay of all solves of a :class:`CronosOptimizer`; NaN until the first one chooses it."""
+    """Holds the weight decay of all solves of a :class:`CronosOptimizer`; infinite until the first chooses it."""
 
 
 class CronosOptimizer(nnx.Optimizer):
@@ -83,7 +84,8 @@ class CronosOptimizer(nnx.Optimizer):
         check_head("CronosOptimizer", head, NnxModule)
         solver = alternation_defaults(solver_or_default("CronosOptimizer", solver), head)
         settings = guard_settings("CronosOptimizer", guard)
-        super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
+        with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+            super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
         self.solving = nnx.static(_Solving(head, solver))
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
@@ -143,7 +145,7 @@ class CronosOptimizer(nnx.Optimizer):
         """
         head, solver = self.solving.head, self.solving.solver
         rows, moments = head.gather(model, data, unpack, callback)
-        key = jax.random.fold_in(jax.random.key(0), self.step[...]) if key is None else key
+        key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model, moments=moments)
         beta, network = self.beta.get_value(), head.read(model)

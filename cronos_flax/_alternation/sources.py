@@ -1,6 +1,7 @@
 """Where ``cf.train`` takes its batches and the rows of its solves from, and how it knows them again."""
 
 import dataclasses
+import functools
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,10 +15,13 @@ from jax import Array
 from cronos_flax._head.data import Batch, Unpack, batches, check_repeatable, whole_arrays
 from cronos_flax._head.head import Head
 from cronos_flax._solver.arrays import native
+from cronos_flax._solver.transfer import on_host
 
 _LEAST_SOLVED = 8_192  # rows of a solve; of fewer, losses are too noisy for the guard to compare
 _SOLVE_BYTES = 2**32  # memory for a solve
 _READ_BYTES, _READ_ROWS = 2**26, 4_096  # of larger arrays, the fingerprint takes so many rows
+
+_bits = jax.jit(functools.partial(jax.random.bits, dtype=jnp.uint32))
 
 Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum; None for what is not kept
 
@@ -70,8 +74,8 @@ class Arrays:
             ValueError: if they are not arrays, or the numbers of rows differ or are zero.
         """
         x, y = whole_arrays(x, y, "train", name)
-        x, y = jax.tree.map(np.asarray, x), np.asarray(native(y, "train: the targets"))
-        return cls(x, y, min(batch_size, len(y)), steps, int(jax.random.bits(key)))
+        x, y = jax.tree.map(np.asarray, on_host((x, native(y, "train: the targets"))))
+        return cls(x, y, min(batch_size, len(y)), steps, int(on_host(_bits(key))))
 
     def epoch(self, number: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch, from batch ``start`` on."""

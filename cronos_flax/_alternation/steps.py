@@ -18,6 +18,7 @@ from cronos_flax._head.data import Batch, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.transfer import batch_on_device, on_host
 
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
 
@@ -194,10 +195,11 @@ def scoring(
 
     def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
         params, collections = _params_to_score(state), _collections(state)
-        each = [sums(params, collections, door(batch), class_weight) for batch in batches(rows, unpack, "train", name)]
+        checked = map(door, batches(rows, unpack, "train", name))
+        each = [sums(params, collections, batch_on_device(batch), class_weight) for batch in checked]
         if not each:
             raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")
-        total, weights, hits, count, labelled = map(np.asarray, zip(*each, strict=True))
+        total, weights, hits, count, labelled = map(np.asarray, zip(*on_host(each), strict=True))
         figures = {"loss": float(total.sum() / weights.sum())}
         if labelled.all():
             figures["accuracy"] = float(hits.sum() / count.sum())

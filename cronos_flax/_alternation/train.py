@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
@@ -28,6 +27,7 @@ from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.solution import Solution
+from cronos_flax._solver.transfer import batch_on_device, default_key, folded, on_device, on_host
 
 State = TypeVar("State", bound=TrainState)
 Row = dict[str, float]
@@ -135,7 +135,7 @@ def train(
     _check_counts(optional=True, save_every=save_every, solve_rows=solve_rows, steps_per_epoch=steps_per_epoch)
     if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
-    key = jax.random.key(0) if key is None else key
+    key = default_key() if key is None else key
     streams = _streams_of(rngs, key)
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
     to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
@@ -143,7 +143,7 @@ def train(
     settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
     settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
     settings["solve_every"] = schedule if isinstance(schedule, int) else repr(schedule)
-    settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
+    settings["key"] = on_host(jax.random.key_data(key)).tolist()
     if not isinstance(state, CronosTrainState):
         schedule = None
     elif not isinstance(to_solve, Arrays):
@@ -155,12 +155,12 @@ def train(
 
     marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
     checkpoints = Checkpoints(directory, settings, marks, save_every)
-    state, position = checkpoints.resumed(state.replace(step=jnp.asarray(state.step)))  # Flax starts with an int
+    state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
     door = Door(state, loss, train_kwargs or {}, streams)
     _check_what_is_in_memory(door, source, sets, unpack)
     class_weight = None
     if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
-        class_weight = jnp.asarray(balanced_weights(loss, map(door, source.once())))
+        class_weight = on_device(balanced_weights(loss, map(door, source.once())))
     loop = _Loop(
         state=copied(state),  # the loop donates its own
         position=position,
@@ -220,7 +220,7 @@ def _streams_of(rngs: Any, key: Array) -> dict[str, Array]:
             _described(rngs)  # they are keys
             return dict(rngs)
         if not isinstance(rngs, str):
-            return {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in rngs}
+            return {name: folded(key, np.uint32(zlib.crc32(name.encode()))) for name in rngs}
     except (TypeError, AttributeError):
         pass
     raise ValueError(f'train: `rngs` must be names, such as ("dropout",), or a dict of keys, got {rngs!r}.')
@@ -228,7 +228,7 @@ def _streams_of(rngs: Any, key: Array) -> dict[str, Array]:
 
 def _described(keys: Mapping[str, Array]) -> dict[str, list]:
     """Keys as JSON takes them."""
-    return {name: np.asarray(jax.random.key_data(key)).tolist() for name, key in keys.items()}
+    return {name: on_host(jax.random.key_data(key)).tolist() for name, key in keys.items()}
 
 
 def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class _Loop:
         """Compile by a step and a solve on copies, then restart the clock."""
         began, position = time.perf_counter(), self.position
         for batch in itertools.islice(self.source.epoch(position.epoch, position.batch), 1):
-            jax.block_until_ready(self.step(copied(self.state), self.door(batch)))
+            jax.block_until_ready(self.step(copied(self.state), batch_on_device(self.door(batch))))
         if self.schedule is not None:
             jax.block_until_ready(self.solved()[0].params)
         compile_seconds = time.perf_counter() - began
@@ -343,7 +343,7 @@ class _Loop:
             if every is not None and position.step % every == 0 and position.batch:
                 self.save()
             self.solve_if_due()
-            self.state, value = self.step(self.state, self.door(batch))
+            self.state, value = self.step(self.state, batch_on_device(self.door(batch)))
             self.losses.append(value)
             position.step, position.batch = position.step + 1, position.batch + 1
         self.sum_losses()
@@ -367,7 +367,7 @@ class _Loop:
         """The state with its head solved for, and the solution."""
         step = self.position.step
         rows, unpack = self.to_solve.rows(step, self.solve_rows)
-        return self.state.solve_head(rows, unpack=unpack, key=jax.random.fold_in(self.key, step))
+        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step))
 
     def solve_if_due(self, anyway: bool = False) -> None:
         """Solve for the head, with a row of the history; never twice at the same step."""
@@ -379,7 +379,7 @@ class _Loop:
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
         self.state, solution = self.solved()
-        before, after = float(solution.stats.initial_objective), float(solution.stats.objective)
+        before, after = (float(on_host(v)) for v in (solution.stats.initial_objective, solution.stats.objective))
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
         self.tell(initial_objective=before, objective=after, solve_seconds=position.solve_seconds, **self.state.figures)
 
@@ -405,7 +405,7 @@ class _Loop:
 
     def sum_losses(self) -> None:
         """Wait for the losses of this epoch."""
-        self.position.loss_sum = sum(map(float, self.losses), self.position.loss_sum)
+        self.position.loss_sum = sum(map(float, on_host(self.losses)), self.position.loss_sum)
         self.losses.clear()
 
     def time_is_up(self) -> bool:

@@ -20,6 +20,7 @@ from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.transfer import default_key, folded
 
 
 def module_params(params: Any) -> Any:
@@ -38,8 +39,8 @@ class CronosTrainState(TrainState):
     Args:
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved, with the defaults of an alternation filled in.
-        beta: weight decay of all solves, in the units of the mean loss; NaN until the first solve chooses it. Replace
-            it by NaN to have it chosen anew.
+        beta: weight decay of all solves, in the units of the mean loss; infinite until the first solve chooses it.
+            Replace it by infinity to have it chosen anew.
         model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
         guard: the state of the guard; None without guard. ``state.figures`` shows it as numbers.
     """
@@ -88,7 +89,8 @@ class CronosTrainState(TrainState):
         settings = guard_settings("CronosTrainState", guard)
         tx = rated_backbone_only(tx, head)
         kwargs |= {"head": head, "solver": solver, "beta": undecided_beta(solver)}
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+            state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
         if settings is None:
             return state
@@ -162,7 +164,7 @@ class CronosTrainState(TrainState):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         rows, moments = self.head.gather(self.variables, data, unpack, callback)
-        key = jax.random.fold_in(jax.random.key(0), self.step) if key is None else key
+        key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         guard, beta, changed, solution = solve_guarded(
             self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from cronos_flax._solver.arrays import is_array, native, numbers, opened
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.transfer import on_device, on_host, taken
 
 _CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
 
@@ -95,7 +97,7 @@ def _shape_of_targets(loss: Loss, shape: tuple[int, ...], dtype: np.dtype, outpu
 
 def _real(value: Any, what: str) -> np.ndarray:
     """A copy of an array of real numbers, in host memory."""
-    array = np.array(numbers(value, what))
+    array = np.array(on_host(numbers(value, what)))
     if array.dtype.kind == "c":
         raise ValueError(f"{what} must be real numbers, got dtype {array.dtype}.")
     return array
@@ -240,11 +242,20 @@ def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, A
 
 def _chunks(x: Any, y: Any, where: str, shuffled: bool) -> Iterator[Batch]:
     """Whole arrays in pieces of equal size, so that a pass through the backbone needs little memory."""
-    y, leaves, n = native(y, f"{where}: the targets"), jax.tree.leaves(x), len(y)
+    y, leaves, n = on_host(native(y, f"{where}: the targets")), jax.tree.leaves(x), len(y)
     size = int(np.clip(_CHUNK_BYTES * n / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
     order = np.random.default_rng(0).permutation(n) if shuffled else None
     pieces = -(-n // size)
     for i in range(pieces):
         part = slice(i * n // pieces, (i + 1) * n // pieces)
         rows = part if order is None else order[part]
-        yield Batch.of((jax.tree.map(lambda leaf, rows=rows: leaf[rows], x),), {}, y[rows], None, where)
+        yield Batch.of((jax.tree.map(lambda leaf, rows=rows: _rows_of(leaf, rows), x),), {}, y[rows], None, where)
+
+
+def _rows_of(leaf: Any, rows: slice | np.ndarray) -> Any:
+    """``leaf[rows]``."""
+    if not isinstance(leaf, Array):
+        return leaf[rows]
+    return (
+        jax.lax.slice_in_dim(leaf, rows.start, rows.stop) if isinstance(rows, slice) else taken(leaf, on_device(rows))
+    )

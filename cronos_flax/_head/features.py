@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._head.data import Batch, Unpack, batches, flat_targets, flat_weight
+from cronos_flax._solver.transfer import on_host
 
 Tap = Callable[[tuple, Mapping], Array]  # from positional and keyword arguments to the head's input (..., p)
 
@@ -87,7 +88,7 @@ def gather(
 def _rows(features: Array, batch: Batch, outputs: int) -> GatheredRows:
     """A batch in host memory, leading axes flattened, without the rows of weight zero."""
     leading, p = features.shape[:-1], features.shape[-1]
-    X = np.asarray(features, jnp.promote_types(features.dtype, jnp.float32)).reshape(-1, p)
+    X = np.asarray(on_host(features), jnp.promote_types(features.dtype, jnp.float32)).reshape(-1, p)
     y, weight = flat_targets(batch.y, leading, outputs), None
     if batch.weight is not None:
         weight = flat_weight(batch.weight, leading).astype(X.dtype)

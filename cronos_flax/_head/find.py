@@ -28,6 +28,7 @@ from cronos_flax._head.head import (
     relative_difference,
 )
 from cronos_flax._solver.solution import TwoLayer
+from cronos_flax._solver.transfer import on_device, on_host
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
@@ -165,10 +166,15 @@ def _check_output(out: Any) -> None:
             f"find_head: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. "
             "Choose one with output=: a key, an index, or a function of the outputs."
         )
-    if not jnp.issubdtype(out.dtype, jnp.floating) or not bool(jnp.all(jnp.isfinite(out))):
+    if not jnp.issubdtype(out.dtype, jnp.floating) or not on_host(_all_finite(out)):
         raise ValueError(
             "find_head: the module's outputs on the batch must be finite floats. Check batch and variables."
         )
+
+
+@jax.jit
+def _all_finite(out: Array) -> Array:
+    return jnp.all(jnp.isfinite(out))
 
 
 def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out: Array) -> Iterator[tuple[Path, Path]]:
@@ -217,6 +223,7 @@ def _scaled(leaves: list[Array], draws: list[Array], spread: Array) -> list[Arra
 
     def scaled(leaf: Array, draw: Array) -> Array:
         value = leaf.astype(jnp.float32)
+        draw = jnp.broadcast_to(draw, leaf.shape)
         return jnp.where(value == 0, spread * jnp.abs(draw), value * jnp.exp(spread * draw)).astype(leaf.dtype)
 
     return [scaled(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
@@ -227,8 +234,8 @@ def _redrawn(variables: Any, spread: float) -> Any:
     leaves, treedef = jax.tree.flatten(variables)
     floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     rng = np.random.default_rng(0)
-    draws = [jnp.asarray(rng.normal(size=jnp.shape(leaves[i])[-1:]), jnp.float32) for i in floats]
-    new = _scaled([jnp.asarray(leaves[i]) for i in floats], draws, jnp.asarray(spread, jnp.float32))
+    draws = [on_device(rng.normal(size=jnp.shape(leaves[i])[-1:]), jnp.float32) for i in floats]
+    new = _scaled([on_device(leaves[i]) for i in floats], draws, on_device(spread, jnp.float32))
     for i, leaf in zip(floats, new, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
@@ -273,12 +280,13 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verd
 def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
     """Why outputs differ: the known function between the two layers, or after them, that explains it."""
 
+    @jax.jit
     def dense(x: Array, kernel: Array, bias: Array | None) -> Array:
         y = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
-        return y if bias is None else y + bias.astype(jnp.float32)
+        return y if bias is None else y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
 
     def known(functions: Mapping[str, Callable], x: Array, y: Array) -> str | None:
-        return next((name for name, f in functions.items() if relative_difference(f(x), y) <= tol), None)
+        return next((name for name, f in functions.items() if relative_difference(jax.jit(f)(x), y) <= tol), None)
 
     network = seen.network
     between = known(_ACTIVATIONS, dense(seen.features, network.kernel1, network.bias1), seen.hidden)
@@ -293,7 +301,8 @@ def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
     return _Verdict(error, reason, far)
 
 
-def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
+@jax.jit
+def _drawn_like(network: TwoLayer, features: Array, size: Array) -> TwoLayer:
     """A random head with about half of its neurons active on a row, and activations of about this size."""
     leaves, treedef = jax.tree.flatten(network)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -307,6 +316,10 @@ def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
         bias1=None if draw.bias1 is None else size * draw.bias1,
         kernel2=draw.kernel2 / jnp.sqrt(draw.kernel2.shape[0]),
     )
+
+
+def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
+    return _drawn_like(network, features, on_device(size, jnp.float32))
 
 
 def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:

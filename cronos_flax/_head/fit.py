@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cronos_flax._head.features import GatheredRows
 from cronos_flax._head.head import Head
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.transfer import on_device, on_host
 
 
 def fit_data(
@@ -85,8 +87,9 @@ def fit_rows(
     if jnp.result_type(network.kernel1, network.kernel2) == solution.params.kernel1.dtype:
         return rounded, solution
     objective = solver.objective(as_solved(rounded), rows.X, rows.y, solution.stats.beta, sample_weight=rows.weight)
-    better = bool(objective <= solution.stats.initial_objective)
-    stats = dataclasses.replace(solution.stats, objective=objective if better else solution.stats.initial_objective)
+    before = solution.stats.initial_objective
+    better = bool(on_host(objective) <= on_host(before))
+    stats = dataclasses.replace(solution.stats, objective=objective if better else before)
     kept = rounded if better else network
     return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept), stats=stats)
 
@@ -101,7 +104,7 @@ def solver_or_default(where: str, solver: Cronos | None) -> Cronos:
 
 def nonfinite_solution(network: TwoLayer) -> Solution:
     """The solution of a solve that was not tried, because the features are not finite: ``network``, unchanged."""
-    nan, zero = jnp.full((), jnp.nan), jnp.zeros((), jnp.int32)
+    nan, zero = on_device(np.nan, float), on_device(0, jnp.int32)
     stats = Stats(
         objective=nan,
         initial_objective=nan,
@@ -109,9 +112,9 @@ def nonfinite_solution(network: TwoLayer) -> Solution:
         beta=nan,
         iterations=zero,
         active_neurons=zero,
-        objective_trace=nan[None],
+        objective_trace=on_device([np.nan], float),
     )
-    return Solution(network, jnp.asarray(Status.nonfinite, jnp.int32), stats, None)
+    return Solution(network, on_device(Status.nonfinite, jnp.int32), stats, None)
 
 
 def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:
@@ -143,20 +146,21 @@ def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:
         raise ValueError(f"prune_head: `params` must be a cf.TwoLayer, got {type(params).__name__}.")
     if not isinstance(tol, numbers.Real) or not 0 <= tol < 1:
         raise ValueError(f"prune_head: `tol` must be a number in [0, 1), got {tol!r}.")
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(np.asarray, on_host(params))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, np.float32)), params)
     if (
         params.kernel1.ndim != 2
         or params.kernel1.size == 0
-        or not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
+        or not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(wide))
     ):
         raise ValueError(
             f"prune_head: `params` must be finite, with a kernel1 (p, m), got one of shape {params.kernel1.shape}."
         )
-    out = jnp.linalg.norm(params.kernel2, axis=1)
-    sizes = [jnp.linalg.norm(params.kernel1, axis=0) * out]
-    if params.bias1 is not None:
-        sizes.append(jnp.abs(params.bias1) * out)
-    active = jnp.any(jnp.stack([size > tol * jnp.max(size) for size in sizes]), axis=0)
-    active = active.at[jnp.argmax(sizes[0])].set(True)
+    out = np.linalg.norm(wide.kernel2, axis=1)
+    sizes = [np.linalg.norm(wide.kernel1, axis=0) * out]
+    if wide.bias1 is not None:
+        sizes.append(np.abs(wide.bias1) * out)
+    active = np.any([size > tol * np.max(size) for size in sizes], axis=0)
+    active[np.argmax(sizes[0])] = True
     bias1 = None if params.bias1 is None else params.bias1[active]
-    return TwoLayer(params.kernel1[:, active], bias1, params.kernel2[active], params.bias2)
+    return jax.tree.map(on_device, TwoLayer(params.kernel1[:, active], bias1, params.kernel2[active], params.bias2))

@@ -145,7 +145,8 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
         raise ValueError(f"graft_variables: `grafted` must come from cf.graft, got {type(grafted).__name__}.")
     if not isinstance(pretrained, Mapping):
         raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
-    fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
+    with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
+        fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     replaced = grafted.at
 

@@ -20,6 +20,7 @@ from cronos_flax._head.features import GatheredRows, gather
 from cronos_flax._head.norms import Moments, Population
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.solution import TwoLayer, predict
+from cronos_flax._solver.transfer import on_device, on_host
 
 Path = tuple[Hashable, ...]
 
@@ -309,12 +310,16 @@ class Head:
 
 def relative_difference(a: Array, b: Array) -> float:
     """Largest difference, relative to the largest entry of b."""
-    if a.shape != b.shape:
-        return math.inf
+    return math.inf if a.shape != b.shape else float(on_host(_relative_difference(a, b)))
+
+
+@jax.jit
+def _relative_difference(a: Array, b: Array) -> Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return float(jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny))
+    return jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny)
 
 
+@jax.jit
 def predicted(network: TwoLayer, features: Array) -> Array:
     """``relu(features kernel1 + bias1) kernel2 + bias2`` in float32."""
     return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
@@ -383,7 +388,7 @@ class _Static:
         # With the type: 1 and True are equal, but a module may tell them apart.
         rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, traced, strict=True))
         arrays = [leaf for leaf, is_one in zip(leaves, traced, strict=True) if is_one]
-        return as_arrays(arrays, "the module's arguments"), cls(treedef, rest)
+        return [on_device(array) for array in as_arrays(arrays, "the module's arguments")], cls(treedef, rest)
 
     def join(self, arrays: list[Any]) -> Any:
         remaining = iter(arrays)

@@ -19,6 +19,7 @@ from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, sel
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.transfer import on_device
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
 _STATS = "batch_stats"  # Flax's collection of running statistics
@@ -187,7 +188,7 @@ class LinenModule:
         for path, (kernel, bias) in zip(paths, layers, strict=True):
             new = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
             old = dict(functools.reduce(lambda tree, name: tree[name], path, params))
-            new = jax.tree.map(lambda o, v: jnp.asarray(v, o.dtype), nn.meta.unbox(old), new)
+            new = jax.tree.map(lambda o, v: on_device(v, o.dtype), nn.meta.unbox(old), new)
             params = _replace(params, path, nn.meta.replace_boxed(old, new))
         return _replace(variables, ("params",), params)
 

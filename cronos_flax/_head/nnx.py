@@ -23,6 +23,7 @@ from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, for
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.transfer import on_device
 
 LAYERS = nnx.Linear, nnx.LinearGeneral
 _trace = threading.local()  # .calls: dtypes of results by path, while a watched copy is traced
@@ -229,9 +230,9 @@ def _assign(layers: list[Mapping[str, nnx.Variable]], network: TwoLayer) -> None
     values = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
     changes = []
     for layer, (kernel, bias) in zip(layers, values, strict=True):
-        changes.append((layer["kernel"], jnp.asarray(kernel, layer["kernel"].dtype)))
+        changes.append((layer["kernel"], on_device(kernel, layer["kernel"].dtype)))
         if bias is not None:
-            changes.append((layer["bias"], jnp.asarray(bias, layer["bias"].dtype)))
+            changes.append((layer["bias"], on_device(bias, layer["bias"].dtype)))
     for param, value in changes:
         param.set_value(value)
 

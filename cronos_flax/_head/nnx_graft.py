@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -123,7 +124,8 @@ def graft(
         positive_integer("graft", name, size)
     assert features is not None
     assert in_features is not None
-    head = TwoLayerHead(in_features, hidden, features, pool=pool, rngs=rngs, **settings)
+    with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
+        head = TwoLayerHead(in_features, hidden, features, pool=pool, rngs=rngs, **settings)
     if not path:
         return Grafted(copy, head)
     parent = module_at(copy, path[:-1])

@@ -111,7 +111,7 @@ def init(program: Program, U: Neurons, b: Bias, rho: Scalar, settings: Held) -> 
     """The iterate for a start from U and b: ``V = U``, ``S = G X U``, ``Z = F X U + 1bᵀ``, stationary Λ and M."""
     size, rows = norms(U), program.rows
     XU = rows.X @ U
-    dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)
+    dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)[None, :]
     outputs = program.outputs(XU, b)
     zero = jnp.zeros((), jnp.int32)
     first = Iterate(

@@ -19,6 +19,7 @@ from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.program import norms, unit_rows
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
+from cronos_flax._solver.transfer import on_device, on_host, taken
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 _ASCENT_STARTS = 8
@@ -45,13 +46,13 @@ def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _ASCENT
         Z = X @ u
         c = jax.nn.relu(Z).T @ alpha
         g = X.T @ jnp.where(Z >= 0, alpha @ unit_rows(c, c).T, 0)
-        g = unit_rows((g - u * jnp.sum(u * g, axis=0)).T, jnp.zeros_like(u.T)).T
+        g = unit_rows((g - u * jnp.sum(u * g, axis=0, keepdims=True)).T, jnp.zeros_like(u.T)).T
         Z_g = X @ g
 
         def height(t: Scalar) -> Float[Array, " k"]:
             return jnp.linalg.norm(jax.nn.relu(Z + t * Z_g).T @ alpha, axis=1) / norms(u + t * g)
 
-        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)] * g).T, u.T).T
+        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)][None, :] * g).T, u.T).T
 
     return jax.lax.fori_loop(0, steps, ascend, u)
 
@@ -84,7 +85,7 @@ def beta_max(rows: Rows, key: Array) -> Scalar:
     """
     alpha = at_best_constant(rows)
     u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
-    u = u / norms(u)
+    u = u / norms(u)[None, :]
     if len(alpha) <= 2 * _ASCENT_ROWS:
         return jnp.max(violation(rows.X, alpha, climb(rows.X, alpha, u)))
     some, alpha_some = sample(rows, alpha, jax.random.fold_in(key, 1))
@@ -119,7 +120,8 @@ class Data(NamedTuple):
 
     def take(self, index: Bool[np.ndarray, " n"]) -> "Data":
         """Some of the rows."""
-        return Data(self.X[index], self.y[index], self.weight[index])
+        there = on_device(np.flatnonzero(index))
+        return Data(*(taken(rows, there) for rows in self))
 
 
 def choosable(X: Array | Source, y: Outputs, weight: RowVector) -> Data:
@@ -132,10 +134,15 @@ def choosable(X: Array | Source, y: Outputs, weight: RowVector) -> Data:
         raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
     if not all(concrete(value) for value in (X, y, weight)):
         raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
-    there = np.flatnonzero(weight)
-    if len(there) < 10:
-        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {len(there)}.')
-    return Data(X[there], y[there], weight[there])
+    there = on_host(weight) > 0
+    if there.sum() < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {there.sum()}.')
+    return Data(X, y, weight).take(there)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _mean_loss(network: TwoLayer, rows: Data, loss: Loss) -> Scalar:
+    return rows.weight @ loss.value(predict(network, rows.X), rows.y) / jnp.sum(rows.weight)
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -165,11 +172,12 @@ def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
 
     So every class, or every range of a real target, has its share.
     """
-    rank = np.asarray(targets[:, 0] if targets.shape[1] == 1 else jnp.argmax(targets, axis=1))
+    host = on_host(targets)
+    rank = host[:, 0] if host.shape[1] == 1 else np.argmax(host, axis=1)
     tie_key, place_key = jax.random.split(key)
-    order = np.lexsort((np.asarray(jax.random.permutation(tie_key, len(rank))), rank))
+    order = np.lexsort((on_host(jax.random.permutation(tie_key, len(rank))), rank))
     stretches = np.array_split(order, max(len(rank) // _EVERY, 1))
-    place = np.asarray(jax.random.uniform(place_key, (len(stretches),)))
+    place = on_host(jax.random.uniform(place_key, (len(stretches),)))
     held = np.zeros(len(rank), bool)
     held[[rows[int(at * len(rows))] for rows, at in zip(stretches, place, strict=True)]] = True
     return held
@@ -195,8 +203,7 @@ def follow(
     losses, networks, network = [], [], None
     for beta in betas:
         network = solve(fit, float(beta), network).params
-        rows = loss.value(predict(network, validation.X), validation.y)
-        losses.append(float(validation.weight @ rows / jnp.sum(validation.weight)))
+        losses.append(float(on_host(_mean_loss(network, validation, loss))))
         networks.append(network)
     best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
     return float(betas[best]), networks[best], betas, np.asarray(losses)

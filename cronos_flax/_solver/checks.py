@@ -8,6 +8,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
+from cronos_flax._solver.transfer import on_device, on_host
 
 
 def choice(name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
@@ -34,7 +36,8 @@ def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) ->
     bad_type = isinstance(value, (str, bytes, bool, list, tuple))
     if isinstance(value, (np.ndarray, Array)) and concrete(value):
         bad_type = value.ndim > 1  # a vector is a batch of solvers, for vmap
-        ok = bool(np.all(np.isfinite(value)) and np.all(fits(np.asarray(value))))
+        numbers_there = on_host(value)
+        ok = bool(np.all(np.isfinite(numbers_there)) and np.all(fits(numbers_there)))
     else:
         ok = not isinstance(value, (numbers.Real, np.number)) or (math.isfinite(value) and fits(value))
     if bad_type or not ok:
@@ -52,6 +55,16 @@ def concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    return jnp.all(jnp.isfinite(array))
+
+
+@jax.jit
+def _are_weights(weight: Array) -> Array:
+    return jnp.all(weight >= 0) & jnp.any(weight > 0)
+
+
 def _floats(
     name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str, known_finite: bool = False
 ) -> Array:
@@ -67,12 +80,12 @@ def _finite(
 ) -> Array:
     if value.ndim not in ndims:
         raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
-    array = jnp.asarray(value)
+    array = on_device(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     if array.dtype.itemsize < 4:
         array = array.astype(jnp.float32)
-    if not known_finite and concrete(array) and not bool(jnp.all(jnp.isfinite(array))):
+    if not known_finite and concrete(array) and not on_host(_all_finite(array)):
         raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
     return array
 
@@ -148,6 +161,11 @@ def balanced(loss: Loss, targets: Array) -> Array:
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
         )
+    return _balanced(loss, targets)
+
+
+@partial(jax.jit, static_argnums=0)
+def _balanced(loss: Loss, targets: Array) -> Array:
     labels = loss.labels(targets)
     counts = jnp.bincount(labels, length=max(targets.shape[1], 2)).astype(targets.dtype)
     return len(targets) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
@@ -156,13 +174,13 @@ def balanced(loss: Loss, targets: Array) -> Array:
 def sample_weight(value: ArrayLike | None, y: Array) -> Array:
     """Weights ``(n,)`` in the dtype of y."""
     if value is None:
-        return jnp.ones(y.shape[0], y.dtype)
+        return on_device(np.ones(y.shape[0]), y.dtype)
     weight = _floats("sample_weight", value, "(n,)", (1,), "Convert it, e.g. w.astype('float32').")
     if weight.shape[0] != y.shape[0]:
         raise ValueError(
             f"solve: `sample_weight` must have one entry for each of the {y.shape[0]} rows of X, got {weight.shape}."
         )
-    if concrete(weight) and (bool(jnp.any(weight < 0)) or not bool(jnp.any(weight > 0))):
+    if concrete(weight) and not on_host(_are_weights(weight)):
         raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
     return weight.astype(y.dtype)
 
@@ -206,6 +224,6 @@ def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) 
         if value is None or jnp.shape(value) != shape:
             got = "None" if value is None else jnp.shape(value)
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
-        if concrete(value) and not bool(jnp.all(jnp.isfinite(value))):
+        if concrete(value) and not on_host(_all_finite(on_device(value))):
             raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
-    return jax.tree.map(lambda v: jnp.asarray(v, y.dtype), network)
+    return jax.tree.map(lambda v: on_device(v, y.dtype), network)

@@ -31,6 +31,7 @@ from cronos_flax._solver.program import (
 from cronos_flax._solver.refreshed import refreshed
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.transfer import default_key, on_device, on_host, taken
 from cronos_flax._solver.types import RowVector
 
 GATES = ("refreshed", "fixed", "paired")
@@ -202,12 +203,12 @@ class Cronos:
         Their values are not checked again. The ``beta`` that None stands for is found by a small program of its own, so
         that a solve with this ``beta`` runs the same program.
         """
-        solver, key = self, jax.random.key(0) if key is None else key
+        solver, key = self, default_key() if key is None else key
         if self.beta is None:
             data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
-            beta_max = self._user_beta_max(data, init, jax.random.split(key, 3)[0])
-            solver = dataclasses.replace(self, beta=ratio * beta_max)
+            beta_max = self._user_beta_max(data, init, next(iter(jax.random.split(key, 3))))
+            solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
         return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
 
     def _solve(
@@ -226,23 +227,24 @@ class Cronos:
         known_finite: bool,
     ) -> Solution:
         outputs = _outputs_of(init, state)
-        features, y, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
+        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         if validation is not None and not isinstance(self.beta, str):
             raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
-        start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), y, hidden, init, state)
-        key = jax.random.key(0) if key is None else key
+        start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), targets, hidden, init, state)
+        key = default_key() if key is None else key
         if isinstance(self.beta, str):
-            data = betas.choosable(features, y, weight)
+            data = betas.choosable(features, targets, weight)
             network = start if isinstance(start, TwoLayer) or start is None else start.params
             return self._solve_on_path(data, network, m, key, callback, validation)
         is_weighted = sample_weight is not None and checks.concrete(weight)
         if self.gates == "refreshed" and is_weighted and isinstance(features, Array):
-            there = np.flatnonzero(weight)  # a row of no weight must not take a sample's place
+            there = np.flatnonzero(on_host(weight))  # a row of no weight must not take a sample's place
             if len(there) < len(weight):
-                features, y, weight = features[there], y[there], weight[there]
-        return self._solve_checked(features, y, weight, start, m, key, callback)
+                index = on_device(there)
+                features, targets, weight = taken(features, index), taken(targets, index), taken(weight, index)
+        return self._solve_checked(features, targets, weight, start, m, key, callback)
 
     def _solve_checked(
         self,
@@ -255,7 +257,7 @@ class Cronos:
         callback: Callable[[dict[str, float]], Any] | None,
     ) -> Solution:
         """Run the compiled solve on arguments that fit together."""
-        solver = jax.tree.map(lambda v: jnp.asarray(v, y.dtype), self)
+        solver = jax.tree.map(lambda v: on_device(v, y.dtype), self)
         if callback is None and not isinstance(features, Source):
             run = _compiled(solver, features, y, weight, start, key)
             return run(solver, features, y, weight, start, key, None, hidden=hidden)
@@ -284,7 +286,7 @@ class Cronos:
             fit, chosen_on = data, betas.Data(betas.same_columns(X, data.X), y, weight)
 
         def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
-            tol, tell = (self.tol, callback) if final else (jnp.maximum(self.tol, betas.TOL), None)
+            tol, tell = (self.tol, callback) if final else (max(float(on_host(self.tol)), betas.TOL), None)
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
@@ -292,7 +294,7 @@ class Cronos:
         beta_max = float(self._user_beta_max(fit, network, beta_key))
         beta, best, tried, losses = betas.follow(solve, loss_of(self.loss), beta_max, fit, chosen_on)
         solution = solve(data, beta, best, final=True)
-        stats = dataclasses.replace(solution.stats, path_betas=jnp.asarray(tried), path_losses=jnp.asarray(losses))
+        stats = dataclasses.replace(solution.stats, path_betas=on_device(tried), path_losses=on_device(losses))
         return dataclasses.replace(solution, stats=stats)
 
     def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None, key: Array) -> Array:
@@ -326,7 +328,7 @@ class Cronos:
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
         if isinstance(features, Source):
             raise ValueError("objective: `X` must be one array (n, p), got blocks.")
-        return regularised_loss(params, features, y, weight, jnp.asarray(beta, y.dtype), loss_of(self.loss))
+        return _objective(params, features, y, weight, on_device(beta, y.dtype), loss_of(self.loss))
 
     def _data(
         self,
@@ -342,6 +344,13 @@ class Cronos:
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
         return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _objective(
+    params: TwoLayer, features: Array, targets: Array, weight: Array, beta: Array, loss: Loss
+) -> Float[Array, ""]:
+    return regularised_loss(params, features, targets, weight, beta, loss)
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:
@@ -360,7 +369,7 @@ def _biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
 def _compiled(*arguments: Any) -> Callable[..., Solution]:
     """The solve as it is called from Python, or as part of a program that is being traced."""
     # Inside jit even a constant is traced.
-    is_traced = not all(map(checks.concrete, (*jax.tree.leaves(arguments), jnp.zeros(()))))
+    is_traced = not all(map(checks.concrete, (*jax.tree.leaves(arguments), jax.device_put(np.zeros(())))))
     return jax.jit(_at_full_precision, static_argnames="hidden") if is_traced else _solve_compiled_by_itself()
 
 

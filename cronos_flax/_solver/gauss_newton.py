@@ -67,7 +67,7 @@ class Spectrum:
 
     def resolvent(self, shift: Array, R: Float[Array, "k N"]) -> Float[Array, "k N"]:
         """``(1 + shiftⱼ · matrix)⁻¹ rⱼ`` for each row ``rⱼ`` of R."""
-        outside, inside = 1 / (1 + shift * self.tail), 1 / (1 + shift * self.eigenvalues)
+        outside, inside = 1 / (1 + shift * self.tail), 1 / (1 + shift * self.eigenvalues[None, :])
         return outside * R + ((inside - outside) * (R @ self.vectors)) @ self.vectors.T
 
 
@@ -160,8 +160,9 @@ def gradient(model: LocalModel, beta: Scalar, U: Neurons) -> Step:
     Z, W, b = model.backward(model.rows.gradient(model.outputs))
     g = model.rows.X.T @ Z
     size, slope = norms(U), norms(g)
-    shrunk = g * (jnp.maximum(slope - beta, 0) / jnp.where(slope > 0, slope, 1))
-    return Step(jnp.where(size > 0, g + beta * U / jnp.where(size > 0, size, 1), shrunk), W, b)
+    shrunk = g * (jnp.maximum(slope - beta, 0) / jnp.where(slope > 0, slope, 1))[None, :]
+    lives = (size > 0)[None, :]
+    return Step(jnp.where(lives, g + beta * U / jnp.where(lives, size[None, :], 1), shrunk), W, b)
 
 
 @partial(
@@ -205,7 +206,7 @@ class Preconditioner:
         h, n = rows.mean_curvature(model.outputs), model.stretch * len(D)
 
         def spectrum(K: Float[Array, "m m"]) -> Spectrum:
-            K = root[:, None] * K * root
+            K = root[:, None] * K * root[None, :]
             return Spectrum.of(lambda V: K @ V, jnp.trace(K), prepared.test)
 
         M = model.stretch * (D.T @ (h[:, None] * D)) * (A @ A.T) + n * damping * jnp.eye(len(A), dtype=N.dtype)
@@ -218,11 +219,11 @@ class Preconditioner:
 
     def divide(self, R: Step) -> Step:
         """The inverse applied to R."""
-        U = R.U * self.root
+        U = R.U * self.root[None, :]
         tail, leading, V = self.features.tail, self.features.eigenvalues[:, None], self.features.vectors
         inside = V.T @ U
         inside = self.neurons.resolvent(leading, inside) - self.neurons.resolvent(tail, inside)
-        U = (self.neurons.resolvent(tail, U) + V @ inside) * self.root
+        U = (self.neurons.resolvent(tail, U) + V @ inside) * self.root[None, :]
         W = R.W
         if self.kernel is not None and W is not None:
             root = self.root[:, None]
@@ -258,7 +259,7 @@ def direction(
                 W = stretch * (W + damping * model.tangent(model.H.T @ (model.H @ V.W))) + N[:, None] * V.W
             if V.b is not None and b is not None:
                 b = stretch * (b + damping * jnp.sum(rows.weight) * V.b)
-            return Step(stretch * (rows.X.T @ (Z_back + damping * Z)) + N * V.U, W, b)
+            return Step(stretch * (rows.X.T @ (Z_back + damping * Z)) + N[None, :] * V.U, W, b)
 
         return conjugate_gradient(
             operator,

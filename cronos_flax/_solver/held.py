@@ -197,7 +197,7 @@ def run(
 
 def program_of(problem: Problem, U: Neurons, A: Directions, b: Bias, key: Array) -> tuple[Program, Iterate]:
     """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
-    probe = jnp.where(dead(U), random_neurons(key, U), U)
+    probe = jnp.where(dead(U)[None, :], random_neurons(key, U), U)
     program = Program(problem.rows, problem.rows.X @ probe >= 0, A, problem.beta)
     return program, init(program, U, b, problem.rho, problem.held)
 

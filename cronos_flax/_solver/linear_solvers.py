@@ -74,10 +74,10 @@ class Structured:
             return None
         n, C = len(D), len(program.A.T)
         assert eigenvalues is not None
-        H = (X / (1 + eigenvalues)) @ X.T
+        H = (X / (1 + eigenvalues)[None, :]) @ X.T
         if plan == "dense":
             # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
-            E = (D[:, None, :] * program.A.T).reshape(n * C, -1)
+            E = (D[:, None, :] * program.A.T[None]).reshape(n * C, -1)
             matrix = ((E @ E.T).reshape(n, C, n, C) * H[:, None, :, None]).reshape(n, -1)
             matrix = program.rows.center(matrix).reshape(n * C, n * C)
             matrix = program.rows.center(matrix.T.reshape(n, -1)).reshape(n * C, n * C)

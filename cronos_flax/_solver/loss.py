@@ -6,6 +6,7 @@ row by row, and know nothing of weights.
 """
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.arrays import native
+from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 _NEWTON_STEPS = 50
@@ -134,7 +136,7 @@ class Loss:
 
         def improve(_: int, z: Outputs) -> Outputs:
             g = self.gradient(z, targets) + (z - point) / step
-            candidates = z - lengths * self.divide(z, targets, 1 / step, g)
+            candidates = z[None] - lengths * self.divide(z, targets, 1 / step, g)[None]
             best = jnp.argmin(jnp.nan_to_num(jax.vmap(objective)(candidates), nan=jnp.inf), axis=0)
             return jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
 
@@ -145,7 +147,7 @@ class Loss:
         C = outputs.shape[1]
         units = jnp.eye(C, dtype=outputs.dtype)
         H = jax.vmap(lambda e: self.curvature(outputs, targets, jnp.broadcast_to(e, outputs.shape)), out_axes=2)(units)
-        return jnp.linalg.solve(H + shift * units, direction[..., None])[..., 0]
+        return jnp.linalg.solve(H + shift * units[None], direction[..., None])[..., 0]
 
     def conjugate(self, dual: Outputs, targets: Outputs) -> RowVector:
         """``ℓ*(a, y) = sup_f ⟨a, f⟩ − ℓ(f, y)`` for a among the gradients of ℓ; infinite means unknown."""
@@ -158,8 +160,8 @@ class Loss:
         """
         plus = weight @ jnp.maximum(dual, 0)
         minus = weight @ jnp.maximum(-dual, 0)
-        shrink = jnp.minimum(plus, minus) / jnp.where(dual > 0, jnp.maximum(plus, _tiny(dual)), _positive(minus))
-        return dual * jnp.minimum(shrink, 1)
+        heavier = jnp.where(dual > 0, _positive(plus)[None, :], _positive(minus)[None, :])
+        return dual * jnp.minimum(jnp.minimum(plus, minus)[None, :] / heavier, 1)
 
     def constant(self, targets: Outputs, weight: RowVector) -> Float[Array, " C"]:
         """The best constant outputs b, here by damped steps of the mean curvature from zero."""
@@ -173,7 +175,7 @@ class Loss:
             outputs = jnp.broadcast_to(b, (n, C))
             slope = weight @ self.gradient(outputs, targets)
             bend = weight @ self.mean_curvature(outputs, targets)
-            candidates = b - lengths * slope / _positive(bend)
+            candidates = b[None, :] - lengths * slope[None, :] / _positive(bend)
             values = jax.vmap(objective)(candidates)
             return candidates[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
 
@@ -223,12 +225,17 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
     labels = native(labels, "signed_targets: `labels`")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"signed_targets: `labels` must be integers, got dtype {labels.dtype}.")
-    labels = jnp.asarray(labels)
+    labels = on_device(labels)
     if not isinstance(labels, jax.core.Tracer) and labels.size:
-        low, high = int(labels.min()), int(labels.max())
+        low, high = map(int, on_host((labels.min(), labels.max())))
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"signed_targets: `labels` must lie in [0, {num_classes}), got values from {low} to {high}."
             )
-    classes = jnp.arange(1 if num_classes == 2 else 0, num_classes)
-    return jnp.where(labels[..., None] == classes, 1.0, -1.0)
+    return _signed(labels, num_classes)
+
+
+@partial(jax.jit, static_argnums=1)
+def _signed(labels: Array, num_classes: int) -> Array:
+    classes = jnp.arange(1 if num_classes == 2 else 0, num_classes, dtype=labels.dtype)
+    return jnp.where(labels[..., None] == jnp.broadcast_to(classes, (*labels.shape, len(classes))), 1.0, -1.0)

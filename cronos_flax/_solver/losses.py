@@ -2,7 +2,8 @@
 
 import dataclasses
 import numbers
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Float
 
 from cronos_flax._solver.arrays import native
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 _HINGE_FLOOR = 0.1  # distance to the kink below which the hinge's parabola gets no narrower
@@ -44,7 +46,7 @@ class Squared(Loss):
         return jnp.sum(0.5 * jnp.square(dual) + dual * targets, axis=1)
 
     def balance(self, dual: Outputs, targets: Outputs, weight: RowVector) -> Outputs:
-        return dual - weight @ dual / jnp.sum(weight)
+        return dual - (weight @ dual / jnp.sum(weight))[None, :]
 
     def constant(self, targets: Outputs, weight: RowVector) -> Float[Array, " C"]:
         return weight @ targets / jnp.sum(weight)
@@ -58,18 +60,18 @@ class Softmax(Loss):
 
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         del num_classes
-        return jnp.asarray(native(labels, "`labels`"))
+        return on_device(native(labels, "`labels`"))
 
     def is_labelled(self, targets: Outputs) -> bool:
         return True
 
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
-            of = _numpy_of(y)
-            if not bool(of.all(y >= 0) & of.all(of.abs(of.sum(y, axis=1) - 1) < 1e-3)):
+            p = np.asarray(on_host(y))
+            if not (np.all(p >= 0) and np.all(np.abs(np.sum(p, axis=1) - 1) < 1e-3)):
                 raise ValueError("`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got others.")
         elif y.size and y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
-            low, high = int(y.min()), int(y.max())
+            low, high = _range(y)
             if low < 0 or high >= (high + 1 if num_classes is None else num_classes):
                 C = max(high + 1, 2) if num_classes is None else num_classes
                 raise ValueError(f"`y` must have labels in [0, {C}), got values from {low} to {high}.")
@@ -87,8 +89,8 @@ class Softmax(Loss):
         if num_classes is None and not known:
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
         if num_classes is None:
-            num_classes = max(int(y.max()) + 1, 2) if y.size else 2
-        return jax.nn.one_hot(y, num_classes)
+            num_classes = max(_range(y)[1] + 1, 2) if y.size else 2
+        return _one_hot(y, num_classes)
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
@@ -120,7 +122,7 @@ class Softmax(Loss):
         share = jnp.min(jnp.where(total > 0, mean / jnp.where(total > 0, total, 1), jnp.inf))
         mix = 1 / (1 + share)
         pi = (mean - jnp.where(mix > 0, (1 - mix) / jnp.where(mix > 0, mix, 1), 0) * total) / jnp.sum(weight)
-        return (1 - mix) * dual + mix * (jnp.maximum(pi, 0) - targets)
+        return (1 - mix) * dual + mix * (jnp.maximum(pi, 0)[None, :] - targets)
 
     def constant(self, targets: Outputs, weight: RowVector) -> Float[Array, " C"]:
         mean = weight @ targets / jnp.sum(weight)
@@ -138,13 +140,14 @@ class Logistic(Loss):
     def from_labels(self, labels: ArrayLike, num_classes: int) -> Array:
         if num_classes != 2:
             raise ValueError(f"`loss` 'logistic' is for two classes, got {num_classes}. Use 'softmax'.")
-        return jnp.asarray(native(labels, "`labels`"), float)[:, None]
+        return on_device(native(labels, "`labels`"), float)[:, None]
 
     def is_labelled(self, targets: Outputs) -> bool:
         return targets.shape[1] == 1
 
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
-        if not bool(_numpy_of(y).all((y >= 0) & (y <= 1))):
+        p = np.asarray(on_host(y))
+        if not np.all((p >= 0) & (p <= 1)):
             raise ValueError("`y` must be 0 or 1, or probabilities between; got other values.")
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
@@ -232,8 +235,7 @@ class Hinge(Loss):
     takes_values: ClassVar[bool] = False
 
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
-        of = _numpy_of(y)
-        if not bool(of.all(of.abs(y) == 1)):
+        if not np.all(np.abs(np.asarray(on_host(y))) == 1):
             raise ValueError(
                 "`y` must be −1 or +1, got other values. For class labels use cf.signed_targets(labels, num_classes)."
             )
@@ -284,9 +286,14 @@ def loss_of(loss: str | Loss) -> Loss:
     return loss if isinstance(loss, Loss) else LOSSES[loss]
 
 
-def _numpy_of(y: Array | np.ndarray) -> Any:
-    """The functions that work where the array is: on the host, or on its device."""
-    return jnp if isinstance(y, Array) else np
+def _range(y: Array | np.ndarray) -> tuple[int, int]:
+    labels = np.asarray(on_host(y))
+    return int(labels.min()), int(labels.max())
+
+
+@partial(jax.jit, static_argnums=1)
+def _one_hot(labels: Array, num_classes: int) -> Array:
+    return jax.nn.one_hot(labels, num_classes)
 
 
 def _entropy(p: Array) -> Array:

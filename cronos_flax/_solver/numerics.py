@@ -113,12 +113,17 @@ def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Ske
     core = test.T @ image
     eigenvalues, Q = jnp.linalg.eigh((core + core.T) / 2)
     least = jnp.finfo(dtype).eps * eigenvalues[-1]
-    root = image @ jnp.where(eigenvalues > least, Q / jnp.sqrt(jnp.maximum(eigenvalues, least)), 0)
+    root = image @ _scaled_columns(Q, eigenvalues, least)
     # The operator is near root rootᵀ, whose eigenvalues are those of rootᵀ root.
     eigenvalues, Q = jnp.linalg.eigh(root.T @ root)
     eigenvalues, Q = eigenvalues[::-1], Q[:, ::-1]
-    vectors = root @ jnp.where(eigenvalues > shift, Q / jnp.sqrt(jnp.maximum(eigenvalues, shift)), 0)
+    vectors = root @ _scaled_columns(Q, eigenvalues, shift)
     return Sketch(vectors, jnp.maximum(eigenvalues - shift, 0))
+
+
+def _scaled_columns(Q: Float[Array, "r r"], eigenvalues: Float[Array, " r"], least: Scalar) -> Float[Array, "r r"]:
+    """``qᵢ/√λᵢ``; zero where ``λᵢ`` is not above ``least``."""
+    return jnp.where((eigenvalues > least)[None, :], Q / jnp.sqrt(jnp.maximum(eigenvalues, least))[None, :], 0)
 
 
 @partial(

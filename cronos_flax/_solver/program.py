@@ -90,7 +90,7 @@ def network_objective(rows: Rows, A: Directions, b: Bias, beta: Scalar, U: Neuro
 def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
     """``argmin_V ½‖V − U‖² + threshold Σᵢ ‖vᵢ‖``."""
     size = norms(U)
-    return U * (jnp.maximum(size - threshold, 0) / jnp.where(size > 0, size, 1))
+    return U * (jnp.maximum(size - threshold, 0) / jnp.where(size > 0, size, 1))[None, :]
 
 
 def lower_bound(program: Program, alpha: Outputs, nu: Activations) -> Scalar:
@@ -121,7 +121,7 @@ def from_network(params: TwoLayer, rows: Rows, basis: Basis) -> tuple[Neurons, D
     """``uᵢ = ‖W2ᵢ‖ W1ᵢ``, ``aᵢ = W2ᵢ/‖W2ᵢ‖``, and the mean output b: the same outputs, and no larger penalty."""
     m, C = params.kernel2.shape
     A = unit_rows(params.kernel2, default_directions(m, C, params.kernel2.dtype))
-    U = basis.lift(params.kernel1, params.bias1) * jnp.linalg.norm(params.kernel2, axis=1)
+    U = basis.lift(params.kernel1, params.bias1) * jnp.linalg.norm(params.kernel2, axis=1)[None, :]
     if params.bias2 is None:
         return U, A, None
     if rows.loss.is_quadratic:  # the best one is known, whatever the network
@@ -136,7 +136,7 @@ def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions, b: Bias, Z: 
     """
     size = jnp.sqrt(norms(U))
     root_scale = jnp.sqrt(basis.scale)
-    W1 = U / jnp.where(size > 0, size, 1)
+    W1 = U / jnp.where(size > 0, size, 1)[None, :]
     kernel1, bias1 = basis.lower(W1 * root_scale)
     bias2 = None if b is None else b - rows.mean(jax.nn.relu(Z) @ A)
     return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)

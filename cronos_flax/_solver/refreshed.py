@@ -64,10 +64,10 @@ def revive(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
     is_dead = dead(iterate.U)
     Z = jax.lax.cond(
         jnp.any(is_dead),
-        lambda: jnp.where(is_dead, rows.X @ random_neurons(key, iterate.U), iterate.Z),
+        lambda: jnp.where(is_dead[None, :], rows.X @ random_neurons(key, iterate.U), iterate.Z),
         lambda: iterate.Z,
     )
-    return dataclasses.replace(iterate, U=jnp.where(is_dead, 0, iterate.U), Z=Z)
+    return dataclasses.replace(iterate, U=jnp.where(is_dead[None, :], 0, iterate.U), Z=Z)
 
 
 def search(
@@ -100,7 +100,7 @@ def step(
     revived = revive(rows, iterate, probe_key)
     U, A, b = revived.U, revived.A, revived.b
     D, lives = revived.Z > 0, norms(U) > 0
-    Z = jnp.where(lives, revived.Z, 0)
+    Z = jnp.where(lives[None, :], revived.Z, 0)
     outputs = network_outputs(rows, A, b, Z)
     # A revived neuron points where its probe lowers the loss.
     A = jax.lax.cond(
@@ -112,7 +112,7 @@ def step(
     )
 
     n, size = rows.Y.shape[0], floored(U, settings)
-    H = jnp.where(D, Z, 0) / size if A.shape[1] > 1 else None
+    H = jnp.where(D, Z, 0) / size[None, :] if A.shape[1] > 1 else None
     model = LocalModel(rows, D, H, A, outputs, 1.0)
     some, index = sample(rows, sample_key, sample_size(n, settings))
     sampled = model if some is rows else model.take(some, index)
@@ -142,10 +142,10 @@ def step(
     U, A, b = moved(length)
     growth = jnp.linalg.norm(A, axis=1)
     after = Iterate(
-        U=U * growth,
+        U=U * growth[None, :],
         A=A / growth[:, None],
         b=b,
-        Z=(Z + length * Z_delta) * growth,
+        Z=(Z + length * Z_delta) * growth[None, :],
         objective=value,
         damping=jnp.clip(damping, *settings.damping_range),
         key=key,

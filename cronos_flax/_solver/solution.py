@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.types import Directions, Scalar
 
 
@@ -88,9 +90,9 @@ def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "
     """
     hidden = X @ params.kernel1
     if params.bias1 is not None:
-        hidden = hidden + params.bias1
+        hidden = hidden + jnp.broadcast_to(params.bias1, hidden.shape)
     outputs = jax.nn.relu(hidden) @ params.kernel2
-    return outputs if params.bias2 is None else outputs + params.bias2
+    return outputs if params.bias2 is None else outputs + jnp.broadcast_to(params.bias2, outputs.shape)
 
 
 @partial(
@@ -180,7 +182,7 @@ class Solution:
     @property
     def status(self) -> Status:
         """How the solve ended. Reads one integer from the device."""
-        return Status(int(self.status_code))
+        return Status(int(on_host(self.status_code)))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key"], meta_fields=[])

@@ -1,0 +1,52 @@
+"""Transfers between host and device that are meant, and so explicit: they pass under ``jax_transfer_guard="disallow"``.
+
+There even ``jnp.zeros(())`` or ``x + 1`` outside ``jit`` is refused, for a constant travels. So values made on the host
+go by :func:`on_device`, values to look at come by :func:`on_host`, and arithmetic on the device is jitted.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def on_device(value: Any, dtype: Any = None) -> Array:
+    """``jnp.asarray(value, dtype)``."""
+    if isinstance(value, Array):  # traced ones too
+        return value if dtype is None or value.dtype == dtype else value.astype(dtype)
+    array = np.asarray(value)
+    return jax.device_put(array if dtype is None else array.astype(jax.dtypes.canonicalize_dtype(dtype)))
+
+
+def batch_on_device(tree: Any) -> Any:
+    """A pytree with its NumPy arrays on the device; all else, Python numbers too, as it was."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
+
+
+def on_host(value: Any) -> Any:
+    """A pytree with its arrays in host memory, as NumPy's."""
+    return jax.device_get(value)
+
+
+@jax.jit
+def default_key() -> Array:
+    """The key that None stands for."""
+    return jax.random.key(0)
+
+
+@jax.jit
+def _folded(key: Array, number: Array) -> Array:
+    return jax.random.fold_in(key, number)
+
+
+def folded(key: Array, number: ArrayLike) -> Array:
+    """``jax.random.fold_in``."""
+    return _folded(key, on_device(number))
+
+
+@jax.jit
+def taken(array: Array, index: Array) -> Array:
+    """``array[index]``."""
+    return array[index]
