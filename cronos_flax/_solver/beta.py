@@ -167,6 +167,11 @@ def same_columns(X: Array | Source, like: Array) -> Array:
     return X
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _uniform(key: Array, count: int) -> Array:
+    return jax.random.uniform(key, (count,), jnp.float32)
+
+
 def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
     """Which rows to hold out: of the rows in the order of their targets, one at random of each five.
 
@@ -177,7 +182,7 @@ def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
     tie_key, place_key = jax.random.split(key)
     order = np.lexsort((on_host(jax.random.permutation(tie_key, len(rank))), rank))
     stretches = np.array_split(order, max(len(rank) // _EVERY, 1))
-    place = on_host(jax.random.uniform(place_key, (len(stretches),)))
+    place = on_host(_uniform(place_key, len(stretches)))
     held = np.zeros(len(rank), bool)
     held[[rows[int(at * len(rows))] for rows, at in zip(stretches, place, strict=True)]] = True
     return held

@@ -16,6 +16,8 @@ from jax import Array
 from jax.experimental import io_callback
 from jaxtyping import Int
 
+from cronos_flax._solver.transfer import on_device
+
 _open: dict[int, Any] = {}
 _errors: dict[int, BaseException] = {}
 _numbers = itertools.count()
@@ -27,7 +29,7 @@ def opened(*objects: Any) -> Iterator[list[Any]]:
     numbers = [next(_numbers) for _ in objects]
     _open.update(zip(numbers, objects, strict=True))
     try:
-        yield [None if thing is None else np.asarray(n, np.int32) for n, thing in zip(numbers, objects, strict=True)]
+        yield [None if thing is None else on_device(n, np.int32) for n, thing in zip(numbers, objects, strict=True)]
     except Exception:
         raised = [_errors[n] for n in numbers if n in _errors]
         if raised:
