@@ -1,5 +1,6 @@
 """CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -81,8 +82,16 @@ class CronosTrainState(TrainState):
             **kwargs: ``model_state``, and the fields of subclasses.
 
         Raises:
-            ValueError: for a ``tx``, ``head``, ``solver`` or ``guard`` of the wrong kind.
+            ValueError: for a ``tx``, ``head``, ``solver`` or ``guard`` of the wrong kind, and for a keyword that is no
+                field, such as ``batch_stats``.
         """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in kwargs.keys() - known:
+            example = f'{{"{name}": ...}}'
+            raise ValueError(
+                f"CronosTrainState: `{name}` is not a field of {cls.__name__}. Give collections other than parameters "
+                f"as model_state={example}; for fields of your own make a subclass."
+            )
         check_optimizer("CronosTrainState", tx)
         check_head("CronosTrainState", head, LinenModule)
         solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head)

@@ -122,7 +122,7 @@ def find(
         _check_output(out)
         candidates: Iterable[tuple[Path, Path]] = _candidates(module, variables, calls, out)
         if paths is not None:
-            candidates = [_given(paths, candidates, calls, module.numbered)]
+            candidates = [_given(paths, candidates, calls, module.numbered, _extended(module, variables, calls))]
         refused: list[tuple[bool, str]] = []  # whether the pair is far from a head, and why it is none
         for pair in candidates:
             seen = _Pass.of(module.read(variables, pair), pair, out, calls)
@@ -133,7 +133,7 @@ def find(
                 return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
-    raise ValueError(_refusal(module, calls, nearest))
+    raise ValueError(_refusal(module, calls, nearest) + _extended(module, variables, calls))
 
 
 def _head(
@@ -183,7 +183,8 @@ def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out
     def width(call: Call) -> int | None:
         """Outputs of a layer, if it has a plain kernel and its input was recorded."""
         shape = module.kernel_shape(variables, call.layer.path)
-        return shape[1] if len(shape) == 2 and call.input is not None else None
+        plain = len(shape) == 2 and not module.own_parameters(variables, call.layer.path)
+        return shape[1] if plain and call.input is not None else None
 
     for i in range(len(calls) - 1, 0, -1):
         last = calls[i]
@@ -195,7 +196,7 @@ def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out
 
 
 def _given(
-    paths: Any, candidates: Iterable[tuple[Path, Path]], calls: tuple[Call, ...], numbered: bool
+    paths: Any, candidates: Iterable[tuple[Path, Path]], calls: tuple[Call, ...], numbered: bool, remark: str
 ) -> tuple[Path, Path]:
     """The pair that the user named, if it is a candidate."""
     if not isinstance(paths, tuple | list) or len(paths) != 2:
@@ -205,9 +206,21 @@ def _given(
         called = ", ".join(format_path(call.layer.path) for call in calls) or "none"
         raise ValueError(
             f"find_head: `paths` must be two layers whose shapes fit together and to the output, got "
-            f"{format_path(first)} and {format_path(last)}; layers called: {called}."
+            f"{format_path(first)} and {format_path(last)}; layers called: {called}.{remark}"
         )
     return first, last
+
+
+def _extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
+    """A remark that names the layers with parameters of their own, which no head can have; empty without any."""
+    own = {call.layer.path: module.own_parameters(variables, call.layer.path) for call in calls}
+    named = ", ".join(f"{format_path(path)} ({', '.join(names)})" for path, names in own.items() if names)
+    if not named:
+        return ""
+    return (
+        f" The layers of a head must have a kernel and a bias only, got more at {named}. Merge them into the kernel, "
+        f"or replace the layers with {module.graft}."
+    )
 
 
 def _tolerance(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> float:

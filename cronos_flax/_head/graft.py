@@ -62,7 +62,13 @@ class Grafted(nn.Module):
             like = {name: getattr(layer, name) for name in ("dtype", "precision") if hasattr(layer, name)}
             like["param_dtype"] = getattr(layer, "param_dtype", jnp.float32)
             # The head's layers become children of the one that they replace, so lifted transforms hold for them too.
-            return _two_layers(pooled(inputs[0]), self.hidden, features, layer, **like)
+            try:
+                return _two_layers(pooled(inputs[0]), self.hidden, features, layer, **like)
+            except flax.errors.AssignSubModuleError:
+                raise ValueError(
+                    f"graft: `at` must be the path of a layer, got {format_path(path[len(self.backbone.path) :])}, a {type(layer).__name__} "
+                    "that makes its layers in setup(). Give the path of one of these layers."
+                ) from None
 
         with nn.intercept_methods(swap):
             out = self.backbone(*args, **kwargs)
@@ -103,7 +109,8 @@ def graft(
         The grafted module.
 
     Raises:
-        ValueError: for arguments outside their range; and, when the module is called, if it calls no layer at ``at``.
+        ValueError: for arguments outside their range; and, when the module is called, if it calls no layer at ``at``,
+            or that is a module which makes its layers in ``setup``.
 
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf

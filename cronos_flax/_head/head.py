@@ -103,6 +103,9 @@ class Functional(Protocol):
     def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         """The shape of a layer's kernel; () if it has no plain one."""
 
+    def own_parameters(self, variables: Any, path: Path) -> tuple[str, ...]:
+        """The names of what a layer has besides kernel and bias: a solve would not know it."""
+
     def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
         """The weights of two layers, from variables or from what the user holds."""
 
@@ -268,6 +271,13 @@ class Head:
             return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
             shapes = jax.tree.map(jnp.shape, args)
+            kernel = self.module.kernel_shape(variables, self.hidden_path)
+            if len(kernel) == 3 and kernel[1:] == (self.features, self.hidden):
+                raise ValueError(
+                    f"{where}: the variables must be those of one device, got a kernel of shape {kernel} at "
+                    f"{format_path(self.hidden_path)}, as flax.jax_utils.replicate makes it. Take one copy by "
+                    "flax.jax_utils.unreplicate, and replicate the result again."
+                ) from error
             raise ValueError(
                 f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
             ) from error

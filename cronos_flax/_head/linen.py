@@ -178,6 +178,10 @@ class LinenModule:
         except (KeyError, TypeError):
             return ()
 
+    def own_parameters(self, variables: Mapping, path: Path) -> tuple[str, ...]:
+        layer = _at(variables["params"], path) if self.kernel_shape(variables, path) else {}
+        return tuple(sorted(layer.keys() - {"kernel", "bias"}))
+
     def read(self, given: Mapping, paths: tuple[Path, Path]) -> TwoLayer:
         hidden, output = (_at(given["params"], path) for path in paths)
         return TwoLayer(hidden["kernel"], hidden.get("bias"), output["kernel"], output.get("bias"))
@@ -276,6 +280,11 @@ def find_head(
         (('layers_2',), ('layers_4',))
     """
     if not isinstance(model, nn.Module):
+        if isinstance(getattr(model, "module", None), nn.Module):  # as Hugging Face's Flax models have it
+            raise ValueError(
+                f"find_head: `model` must be a linen module, got a {type(model).__name__} that holds one. Give its "
+                '`.module`, with {"params": model.params} as `variables`.'
+            )
         raise ValueError(
             f"find_head: `model` must be a linen module, got {type(model).__name__}. For NNX: cf.nnx.find_head."
         )

@@ -178,6 +178,10 @@ class NnxModule:
         except KeyError:  # shared with a layer that comes before
             return ()
 
+    def own_parameters(self, variables: Any, path: Path) -> tuple[str, ...]:
+        layer = _at(variables, path) if self.kernel_shape(variables, path) else {}
+        return tuple(sorted(map(str, layer.keys() - {"kernel", "bias"})))
+
     def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
         hidden, output = (_weights(given, path) for path in paths)
         return TwoLayer(

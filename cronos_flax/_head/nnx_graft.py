@@ -38,9 +38,9 @@ class TwoLayerHead(nnx.Module):
         self.output = nnx.Linear(hidden, features, rngs=rngs, **settings)
         self.pool = pool
 
-    def __call__(self, x: Any) -> Array:
-        """Outputs ``(..., C)``."""
-        x = x if self.pool is None else self.pool(x)
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Array:
+        """Outputs ``(..., C)``; ``pool`` is given the other arguments too."""
+        x = x if self.pool is None else self.pool(x, *args, **kwargs)
         return self.output(nnx.relu(self.hidden(x)))
 
 
@@ -57,7 +57,7 @@ class Grafted(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """As the backbone is called."""
-        return self.head(self.backbone(*args, **kwargs))
+        return self.head(self.backbone(*args, **kwargs), *args, **kwargs)
 
 
 def graft(
@@ -80,7 +80,9 @@ def graft(
         hidden: number of hidden neurons m.
         features: number of outputs C; None for as many as the layer has.
         in_features: width p of the head's input; None for as many as the layer has.
-        pool: a function that maps the head's input to its new input, for instance the mean over tokens.
+        pool: a function of the head's input that returns its new input, for instance the mean over tokens. After the
+            model's output (``at=None``) it is given all arguments of the model too, such as a mask; inside the model
+            it is given those of the layer that is replaced.
         rngs: for the weights of the head.
 
     Returns:
