@@ -65,9 +65,10 @@ class Grafted(nn.Module):
             try:
                 return _two_layers(pooled(inputs[0]), self.hidden, features, layer, **like)
             except flax.errors.AssignSubModuleError:
+                at = format_path(path[len(self.backbone.path) :])
                 raise ValueError(
-                    f"graft: `at` must be the path of a layer, got {format_path(path[len(self.backbone.path) :])}, a {type(layer).__name__} "
-                    "that makes its layers in setup(). Give the path of one of these layers."
+                    f"graft: `at` must be the path of a layer, got {at}, a {type(layer).__name__} that makes its "
+                    "layers in setup(). Give the path of one of these layers."
                 ) from None
 
         with nn.intercept_methods(swap):

@@ -22,6 +22,7 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.problem import Problem
 from cronos_flax._solver.program import (
+    compiled_loss,
     default_directions,
     from_network,
     random_neurons,
@@ -31,7 +32,7 @@ from cronos_flax._solver.program import (
 from cronos_flax._solver.refreshed import refreshed
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
-from cronos_flax._solver.transfer import default_key, on_device, on_host, taken
+from cronos_flax._solver.transfer import default_key, on_device, on_host
 from cronos_flax._solver.types import RowVector
 
 GATES = ("refreshed", "fixed", "paired")
@@ -226,8 +227,7 @@ class Cronos:
         *,
         known_finite: bool,
     ) -> Solution:
-        outputs = _outputs_of(init, state)
-        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
+        features, targets, weight = self._data(X, y, num_classes, _outputs_of(init, state), sample_weight, known_finite)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         if validation is not None and not isinstance(self.beta, str):
@@ -235,15 +235,13 @@ class Cronos:
         start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), targets, hidden, init, state)
         key = default_key() if key is None else key
         if isinstance(self.beta, str):
-            data = betas.choosable(features, targets, weight)
-            network = start if isinstance(start, TwoLayer) or start is None else start.params
-            return self._solve_on_path(data, network, m, key, callback, validation)
+            first: Any = getattr(start, "params", start)
+            return self._solve_on_path(betas.choosable(features, targets, weight), first, m, key, callback, validation)
         is_weighted = sample_weight is not None and checks.concrete(weight)
         if self.gates == "refreshed" and is_weighted and isinstance(features, Array):
-            there = np.flatnonzero(on_host(weight))  # a row of no weight must not take a sample's place
-            if len(there) < len(weight):
-                index = on_device(there)
-                features, targets, weight = taken(features, index), taken(targets, index), taken(weight, index)
+            counts = on_host(weight) > 0  # a row of no weight must not take a sample's place
+            if not counts.all():
+                features, targets, weight = betas.Data(features, targets, weight).take(counts)
         return self._solve_checked(features, targets, weight, start, m, key, callback)
 
     def _solve_checked(
@@ -328,7 +326,7 @@ class Cronos:
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
         if isinstance(features, Source):
             raise ValueError("objective: `X` must be one array (n, p), got blocks.")
-        return _objective(params, features, y, weight, on_device(beta, y.dtype), loss_of(self.loss))
+        return compiled_loss(params, features, y, weight, on_device(beta, y.dtype), loss_of(self.loss))
 
     def _data(
         self,
@@ -344,13 +342,6 @@ class Cronos:
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
         return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y)
-
-
-@functools.partial(jax.jit, static_argnames="loss")
-def _objective(
-    params: TwoLayer, features: Array, targets: Array, weight: Array, beta: Array, loss: Loss
-) -> Float[Array, ""]:
-    return regularised_loss(params, features, targets, weight, beta, loss)
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:

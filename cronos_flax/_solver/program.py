@@ -161,6 +161,9 @@ def regularised_loss(
     return jnp.sum(weight * losses) / jnp.sum(weight) + 0.5 * beta * penalty
 
 
+compiled_loss = jax.jit(regularised_loss, static_argnames="loss")  # to be called from Python
+
+
 def random_neurons(key: Array, like: Neurons) -> Neurons:
     """Neurons of about unit norm in directions that are uniform on the solver's coordinates."""
     return jax.random.normal(key, like.shape, like.dtype) / jnp.sqrt(jnp.asarray(like.shape[0], like.dtype))
