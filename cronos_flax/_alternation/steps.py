@@ -64,7 +64,8 @@ class Door:
         def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
             extra: dict[str, Any] = {"mutable": mutable} if mutable else {}
             extra |= {"rngs": dict(streams)} if streams else {}
-            out = apply_fn(variables, *args, **extra, **{**kwargs, **given})
+            with nn.intercept_methods(on_one_device):
+                out = apply_fn(variables, *args, **extra, **{**kwargs, **given})
             return selected(out[0] if mutable else out, self._output)
 
         self._outputs = outputs
