@@ -3,10 +3,7 @@
 The directory of the checkpoint is the argument.
 """
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
 
 import flax.linen as nn
 import jax
@@ -16,34 +13,39 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
 
-mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
-model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
-x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-y = (x[:, 0] > 0).astype(int)
-params = model.init(jax.random.key(0), x)["params"]
-head = cf.find_head(model, {"params": params}, x)
-split = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "devices")), params)
-params = jax.device_put(params, split)
+
+def main(directory):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    y = (x[:, 0] > 0).astype(int)
+    params = model.init(jax.random.key(0), x)["params"]
+    head = cf.find_head(model, {"params": params}, x)
+    split = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "devices")), params)
+    params = jax.device_put(params, split)
+
+    @jax.jit
+    def step(state):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(state.apply_fn({"params": params}, x), y).mean()
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    def fresh():
+        solver = cf.Cronos(loss="softmax", max_iters=2)
+        made = {"apply_fn": model.apply, "params": params, "tx": optax.adam(1e-2)}
+        return cf.CronosTrainState.create(**made, head=head, solver=solver)
+
+    saved = step(fresh().solve_head((x, y))[0])
+    cf.save_checkpoint(directory, saved, 1)
+    restored = step(cf.restore_checkpoint(directory, fresh()))
+    expected = step(saved)
+    assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == [
+        leaf.sharding for leaf in jax.tree.leaves(expected)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, restored.params, expected.params)
+    restored.solve_head((x, y))
 
 
-@jax.jit
-def step(state):
-    def loss(params):
-        return optax.softmax_cross_entropy_with_integer_labels(state.apply_fn({"params": params}, x), y).mean()
-
-    return state.apply_gradients(grads=jax.grad(loss)(state.params))
-
-
-def fresh():
-    solver = cf.Cronos(loss="softmax", max_iters=2)
-    made = {"apply_fn": model.apply, "params": params, "tx": optax.adam(1e-2)}
-    return cf.CronosTrainState.create(**made, head=head, solver=solver)
-
-
-saved = step(fresh().solve_head((x, y))[0])
-cf.save_checkpoint(sys.argv[1], saved, 1)
-restored = step(cf.restore_checkpoint(sys.argv[1], fresh()))
-expected = step(saved)
-assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == [leaf.sharding for leaf in jax.tree.leaves(expected)]
-jax.tree.map(np.testing.assert_array_equal, restored.params, expected.params)
-restored.solve_head((x, y))
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
 def test_sharded_parameters_come_back_as_they_were_and_go_on(tmp_path):
     """A state over two devices is restored, and its next step runs: scalars are not left on the first device."""
     command = [sys.executable, "tests/sharded.py", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
 
 

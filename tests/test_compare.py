@@ -323,8 +323,9 @@ def test_the_command_leaves_rows_tables_and_pictures(tmp_path, capsys):
 
 # The command, which gets a signal (the first argument) where it begins to write its second run.
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 from cronos_flax.compare.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 appended = []
 def on_file(event, arguments):
     if event == "open" and str(arguments[0]).endswith("results.jsonl") and "a" in str(arguments[1]):
