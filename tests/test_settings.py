@@ -144,7 +144,7 @@ def solve_path(user, directory):
 
 PIECES = [find_and_fit, solve, solve_squared, solve_fixed, solve_paired, solve_path, alternate, train, alternate_nnx]
 PIECES += [graft]
-WITHOUT_JIT = [solve_squared, solve_paired, alternate, train, graft]  # each operation is dispatched: slow
+WITHOUT_JIT = [solve_squared, alternate, graft]  # each operation is dispatched: slow
 
 
 @pytest.fixture(scope="module")
