@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.transfer import on_device, on_host
 
 State = TypeVar("State")
 
@@ -187,7 +188,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _described(leaf: Any) -> dict[str, Any]:
-    value = np.asarray(leaf)
+    value = np.asarray(on_host(leaf))
     return {"shape": list(value.shape), "dtype": str(value.dtype), "checksum": zlib.crc32(value.tobytes())}
 
 
@@ -266,9 +267,9 @@ def _filled(state: State, leaves: dict[str, Any]) -> State:
     def fill(path: Any, old: Any) -> Any:
         new = leaves[jax.tree_util.keystr(path)]
         if _is_key(old):
-            return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+            return jax.random.wrap_key_data(on_device(new), impl=jax.random.key_impl(old))
         if isinstance(old, Array):
-            return new if isinstance(new, Array) else jnp.asarray(new, old.dtype)
+            return new if isinstance(new, Array) else on_device(new, old.dtype)
         return new if isinstance(old, np.ndarray) else type(old)(np.asarray(new).item())
 
     return jax.tree_util.tree_map_with_path(fill, state)

@@ -278,13 +278,14 @@ def solve_guarded(
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
     if rows.finite:
-        decided = not np.isinf(on_host(beta))
+        decided = bool(np.isfinite(on_host(beta)))
         if decided:
             solver = dataclasses.replace(solver, beta=beta)
         elif guard is not None:  # losses with another weight decay say nothing
             guard = guard.forgetful()
         new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
-        beta = beta if decided else on_device(solution.stats.beta, beta.dtype)
+        if not decided and np.isfinite(on_host(solution.stats.beta)):
+            beta = on_device(solution.stats.beta, beta.dtype)
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):

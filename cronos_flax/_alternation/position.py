@@ -9,6 +9,7 @@ from flax.training.train_state import TrainState
 from cronos_flax._alternation.checkpoint import restored, save_checkpoint
 from cronos_flax._alternation.defaults import SolveSchedule
 from cronos_flax._alternation.sources import Fingerprint, difference
+from cronos_flax._solver.transfer import on_host
 
 State = TypeVar("State", bound=TrainState)
 
@@ -72,7 +73,7 @@ class Checkpoints:
         if self.directory is not None:
             state, self.newest, extra = restored(self.directory, state)
         if self.newest is None:
-            return state, Position(step=int(state.step))
+            return state, Position(step=int(on_host(state.step)))
         self._check_same_run(extra)
         return state, Position(**extra["position"])
 

@@ -17,8 +17,9 @@ from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
+from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
-from cronos_flax._solver.transfer import batch_on_device, on_host
+from cronos_flax._solver.transfer import batch_on_device, on_device, on_host
 
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
 
@@ -111,9 +112,9 @@ def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
     counts = np.zeros(2)
     for batch in flat:
         y: Any = batch.y
-        if y.ndim == 2 and not bool(loss.is_labelled(y)):
+        if y.ndim == 2 and not on_host(is_labelled(loss, on_device(y))):
             raise ValueError("train: `class_weight` needs targets that are one label a row, got others.")
-        labels = y if y.ndim == 1 else np.asarray(loss.labels(y))
+        labels = y if y.ndim == 1 else on_host(labels_of(loss, on_device(y)))
         C = max(len(counts), int(labels.max()) + 1, y.shape[1] if y.ndim == 2 else 2)
         counts = np.pad(counts, (0, C - len(counts)))
         counts += np.bincount(labels if batch.weight is None else labels[batch.weight > 0], minlength=C)

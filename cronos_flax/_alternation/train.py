@@ -157,7 +157,7 @@ def train(
     checkpoints = Checkpoints(directory, settings, marks, save_every)
     state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
     door = Door(state, loss, train_kwargs or {}, streams)
-    _check_what_is_in_memory(door, source, sets, unpack)
+    _check_what_is_in_memory(door, source, to_solve, sets, unpack)
     class_weight = None
     if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
         class_weight = on_device(balanced_weights(loss, map(door, source.once())))
@@ -242,12 +242,17 @@ def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> 
 
 
 def _check_what_is_in_memory(
-    door: Door, source: Arrays | Batches, sets: Mapping[str, Any], unpack: Callable[[Any], tuple] | None
+    door: Door,
+    source: Arrays | Batches,
+    to_solve: Arrays | Batches,
+    sets: Mapping[str, Any],
+    unpack: Callable[[Any], tuple] | None,
 ) -> None:
     """Check all targets of arrays before training; those of loaders are checked as they come."""
-    if isinstance(source, Arrays):
-        for batch in source.once():
-            door(batch)
+    for each in (source,) if to_solve is source else (source, to_solve):
+        if isinstance(each, Arrays):
+            for batch in each.once():
+                door(batch)
     for name, rows in sets.items():
         if isinstance(rows, tuple) and unpack is None:
             for batch in batches(rows, None, "train", name):

@@ -54,6 +54,8 @@ def fit_data(
         )
     network, solution = fit_rows(head.read(variables), rows, solver, key, callback, throw)
     fitted = variables if network is None else head.write(variables, network)
+    if solution.status == Status.nonfinite:
+        return fitted, solution
     return head.module.recalibrated(fitted, moments), solution
 
 

@@ -206,8 +206,8 @@ class LinenModule:
                 continue
             unboxed = nn.meta.unbox(old)
             new = unboxed | {
-                "mean": jnp.asarray(mean, unboxed["mean"].dtype),
-                "var": jnp.asarray(var, unboxed["var"].dtype),
+                "mean": on_device(mean, unboxed["mean"].dtype),
+                "var": on_device(var, unboxed["var"].dtype),
             }
             given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
         return given

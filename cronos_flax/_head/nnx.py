@@ -210,8 +210,8 @@ class NnxModule:
         new = given if isinstance(given, nnx.Module) else jax.tree.map(lambda leaf: leaf, given)
         for path, (mean, var) in moments.items():
             layer = _weights(new, path)
-            layer["mean"].set_value(jnp.asarray(mean, layer["mean"].dtype))
-            layer["var"].set_value(jnp.asarray(var, layer["var"].dtype))
+            layer["mean"].set_value(on_device(mean, layer["mean"].dtype))
+            layer["var"].set_value(on_device(var, layer["var"].dtype))
         return new
 
     def count(self, variables: Any) -> int:

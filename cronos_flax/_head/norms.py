@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from cronos_flax._solver.transfer import on_host
+
 STATISTICS = "batch", "running"
 
 
@@ -99,7 +101,7 @@ class Population:
         self._rows += rows
         share = rows / self._rows
         for moments in batch:
-            mean_b, var_b = np.asarray(moments.mean), np.asarray(moments.var)
+            mean_b, var_b = on_host((moments.mean, moments.var))
             mean, var = self._moments.get(moments.norm.path, (mean_b, var_b))
             # With shares 1 − s and s of the rows: (1 − s) var + s var_b + s (1 − s) (mean_b − mean)²
             difference = mean_b - mean

@@ -155,13 +155,25 @@ def data(
 
 def balanced(loss: Loss, targets: Array) -> Array:
     """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
-    known = loss.is_labelled(targets)
-    if (isinstance(known, bool) or concrete(known)) and not bool(known):
+    known = is_labelled(loss, targets) if concrete(targets) else loss.is_labelled(targets)
+    if (isinstance(known, bool) or concrete(known)) and not on_host(known):
         raise ValueError(
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
         )
     return _balanced(loss, targets)
+
+
+@partial(jax.jit, static_argnums=0)
+def is_labelled(loss: Loss, targets: Array) -> Array:
+    """Whether the targets are one label a row."""
+    return jnp.asarray(loss.is_labelled(targets))
+
+
+@partial(jax.jit, static_argnums=0)
+def labels_of(loss: Loss, targets: Array) -> Array:
+    """The labels that the targets stand for."""
+    return loss.labels(targets)
 
 
 @partial(jax.jit, static_argnums=0)

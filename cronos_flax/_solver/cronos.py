@@ -289,7 +289,7 @@ class Cronos:
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
 
-        beta_max = float(self._user_beta_max(fit, network, beta_key))
+        beta_max = float(on_host(self._user_beta_max(fit, network, beta_key)))
         beta, best, tried, losses = betas.follow(solve, loss_of(self.loss), beta_max, fit, chosen_on)
         solution = solve(data, beta, best, final=True)
         stats = dataclasses.replace(solution.stats, path_betas=on_device(tried), path_losses=on_device(losses))
