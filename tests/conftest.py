@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 # A test compiles for seconds what runs for milliseconds. Subprocesses inherit this; tests that are about the code that
 # users run take the fixture `optimised`. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all do. (An XLA that
@@ -123,3 +124,19 @@ def random_network(seed, p=5, m=6, C=1, hidden_bias=True, output_bias=True, dtyp
         return rng.normal(size=shape).astype(dtype)
 
     return cf.TwoLayer(draw(p, m), draw(m) if hidden_bias else None, draw(m, C), draw(C) if output_bias else None)
+
+
+@pytest.fixture
+def unsolved(monkeypatch):
+    """Solves change nothing, and compile nothing; the data that they were given."""
+    import cronos_flax as cf
+    from cronos_flax._head.data import batches
+
+    seen = []
+
+    def solve_head(self, data, unpack=None, **kwargs):
+        seen.append(list(batches(data, unpack)))
+        return self, SimpleNamespace(stats=SimpleNamespace(initial_objective=1.0, objective=1.0))
+
+    monkeypatch.setattr(cf.CronosTrainState, "solve_head", solve_head)
+    return seen

@@ -17,7 +17,7 @@ from jax import Array
 from cronos_flax._head.data import Batch, Unpack, batches, flat_targets, flat_weight
 from cronos_flax._solver.transfer import on_host
 
-Tap = Callable[[tuple, Mapping], Array]  # from positional and keyword arguments to the head's input (..., p)
+Pass = Callable[[tuple, Mapping], Array]  # from positional and keyword arguments to the head's input (..., p)
 
 
 class GatheredRows(NamedTuple):
@@ -37,7 +37,7 @@ class GatheredRows(NamedTuple):
 
 
 def gather(
-    tap: Tap,
+    tap: Pass,
     outputs: int,
     data: Any,
     unpack: Unpack | None,
