@@ -17,44 +17,58 @@ from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
-from cronos_flax._solver.program import norms, unit_rows
+from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host, taken
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
-_ASCENT_STARTS = 8
-_ASCENT_STEPS = 10
-_ASCENT_ROWS = 2048  # of more than twice as many
-_LAST_STEPS = 5  # on all rows, after those on the sample
-_ASCENT_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_STARTS, _STEPS = 16, 12  # of the climb to β_max
+_LONGER, _SHORTER = 2.0, 0.25  # what a step's length is multiplied by after it went up, and after it did not
 RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
 TOL = 1e-2  # of the solves on the way, which are for comparing
 _EVERY = 5  # one row in so many is held out
 
 
+def _or_one(size: Float[Array, " k"]) -> Float[Array, "1 k"]:
+    """What to divide the columns of a matrix by: their sizes; 1 for a column of zeros."""
+    return jnp.where(size > 0, size, 1)[None, :]
+
+
 def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
     """``‖relu(X u)ᵀ α‖/‖u‖`` for each column u: a neuron there would lower the loss if it is above β."""
-    size = norms(u)
-    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / jnp.where(size > 0, size, 1)
+    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / _or_one(norms(u))[0]
 
 
-def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _ASCENT_STEPS) -> Neurons:
-    """Unit neurons of large violation, from unit neurons u: gradient steps, each as long as pays most."""
-    lengths = jnp.asarray((0.0, *_ASCENT_LENGTHS), X.dtype)
+def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -> tuple[Neurons, Float[Array, " k"]]:
+    """Unit neurons of large violation, from neurons u, and their violation.
 
-    def ascend(_: int, u: Neurons) -> Neurons:
-        Z = X @ u
-        c = jax.nn.relu(Z).T @ alpha
-        g = X.T @ jnp.where(Z >= 0, alpha @ unit_rows(c, c).T, 0)
-        g = unit_rows((g - u * jnp.sum(u * g, axis=0, keepdims=True)).T, jnp.zeros_like(u.T)).T
-        Z_g = X @ g
+    Where the violation h of a unit neuron u is largest, its gradient g is ``h u``. So a step is
+    ``u + t (g/h − u)``, made a unit vector. It is taken if the violation is higher there; then t doubles. If not, u
+    stays, and t is divided by four.
 
-        def height(t: Scalar) -> Float[Array, " k"]:
-            return jnp.linalg.norm(jax.nn.relu(Z + t * Z_g).T @ alpha, axis=1) / norms(u + t * g)
+    Args:
+        X: features, n rows of d.
+        alpha: the gradient α of the loss, shape ``(n, C)``.
+        u: k neurons to start from, of any length; from zero there is no way up.
+        steps: products with X, and with its transpose; the first is at u.
+    """
 
-        return unit_rows((u + lengths[jnp.argmax(jax.lax.map(height, lengths), axis=0)][None, :] * g).T, u.T).T
+    def ascend(_: int, at: tuple[Neurons, Neurons, Array, Array]) -> tuple[Neurons, Neurons, Array, Array]:
+        u, onward, height, length = at
+        v = u + length[None, :] * onward
+        v = v / _or_one(norms(v))
+        Z = X @ v
+        c = alpha.T @ jax.nn.relu(Z)
+        h = norms(c)
+        g = X.T @ jnp.where(Z > 0, alpha @ (c / _or_one(h)), 0)
+        up = h > height
+        onward = jnp.where(up[None, :], g / _or_one(h) - v, onward)
+        length = length * jnp.where(up, jnp.asarray(_LONGER, h.dtype), jnp.asarray(_SHORTER, h.dtype))
+        return jnp.where(up[None, :], v, u), onward, jnp.maximum(height, h), length
 
-    return jax.lax.fori_loop(0, steps, ascend, u)
+    nowhere = jnp.full_like(u[0], -1)  # so the first step, which leads from u to a multiple of it, is taken
+    u, _, height, _ = jax.lax.fori_loop(0, steps, ascend, (u, u, nowhere, jnp.full_like(u[0], 1 / _LONGER)))
+    return u, height
 
 
 def at_best_constant(rows: Rows) -> Outputs:
@@ -62,35 +76,33 @@ def at_best_constant(rows: Rows) -> Outputs:
     return rows.dual(rows.gradient(jnp.zeros_like(rows.Y) + rows.constant(rows.best_constant())))
 
 
-def sample(rows: Rows, alpha: Outputs, key: Array) -> tuple[Rows, Outputs]:
-    """Some of the rows of positive weight, and their gradients α with the same weighted mean as on all rows.
+def starts(rows: Rows) -> Neurons:
+    """Neurons to climb from, shape ``(d, 16)``: differences of unit rows x̂.
 
-    A neuron that is on in every row meets the mean of α. With an output bias this is zero on all rows, but not on a
-    sample, where a constant offset of the features would turn the difference into the highest direction.
+    A neuron ``x̂ᵢ − x̂ⱼ`` is on at row i and off at row j, however large the mean of the features is; a random neuron
+    would then be on in all rows or in none. Every eighth is a row itself, for features with one column. The rows are
+    those whose place has the highest hash, among the rows of positive weight: not regular, for rows can be sorted or
+    come in turns, and not changed by rows of weight zero at the end.
     """
-    place = jnp.cumsum(rows.root > 0, dtype=jnp.int32)
-    drawn = jax.random.randint(key, (_ASCENT_ROWS,), 0, place[-1], jnp.int32)
-    index = jnp.searchsorted(place, jnp.sort(drawn), side="right").astype(jnp.int32)
-    some, alpha_some = rows.take(index), alpha[index]
-    lost = rows.mean(alpha) - some.mean(alpha_some)
-    return some, alpha_some + some.constant(lost)
+    n = len(rows.root)
+    place = jnp.arange(1, n + 1, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
+    place = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B)
+    score = (place ^ (place >> 13)) >> 8  # 24 bits, which a float32 holds
+    _, index = jax.lax.top_k(jnp.where(rows.root > 0, score.astype(jnp.float32), -1), min(_STARTS, n))
+    x = rows.X[index].T
+    x = jnp.pad(x / _or_one(norms(x)), ((0, 0), (0, _STARTS - len(index))))
+    return x - jnp.where(np.arange(_STARTS)[None, :] % 8 == 0, 0, jnp.roll(x, 1, axis=1))
 
 
-def beta_max(rows: Rows, key: Array) -> Scalar:
+def beta_max(rows: Rows) -> Scalar:
     """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖``.
 
-    The problem is not concave. It is climbed from a few random starts; the best of them is a lower estimate, which a
-    local maximum can make too low by some per cent (docs/benchmarks/beta.md). Of many
-    rows, a sample is climbed on first, then all rows for a few steps: the best neuron of a sample fits its noise too.
+    The problem is not concave. It is climbed from a few starts; the best of them is a lower estimate, which can be too
+    low by some per cent (docs/benchmarks/beta.md). It depends on the rows and, a little, on their order; there is
+    nothing random in it. Rows of weight zero at the end change nothing.
     """
-    alpha = at_best_constant(rows)
-    u = jax.random.normal(key, (rows.X.shape[1], _ASCENT_STARTS), rows.X.dtype)
-    u = u / norms(u)[None, :]
-    if len(alpha) <= 2 * _ASCENT_ROWS:
-        return jnp.max(violation(rows.X, alpha, climb(rows.X, alpha, u)))
-    some, alpha_some = sample(rows, alpha, jax.random.fold_in(key, 1))
-    u = climb(rows.X, alpha, climb(some.X, alpha_some, u), _LAST_STEPS)
-    return jnp.max(violation(rows.X, alpha, u))
+    _, heights = climb(rows.X, at_best_constant(rows), starts(rows))
+    return jnp.max(heights)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
@@ -98,7 +110,6 @@ def user_beta_max(
     X: Float[Array, "n p"],
     y: Float[Array, "n C"],
     weight: RowVector,
-    key: Array,
     *,
     loss: Loss,
     hidden_bias: bool,
@@ -108,7 +119,7 @@ def user_beta_max(
     with jax.default_matmul_precision("highest"):
         weight = normalised(weight)
         rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
-        return beta_max(rows, key) * basis.scale / jnp.sum(weight)
+        return beta_max(rows) * basis.scale / jnp.sum(weight)
 
 
 class Data(NamedTuple):

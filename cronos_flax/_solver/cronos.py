@@ -208,7 +208,7 @@ class Cronos:
         if self.beta is None:
             data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
-            beta_max = self._user_beta_max(data, init, next(iter(jax.random.split(key, 3))))
+            beta_max = self._user_beta_max(data, init)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
         return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
 
@@ -275,7 +275,7 @@ class Cronos:
         validation: tuple[ArrayLike, ArrayLike] | None,
     ) -> Solution:
         """Choose β on held-out rows, then fit all rows from the network that was found with it."""
-        key, split_key, beta_key = jax.random.split(key, 3)
+        key, split_key, _ = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
         if validation is None:
             held_out = betas.held_out(data.y, split_key)
             fit, chosen_on = data.take(~held_out), data.take(held_out)
@@ -289,15 +289,15 @@ class Cronos:
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
 
-        beta_max = float(on_host(self._user_beta_max(fit, network, beta_key)))
+        beta_max = float(on_host(self._user_beta_max(fit, network)))
         beta, best, tried, losses = betas.follow(solve, loss_of(self.loss), beta_max, fit, chosen_on)
         solution = solve(data, beta, best, final=True)
         stats = dataclasses.replace(solution.stats, path_betas=on_device(tried), path_losses=on_device(losses))
         return dataclasses.replace(solution, stats=stats)
 
-    def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None, key: Array) -> Array:
+    def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None) -> Array:
         biases = dict(zip(("hidden_bias", "output_bias"), _biases(self.gates, network), strict=True))
-        return betas.user_beta_max(*data, key, loss=loss_of(self.loss), **biases)
+        return betas.user_beta_max(*data, loss=loss_of(self.loss), **biases)
 
     def objective(
         self,
@@ -391,7 +391,7 @@ def _solve(
     *,
     hidden: int,
 ) -> Solution:
-    beta_key, start_key, run_key = jax.random.split(key, 3)
+    _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     network = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = _biases(solver.gates, network)
@@ -400,7 +400,7 @@ def _solve(
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     assert not isinstance(solver.beta, str)
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
-    beta = ratio * betas.beta_max(rows, beta_key) if solver.beta is None else solver.beta * total / basis.scale
+    beta = ratio * betas.beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
     user_beta = beta * basis.scale / total
     rho = jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype)
     problem = Problem(
