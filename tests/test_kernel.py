@@ -1,6 +1,7 @@
 """The pieces of the solver against dense twins: adjoints, prox, the Levenberg–Marquardt step, weights, basis."""
 
 import dataclasses
+import functools
 
 import dense_twin
 import jax
@@ -13,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import admm, coordinates, gauss_newton, linear_solvers, losses, numerics, refreshed
+from cronos_flax._solver import (
+    admm,
+    blocks,
+    coordinates,
+    gauss_newton,
+    host,
+    linear_solvers,
+    losses,
+    numerics,
+    refreshed,
+)
 from cronos_flax._solver import beta as betas
 from cronos_flax._solver import program as programs
 
@@ -402,24 +413,21 @@ def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
     np.testing.assert_allclose(matrix @ again, rhs, atol=1e-8)
 
 
-def test_beta_max_of_many_rows_in_blocks_is_that_of_all_rows(monkeypatch):
+def test_beta_max_of_rows_in_blocks_is_that_of_rows_in_memory():
+    """Features on disk have the default β of the same features in memory, also if they come in several pieces."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(20_000, 6)).astype("float32")
-    y = np.abs(X[:, 0]) + 0.3 * rng.normal(size=20_000).astype("float32")
-
-    def largest():
-        return float(cf.Cronos(max_iters=1, beta_ratio=1.0).solve([X[:7000], X[7000:]], y, hidden=2).stats.beta)
-
-    some = largest()
-    monkeypatch.setattr(betas, "_ASCENT_ROWS", 20_000)
-    jax.clear_caches()
-    assert some == pytest.approx(largest(), rel=0.02)
-    jax.clear_caches()
+    y = (np.abs(X[:, :1]) + 0.3 * rng.normal(size=(20_000, 1))).astype("float32")
+    largest = functools.partial(betas.user_beta_max, loss=losses.Squared(), hidden_bias=True, output_bias=True)
+    source = blocks.Source([X[:7000], X[7000:]], X.shape, X.dtype)
+    with host.opened(source) as (number,):
+        in_blocks = float(largest(blocks.Blocks(number, *X.shape, source.rows, X.dtype), y, jnp.ones(20_000)))
+    assert in_blocks == pytest.approx(float(largest(X, y, jnp.ones(20_000))), rel=1e-4)
 
 
 @pytest.mark.parametrize("output_bias", [True, False])
-def test_the_default_beta_of_many_rows_does_not_move_with_the_key_or_an_offset(output_bias):
-    """Features with a large mean have the β_max of all rows, with every key, also where many rows have weight zero."""
+def test_the_default_beta_of_many_rows_does_not_move_with_their_order_or_an_offset(output_bias):
+    """Features with a large mean have the β_max of a longer climb, in every order, also where rows have weight zero."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(12_000, 32)) + 5
     y = np.abs(X[:, 0] - 5) + 0.3 * rng.normal(size=12_000)
@@ -427,8 +435,43 @@ def test_the_default_beta_of_many_rows_does_not_move_with_the_key_or_an_offset(o
     weight = np.where(np.arange(12_000) % 2, rng.exponential(size=12_000), 0)
     arrays = (jnp.asarray(array, "float32") for array in (X, y[:, None], weight / weight[weight > 0].mean()))
     rows, _ = coordinates.scaled(*arrays, losses.Squared(), hidden_bias=True, output_bias=output_bias)
-    alpha = betas.at_best_constant(rows)
-    u = jax.random.normal(jax.random.key(9), (rows.X.shape[1], 8), rows.X.dtype)
-    everything = float(jnp.max(betas.violation(rows.X, alpha, betas.climb(rows.X, alpha, u / programs.norms(u), 40))))
-    found = [float(jax.jit(betas.beta_max)(rows, jax.random.key(seed))) for seed in range(4)]
-    assert found == pytest.approx([everything] * 4, rel=0.03)
+    u = jnp.asarray(rng.normal(size=(rows.X.shape[1], 16)), "float32")
+    _, heights = jax.jit(betas.climb, static_argnums=3)(rows.X, betas.at_best_constant(rows), u, 40)
+    orders = [jnp.asarray(place) for place in (np.arange(12_000), np.argsort(y), rng.permutation(12_000))]
+    found = [float(jax.jit(betas.beta_max)(rows.take(order))) for order in orders]
+    assert found == pytest.approx([float(jnp.max(heights))] * 3, rel=0.03)
+
+
+def data_for_beta(seed, rows=500):
+    """Features with an offset between 0 and 10, and a network of random neurons with noise."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(rows, 5)) + rng.uniform(0, 10)
+    y = np.maximum((X - X.mean(axis=0)) @ rng.normal(size=(5, 4)) + rng.normal(size=4), 0) @ rng.normal(size=(4, 1))
+    return rng, X, y / y.std() + rng.uniform(0.1, 1) * rng.normal(size=(rows, 1))
+
+
+def test_beta_max_is_no_local_maximum():
+    """With its rows in any order, a problem has the β_max of a climb from 64 random starts."""
+    largest, climb = jax.jit(betas.beta_max), jax.jit(betas.climb, static_argnums=3)
+    for seed in (2, 10, 12, 23, 52, 66):
+        rng, X, y = data_for_beta(seed)
+        arrays = (jnp.asarray(array, "float32") for array in (X, y, np.ones(500)))
+        rows, _ = coordinates.scaled(*arrays, losses.Squared(), hidden_bias=True, output_bias=True)
+        x, u = np.asarray(rows.X[:64], float).T, rng.normal(size=(6, 64))
+        through_rows = u - x * np.sum(x * u, axis=0) / np.sum(x * x, axis=0)
+        _, heights = climb(rows.X, betas.at_best_constant(rows), jnp.asarray(through_rows, "float32"), 40)
+        orders = (np.arange(500), np.argsort(y[:, 0]), *(rng.permutation(500) for _ in range(3)))
+        found = [float(largest(rows.take(jnp.asarray(order)))) for order in orders]
+        assert found == pytest.approx([float(jnp.max(heights))] * 5, rel=0.01)
+
+
+def test_beta_max_does_not_see_rows_of_weight_zero_at_the_end():
+    """Rows filled up with others of weight zero have the same β_max to rounding."""
+    _, X, y = data_for_beta(0)
+    kept = np.repeat([1.0, 0.0], [400, 100])
+
+    def largest(count):
+        arrays = (jnp.asarray(array[:count], "float32") for array in (np.where(kept[:, None], X, 1e3), y, kept))
+        return float(betas.user_beta_max(*arrays, loss=losses.Squared(), hidden_bias=True, output_bias=True))
+
+    assert largest(500) == pytest.approx(largest(400), rel=1e-4)

@@ -230,7 +230,7 @@ def test_above_beta_max_every_loss_has_a_constant_network(loss):
     y = {"softmax": labels, "logistic": labels}.get(loss, 2.0 * labels.astype("float32") - 1)
     made = losses.loss_of(loss)
     Y = made.targets(jnp.asarray(y), None)
-    arrays = X, Y, jnp.ones(200), jax.random.key(0)
+    arrays = X, Y, jnp.ones(200)
     beta_max = float(betas.user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
     constant = float(jnp.mean(made.value(jnp.broadcast_to(made.constant(Y, jnp.ones(200)), Y.shape), Y)))
     above, below = (

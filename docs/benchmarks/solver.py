@@ -310,9 +310,7 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
         outputs = program.network_outputs(rows, iterate.A, iterate.b, iterate.Z)
         alpha = rows.center(rows.gradient(outputs))
         u = program.random_neurons(key, iterate.U)
-        climbed = jax.lax.cond(
-            jnp.any(is_dead), lambda: rows.X @ betas.climb(rows.X, alpha, u / program.norms(u)), lambda: iterate.Z
-        )
+        climbed = jax.lax.cond(jnp.any(is_dead), lambda: rows.X @ betas.climb(rows.X, alpha, u)[0], lambda: iterate.Z)
         Z = jnp.where(is_dead, climbed, iterate.Z)
         return dataclasses.replace(iterate, U=jnp.where(is_dead, 0, iterate.U), Z=Z)
 
