@@ -342,7 +342,7 @@ def test_a_rate_below_a_hundredth_is_told_once():
 
 @pytest.mark.parametrize("rows", [1_000, 20_000])
 def test_a_solve_again_without_a_step_is_never_rejected(rows):
-    # Features with an offset, and more rows than beta_max is found on: another key, another default β.
+    # Features with an offset: another key once meant another default β.
     rng = np.random.default_rng(rows)
     x = rng.normal(5, 1, (rows, 5)).astype("float32")
     y = (x[:, 0] > x[:, 1] + rng.normal(size=rows)).astype(int)
