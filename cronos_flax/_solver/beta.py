@@ -34,17 +34,12 @@ def _or_one(size: Float[Array, " k"]) -> Float[Array, "1 k"]:
     return jnp.where(size > 0, size, 1)[None, :]
 
 
-def violation(X: Features | Blocks, alpha: Outputs, u: Neurons) -> Float[Array, " k"]:
-    """``‖relu(X u)ᵀ α‖/‖u‖`` for each column u: a neuron there would lower the loss if it is above β."""
-    return jnp.linalg.norm(jax.nn.relu(X @ u).T @ alpha, axis=1) / _or_one(norms(u))[0]
-
-
 def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -> tuple[Neurons, Float[Array, " k"]]:
-    """Unit neurons of large violation, from neurons u, and their violation.
+    """Unit neurons of large violation ``‖relu(X u)ᵀ α‖``, from neurons u, and their violation.
 
-    Where the violation h of a unit neuron u is largest, its gradient g is ``h u``. So a step is
-    ``u + t (g/h − u)``, made a unit vector. It is taken if the violation is higher there; then t doubles. If not, u
-    stays, and t is divided by four.
+    A neuron lowers the loss if its violation is above β. Where the violation h of a unit neuron u is largest, its
+    gradient g is ``h u``. So a step is ``u + t (g/h − u)``, made a unit vector. It is taken if the violation is higher
+    there; then t doubles. If not, u stays, and t is divided by four.
 
     Args:
         X: features, n rows of d.
@@ -97,9 +92,9 @@ def starts(rows: Rows) -> Neurons:
 def beta_max(rows: Rows) -> Scalar:
     """The smallest β for which the zero network is optimal: ``max over unit u of ‖relu(X u)ᵀ α‖``.
 
-    The problem is not concave. It is climbed from 16 starts, and the best is a lower estimate. On most data it is too low
-    by less than 1 %, with many classes or heavy tails by some per cent (docs/benchmarks/beta.md). It depends on the
-    rows and, a little, on their order. Nothing in it is random. Rows of weight zero at the end change nothing.
+    The problem is not concave. It is climbed from 16 starts, and the best is a lower estimate. On most data it is too
+    low by less than 1 %, with many classes or heavy tails by some per cent (docs/benchmarks/beta.md). It depends on
+    the rows and, a little, on their order. Nothing in it is random. Rows of weight zero at the end change nothing.
     """
     _, heights = climb(rows.X, at_best_constant(rows), starts(rows))
     return jnp.max(heights)
