@@ -1,9 +1,9 @@
 """What the tests share: data, twins, and the skip for data that is not part of the project."""
 
+import contextlib
 import gc
-import hashlib
 import os
-import platform
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,25 +20,25 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from cronos_flax.compare import programs
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config):
-    """Keep compiled programs in pytest's cache, so that the next run need not compile them: `--cache-clear` ends that.
+    """Keep compiled programs where the command line keeps its own, so that the next run need not compile them.
 
-    Each worker has its own, as JAX's writes are not atomic, and each kind of CPU, as the code is for that.
+    JAX_ENABLE_COMPILATION_CACHE=0 keeps none. What was not used for a fortnight goes.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    hands_out = config.getoption("numprocesses", None) and not worker  # and compiles nothing itself
-    if hands_out or "JAX_COMPILATION_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1") == "0":
         return
-    described = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    features = [line for line in described if line.startswith(("flags", "Features"))]
-    kind = hashlib.sha256("".join([platform.machine(), *features[:1]]).encode()).hexdigest()[:12]
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"jax-{kind}") / (worker or "alone"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    programs.keep()
+    for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs"):  # for subprocesses
+        os.environ[f"JAX_{name.upper()}"] = str(jax.config.values[f"jax_{name}"])
+    for file in programs.directory().glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - max(file.stat().st_atime, file.stat().st_mtime) > 14 * 24 * 3600:
+                file.unlink()
 
 
 def pytest_collection_finish():

@@ -287,3 +287,19 @@ def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
             os.seteuid(0)
         for p, mode in modes.items() if root else ():
             p.chmod(mode)
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_no(tmp_path):
+    """The same command again compiled everything again."""
+    said = (
+        "import jax, sys; from cronos_flax.compare.cli import main\n"
+        "for more in (['--compile-anew'], []):\n"
+        "    main(['info', '--dataset', 'wine', '--model', 'two-layer', *more])\n"
+        "    print('kept in', jax.config.values['jax_compilation_cache_dir'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    run = subprocess.run([sys.executable, "-c", said], env=environment, capture_output=True, text=True, check=True)
+    kept = re.findall("kept in (.*)", run.stdout)
+    assert kept[0] == "None"
+    assert Path(kept[1]).parent == tmp_path / "cronos_flax"

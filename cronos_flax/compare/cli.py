@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         import matplotlib  # noqa: F401
+        import platformdirs  # noqa: F401
         import rich  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     parser, commands = _parsers()
     args = parser.parse_args(argv)
+    if not args.compile_anew:
+        from cronos_flax.compare import programs
+
+        programs.keep()
     try:
         return {"compare": _compare, "train": _train, "info": _info}[args.command](args)
     except OSError as error:
@@ -83,6 +88,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     kinds = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     task = _Parser(add_help=False)
+    task.add_argument(
+        "--compile-anew", action="store_true",
+        help="keep no compiled programs in the user's cache folder, and use none that are there",
+    )  # fmt: skip
     data = task.add_argument_group("data and model")
     data.add_argument(
         "--dataset", default="digits", metavar="NAME",
