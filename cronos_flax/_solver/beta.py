@@ -19,6 +19,7 @@ from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
+from cronos_flax._solver.staging import Program
 from cronos_flax._solver.transfer import on_device, on_host, taken
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
@@ -100,8 +101,7 @@ def beta_max(rows: Rows) -> Scalar:
     return jnp.max(heights)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "hidden_bias", "output_bias"))
-def user_beta_max(
+def _user_beta_max(
     X: Float[Array, "n p"],
     y: Float[Array, "n C"],
     weight: RowVector,
@@ -111,10 +111,12 @@ def user_beta_max(
     output_bias: bool,
 ) -> Scalar:
     """:func:`beta_max` of features in the user's units, as a weight decay in the user's units."""
-    with jax.default_matmul_precision("highest"):
-        weight = normalised(weight)
-        rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
-        return beta_max(rows) * basis.scale / jnp.sum(weight)
+    weight = normalised(weight)
+    rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
+    return beta_max(rows) * basis.scale / jnp.sum(weight)
+
+
+user_beta_max = Program(_user_beta_max, once=True)
 
 
 class Data(NamedTuple):

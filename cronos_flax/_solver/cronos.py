@@ -1,4 +1,4 @@
-"""``Cronos``: the settings of a solve, and its entry point, which owns the checks, the one ``jit`` and the result."""
+"""``Cronos``: the settings of a solve, and its entry point, which owns the checks."""
 
 import dataclasses
 import functools
@@ -7,41 +7,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from cronos_flax._solver import beta as betas
 from cronos_flax._solver import checks, host
 from cronos_flax._solver.blocks import Blocks, Source
-from cronos_flax._solver.coordinates import normalised, scaled
-from cronos_flax._solver.held import held
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
-from cronos_flax._solver.problem import Problem
-from cronos_flax._solver.program import (
-    compiled_loss,
-    default_directions,
-    from_network,
-    random_neurons,
-    regularised_loss,
-    to_network,
-)
-from cronos_flax._solver.refreshed import refreshed
+from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.solve import BETA_RATIO, State, biases, solve
+from cronos_flax._solver.staging import control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
-from cronos_flax._solver.types import RowVector
 
 GATES = ("refreshed", "fixed", "paired")
-# Defaults of a single fit, where the setting is None.
-BETA_RATIO = 0.001
-MAX_ITERS = 500
-RHO = 1.0
-
-State = RefreshedState | HeldState
+MAX_ITERS = 500  # of a single fit, where the setting is None
 
 
 @functools.partial(
@@ -255,15 +239,17 @@ class Cronos:
         callback: Callable[[dict[str, float]], Any] | None,
     ) -> Solution:
         """Run the compiled solve on arguments that fit together."""
-        solver = jax.tree.map(lambda v: on_device(v, y.dtype), self)
+        max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
+        # What does not matter to the compiled programs must not compile them anew.
+        solver = dataclasses.replace(self, max_iters=None, class_weight=None)
+        solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
+        rest = y, weight, start, key
         if callback is None and not isinstance(features, Source):
-            run = _compiled(solver, features, y, weight, start, key)
-            return run(solver, features, y, weight, start, key, None, hidden=hidden)
+            return solve(solver, features, *rest, None, hidden=hidden, max_iters=max_iters)
         source = features if isinstance(features, Source) else None
         with host.opened(source, callback and host.Reporter(callback)) as (number, progress):
-            rows = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            run = _compiled(solver, rows, y, weight, start, key)
-            return jax.block_until_ready(run(solver, rows, y, weight, start, key, progress, hidden=hidden))
+            rows: Any = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
+            return jax.block_until_ready(solve(solver, rows, *rest, progress, hidden=hidden, max_iters=max_iters))
 
     def _solve_on_path(
         self,
@@ -296,8 +282,9 @@ class Cronos:
         return dataclasses.replace(solution, stats=stats)
 
     def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None) -> Array:
-        biases = dict(zip(("hidden_bias", "output_bias"), _biases(self.gates, network), strict=True))
-        return betas.user_beta_max(*data, loss=loss_of(self.loss), **biases)
+        hidden_bias, output_bias = biases(self.gates, network)
+        static = {"loss": loss_of(self.loss), "hidden_bias": hidden_bias, "output_bias": output_bias}
+        return control_of(data).run(betas.user_beta_max, *data, **static)
 
     def objective(
         self,
@@ -348,103 +335,3 @@ def _outputs_of(init: Any, state: Any) -> int | None:
     """The number of outputs of the network to start from, for labels; what it does not fit is said later."""
     network = init if isinstance(init, TwoLayer) else getattr(state, "params", None)
     return None if network is None or jnp.ndim(network.kernel2) != 2 else network.kernel2.shape[1]
-
-
-def _biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
-    """Whether the network has a hidden and an output bias; the published program has no output bias."""
-    if network is None:
-        return True, gates != "paired"
-    return network.bias1 is not None, network.bias2 is not None
-
-
-def _compiled(*arguments: Any) -> Callable[..., Solution]:
-    """The solve as it is called from Python, or as part of a program that is being traced."""
-    # Inside jit even a constant is traced.
-    is_traced = not all(map(checks.concrete, (*jax.tree.leaves(arguments), jax.device_put(np.zeros(())))))
-    return jax.jit(_at_full_precision, static_argnames="hidden") if is_traced else _solve_compiled_by_itself()
-
-
-@functools.cache
-def _solve_compiled_by_itself() -> Callable[..., Solution]:
-    # XLA's fusion emitters for the CPU take much memory to compile many small kernels; tests/streamed.py prints it.
-    options: dict[str, Any] | None = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:  # an XLA that has no such option
-        options = None
-    return jax.jit(_at_full_precision, static_argnames="hidden", compiler_options=options)
-
-
-def _at_full_precision(*arguments: Any, hidden: int) -> Solution:
-    with jax.default_matmul_precision("highest"):
-        return _solve(*arguments, hidden=hidden)
-
-
-def _solve(
-    solver: Cronos,
-    features: Float[Array, "n p"] | Blocks,
-    targets: Float[Array, "n C"],
-    weight: RowVector,
-    start: TwoLayer | State | None,
-    key: Array,
-    progress: Int[Array, ""] | None,
-    *,
-    hidden: int,
-) -> Solution:
-    _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
-    network = start if isinstance(start, TwoLayer) or start is None else start.params
-    weight, loss = normalised(weight), loss_of(solver.loss)
-    hidden_bias, output_bias = _biases(solver.gates, network)
-    rows, basis = scaled(features, targets, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
-    d, total = rows.X.shape[1], jnp.sum(weight)
-    # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
-    assert not isinstance(solver.beta, str)
-    ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
-    beta = ratio * betas.beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
-    user_beta = beta * basis.scale / total
-    rho = jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype)
-    problem = Problem(
-        rows,
-        basis,
-        total,
-        beta,
-        rho,
-        jnp.asarray(solver.tol),
-        solver.gates,
-        MAX_ITERS if solver.max_iters is None else solver.max_iters,
-        solver.certify_iters,
-        solver.linear_solver,
-        solver.refreshed,
-        solver.held,
-        progress,
-    )
-
-    if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
-        problem = problem.rotated()
-        rows, basis = problem.rows, problem.basis
-    if network is None:
-        U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
-        A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
-        network = to_network(rows, basis, U, A, b, rows.X @ U)
-    else:
-        U, A, b = from_network(network, rows, basis)
-    ended = (refreshed if solver.gates == "refreshed" else held)(problem, (U, A, b), start, run_key)
-
-    # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
-    found = to_network(rows, basis, *ended.network)
-    before, after = (
-        regularised_loss(params, features, targets, weight, user_beta, rows.loss) for params in (network, found)
-    )
-    params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, network)
-    lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
-    constant = rows.loss.constant(rows.Y, rows.weight)
-    stats = Stats(
-        objective=jnp.where(after <= before, after, before),
-        initial_objective=before,
-        null_loss=rows.value(rows.constant(constant)) / total,
-        beta=user_beta,
-        active_neurons=jnp.sum(lives, dtype=jnp.int32),
-        **ended.figures,
-    )
-    status = jnp.where(jnp.isfinite(before), ended.status, Status.nonfinite).astype(jnp.int32)
-    return Solution(params, status, stats, ended.state_of(params))

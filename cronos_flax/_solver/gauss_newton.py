@@ -31,21 +31,27 @@ from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neur
 
 def sample_size(n: int, settings: Refreshed, least: int | None = None) -> int:
     """How many of n rows a sample has: at least ``least``, if there are so many (None: ``settings.least_sample``)."""
+    if n <= settings.few_rows:
+        return n
     least = settings.least_sample if least is None else least
     return min(n, max(n // settings.sample_every, least), settings.most_sample)
 
 
-def sample(rows: Rows, key: Array, size: int) -> tuple[Rows, Int[Array, " k"] | slice]:
-    """Some rows, one at random out of each stretch of equal length; and which."""
-    n = rows.Y.shape[0]
+def places(n: int, size: int, key: Array) -> Int[Array, " k"] | None:
+    """Which rows a sample of n has: one at random out of each stretch of equal length; None for all of them."""
     if size == n:
-        return rows, slice(None)
+        return None
     stretch = n // size
     first_key, place_key = jax.random.split(key)
     first = jax.random.randint(first_key, (), 0, n, jnp.int32)
     place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)
-    index = (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
-    return rows.take(index), index
+    return (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+
+
+def sample(rows: Rows, key: Array, size: int) -> Rows:
+    """Some rows, one at random out of each stretch of equal length."""
+    index = places(rows.Y.shape[0], size, key)
+    return rows if index is None else rows.take(index)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["vectors", "eigenvalues", "tail"], meta_fields=[])
@@ -84,7 +90,7 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     """For networks of m neurons; the spectrum is that of a sample of the rows."""
     sample_key, feature_key, neuron_key = jax.random.split(key, 3)
     n, d = rows.X.shape
-    X = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d))[0].X
+    X = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d)).X
     k = X.shape[0]
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
@@ -127,12 +133,12 @@ class LocalModel:
     outputs: Outputs
     stretch: float
 
-    def take(self, rows: Rows, index: Int[Array, " k"] | slice) -> Self:
+    def take(self, index: Int[Array, " k"]) -> Self:
         """The same on fewer rows."""
         H = None if self.H is None else self.H[index]
         D, outputs = self.D[index], self.outputs[index]
         return dataclasses.replace(
-            self, rows=rows, D=D, H=H, outputs=outputs, stretch=self.stretch * len(self.D) / len(D)
+            self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=self.stretch * len(self.D) / len(D)
         )
 
     def forward(self, Z: Activations, delta: Step) -> Outputs:
@@ -210,20 +216,22 @@ class Preconditioner:
             return Spectrum.of(lambda V: K @ V, jnp.trace(K), prepared.test)
 
         M = model.stretch * (D.T @ (h[:, None] * D)) * (A @ A.T) + n * damping * jnp.eye(len(A), dtype=N.dtype)
-        kernel = None
-        if model.H is not None:
+        if model.H is None:
+            neurons, kernel = spectrum(M), None
+        else:
             H = rows.center(model.H)
-            kernel = spectrum(model.stretch * (H.T @ ((h + damping)[:, None] * H)))
+            both = jax.vmap(spectrum)(jnp.stack([M, model.stretch * (H.T @ ((h + damping)[:, None] * H))]))
+            neurons, kernel = (jax.tree.map(lambda part, i=i: part[i], both) for i in range(2))
         bias = model.stretch * (rows.weight @ (h + damping))
-        return cls(prepared.features, spectrum(M), kernel, root, bias, model)
+        return cls(prepared.features, neurons, kernel, root, bias, model)
 
     def divide(self, R: Step) -> Step:
         """The inverse applied to R."""
-        U = R.U * self.root[None, :]
-        tail, leading, V = self.features.tail, self.features.eigenvalues[:, None], self.features.vectors
+        U, V = R.U * self.root[None, :], self.features.vectors
         inside = V.T @ U
-        inside = self.neurons.resolvent(leading, inside) - self.neurons.resolvent(tail, inside)
-        U = (self.neurons.resolvent(tail, U) + V @ inside) * self.root[None, :]
+        shifts = jnp.append(jnp.full(len(U), self.features.tail), self.features.eigenvalues)
+        parts = self.neurons.resolvent(shifts[:, None], jnp.concatenate([U - V @ inside, inside]))
+        U = (parts[: len(U)] + V @ parts[len(U) :]) * self.root[None, :]
         W = R.W
         if self.kernel is not None and W is not None:
             root = self.root[:, None]
@@ -248,8 +256,9 @@ def direction(
     """
     N = damping + beta / floored(U, settings)
     preconditioner = Preconditioner.of(prepared, sampled, N, damping)
+    max_steps = jnp.where(precise, settings.precise_cg_steps, settings.cg_steps)
 
-    def solve(model: LocalModel, max_steps: int) -> tuple[Step, Int[Array, ""]]:
+    def solve(model: LocalModel) -> tuple[Step, Int[Array, ""]]:
         rows, stretch = model.rows, model.stretch
 
         def operator(V: Step) -> Step:
@@ -270,12 +279,10 @@ def direction(
         )
 
     if model is sampled:
-        return solve(model, settings.precise_cg_steps)
-    if precise is False:
-        return solve(sampled, settings.cg_steps)
-    return jax.lax.cond(
-        precise, lambda: solve(model, settings.precise_cg_steps), lambda: solve(sampled, settings.cg_steps)
-    )
+        return solve(model)
+    if isinstance(precise, bool):
+        return solve(model if precise else sampled)
+    return jax.lax.cond(precise, lambda: solve(model), lambda: solve(sampled))
 
 
 def floored(U: Neurons, settings: Refreshed) -> Float[Array, " m"]:

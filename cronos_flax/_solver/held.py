@@ -238,7 +238,7 @@ def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
     }
 
 
-def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array) -> Ended:
+def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array, max_iters: int) -> Ended:
     """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
     rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
@@ -256,7 +256,7 @@ def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any
         U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
         program = Program(rows, rows.X @ probe >= 0, A, beta)
         first = init(program, U, b, problem.rho, problem.held)
-    run = solve_program(problem, program, first, run_key, problem.max_iters)
+    run = solve_program(problem, program, first, run_key, max_iters)
     last = run.iterate
     # The program's iterate may break its gates, and its network then be worse than the start's.
     Z = rows.X @ U

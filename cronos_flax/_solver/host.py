@@ -67,11 +67,12 @@ class Reporter:
         return time.perf_counter() - self._start
 
 
+def tell(number: Array | np.ndarray, figures: Mapping[str, Any]) -> None:
+    """Hand scalars to the :class:`Reporter` with this number."""
+    called(number, lambda reporter: reporter(jax.tree.map(np.asarray, figures)))
+
+
 def report(number: Int[Array, ""] | None, **figures: Array) -> None:
-    """From compiled code: hand scalars to the :class:`Reporter` with this number; nothing if there is none."""
-
-    def tell(number: np.ndarray, figures: dict[str, np.ndarray]) -> None:
-        called(number, lambda reporter: reporter(jax.tree.map(np.asarray, figures)))
-
+    """:func:`tell` from compiled code; nothing if there is no number."""
     if number is not None:
         io_callback(tell, None, number, figures)

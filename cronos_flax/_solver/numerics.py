@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.types import Scalar
@@ -24,7 +25,7 @@ def conjugate_gradient(
     preconditioner: Callable[[Tree], Tree] = lambda r: r,
     guess: Tree | None = None,
     tol: Array | float = 0.0,
-    max_steps: int,
+    max_steps: Array | int,
 ) -> tuple[Tree, Int[Array, ""]]:
     """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
 
@@ -32,35 +33,39 @@ def conjugate_gradient(
     the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
     pytrees of arrays.
     """
+    b, as_tree = ravel_pytree(rhs)
 
-    def inner(a: Tree, b: Tree) -> Scalar:
-        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), start=jnp.zeros((), dtype))
+    def flat(function: Callable[[Tree], Tree]) -> Callable[[Array], Array]:
+        return lambda v: ravel_pytree(function(as_tree(v)))[0]
 
-    def add(a: Tree, t: Scalar, b: Tree) -> Tree:
-        return jax.tree.map(lambda a, b: a + t * b, a, b)
-
-    dtype = jax.tree.leaves(rhs)[0].dtype
-    smallest = jnp.maximum(jnp.asarray(tol, dtype), jnp.finfo(dtype).eps)
-    target = jnp.square(smallest) * inner(rhs, preconditioner(rhs))
+    A, M = flat(operator), flat(preconditioner)
+    smallest = jnp.square(jnp.maximum(jnp.asarray(tol, b.dtype), jnp.finfo(b.dtype).eps))
 
     def unfinished(carry: tuple) -> Array:
-        step, _, _, _, rz = carry
-        return (step < max_steps) & (rz > target)
+        step, *_, done = carry
+        return (step < max_steps) & ~done
 
+    # Operator and preconditioner stand in the loop once each, as every place where they stand is compiled.
     def body(carry: tuple) -> tuple:
-        step, x, r, p, rz = carry
-        q = operator(p)
-        length = rz / inner(p, q)
-        x, r = add(x, length, p), add(r, -length, q)
-        z = jax.lax.cond(step + 1 < max_steps, preconditioner, partial(jax.tree.map, jnp.zeros_like), r)
-        rz_new = inner(r, z)
-        return step + 1, x, r, add(z, rz_new / rz, p), rz_new
+        step, x, r, p, rz_old, target, _ = carry
+        z = M(r)
+        rz = r @ z
+        if guess is None:
+            target = jnp.where(step == 0, smallest * rz, target)
+        p = z + jnp.where(step == 0, 0, rz / rz_old) * p
+        done = ~(rz > target)
+        q = jax.lax.cond(done, jnp.zeros_like, A, p)
+        length = jnp.where(done, 0, rz / (p @ q))
+        return jnp.where(done, step, step + 1), x + length * p, r - length * q, p, rz, target, done
 
-    x = jax.tree.map(jnp.zeros_like, rhs) if guess is None else guess
-    r = rhs if guess is None else add(rhs, -jnp.ones((), dtype), operator(guess))
-    z = preconditioner(r)
-    steps, x, *_ = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), x, r, z, inner(r, z)))
-    return x, steps
+    zero, one = jnp.zeros_like(b), jnp.ones((), b.dtype)
+    x, r, target = zero, b, one
+    if guess is not None:
+        x = ravel_pytree(guess)[0]
+        r, target = b - A(x), smallest * (b @ M(b))
+    start = jnp.zeros((), jnp.int32), x, r, zero, one, target, jnp.zeros((), bool)
+    steps, x, *_ = jax.lax.while_loop(unfinished, body, start)
+    return as_tree(x), steps
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["vectors", "eigenvalues"], meta_fields=[])

@@ -1,8 +1,11 @@
 """One solve on the solver's coordinates: what both paths are given, and what they give back."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 from jaxtyping import Int
 
@@ -13,7 +16,13 @@ from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
 
 
-class Problem(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "basis", "total_weight", "beta", "rho", "tol", "progress"],
+    meta_fields=["gates", "certify_iters", "linear_solver", "refreshed", "held"],
+)
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """One solve; β, ρ and tolerances are those of the program, in sums over rows and scaled features.
 
     Args:
@@ -24,7 +33,6 @@ class Problem(NamedTuple):
         rho: ADMM's first penalty, or the first damping.
         tol: when to stop.
         gates: as :class:`cronos_flax.Cronos` has them.
-        max_iters: iterations of the path.
         certify_iters: iterations of ADMM on the final gates of the refreshed path.
         linear_solver: of ADMM.
         refreshed: constants of the refreshed path.
@@ -39,7 +47,6 @@ class Problem(NamedTuple):
     rho: Scalar
     tol: Scalar
     gates: str
-    max_iters: int
     certify_iters: int
     linear_solver: Structured | NystromPCG
     refreshed: Refreshed
@@ -49,7 +56,7 @@ class Problem(NamedTuple):
     def rotated(self) -> "Problem":
         """The same on the eigenbasis."""
         rows, basis = rotated(self.rows, self.basis)
-        return self._replace(rows=rows, basis=basis)
+        return dataclasses.replace(self, rows=rows, basis=basis)
 
 
 class Ended(NamedTuple):

@@ -8,78 +8,90 @@ needed twice a step: for the gradient, and for where the step leads.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from cronos_flax._solver import gauss_newton, held, host
+from cronos_flax._solver import gauss_newton
 from cronos_flax._solver.coordinates import Rows
-from cronos_flax._solver.gauss_newton import LocalModel, Prepared, direction, floored, gradient, sample, sample_size
-from cronos_flax._solver.problem import Ended, Problem
-from cronos_flax._solver.program import (
-    dead,
-    from_network,
-    network_objective,
-    network_outputs,
-    norms,
-    random_neurons,
-    to_network,
-    unit_rows,
-)
+from cronos_flax._solver.gauss_newton import LocalModel, Prepared, direction, floored, gradient, places, sample_size
+from cronos_flax._solver.program import dead, network_objective, network_outputs, norms, random_neurons, unit_rows
 from cronos_flax._solver.settings import Refreshed
-from cronos_flax._solver.solution import RefreshedState, Status
+from cronos_flax._solver.staging import Control, Program
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
+
+_TRACE = 512  # the loop keeps losses for a multiple of so many iterations: other limits compile nothing anew
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["U", "A", "b", "Z", "objective", "damping", "key", "cg_steps"],
+    data_fields=["U", "A", "b", "Z", "objective", "has_dead", "damping", "cg_steps"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Iterate:
-    """What one step hands to the next: network, ``Z = X U``, objective, damping μ, key, CG steps so far."""
+    """What one step hands to the next.
+
+    Network, ``Z = X U``, objective, whether there are dead neurons, damping μ, CG steps so far.
+    """
 
     U: Neurons
     A: Directions
     b: Bias
     Z: Activations
     objective: Scalar
+    has_dead: Bool[Array, ""]
     damping: Scalar
-    key: Array
     cg_steps: Int[Array, ""]
 
 
-def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: Scalar, key: Array) -> Iterate:
+def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: Scalar) -> Iterate:
     """The iterate for a start from the network (U, A, b)."""
     Z = rows.X @ U
     objective = network_objective(rows, A, b, beta, U, Z)
-    return Iterate(U, A, b, Z, objective, damping, key, jnp.zeros((), jnp.int32))
+    return Iterate(U, A, b, Z, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32))
 
 
-def revive(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
-    """The iterate with dead neurons at zero, on random gates: Z there is that of a probe."""
+def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:
+    """The iterate with dead neurons at zero, on the gates of a probe, and pointing where the probe lowers the loss.
+
+    Z there is that of the probe.
+    """
     is_dead = dead(iterate.U)
-    Z = jax.lax.cond(
-        jnp.any(is_dead),
-        lambda: jnp.where(is_dead[None, :], rows.X @ random_neurons(key, iterate.U), iterate.Z),
-        lambda: iterate.Z,
-    )
-    return dataclasses.replace(iterate, U=jnp.where(is_dead[None, :], 0, iterate.U), Z=Z)
+    U, Z = jnp.where(is_dead[None, :], 0, iterate.U), jnp.where(is_dead[None, :], probe, iterate.Z)
+    lives = norms(U) > 0
+    outputs = network_outputs(rows, iterate.A, iterate.b, jnp.where(lives[None, :], Z, 0))
+    lower = unit_rows(-jax.nn.relu(Z).T @ rows.center(rows.gradient(outputs)), iterate.A)
+    return dataclasses.replace(iterate, U=U, Z=Z, A=jnp.where(lives[:, None], iterate.A, lower))
+
+
+def _revived(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
+    """The iterate with dead neurons on random gates."""
+    return on_gates_of(rows.X @ random_neurons(key, iterate.U), rows, iterate)
+
+
+revived = Program(_revived, once=True)
 
 
 def search(
-    objective: Callable[[Scalar], Scalar], estimate: Callable[[Scalar], Scalar], now: Scalar, settings: Refreshed
+    objective: Callable[[Scalar], Scalar],
+    estimate: Callable[[Scalar], Scalar] | None,
+    now: Scalar,
+    settings: Refreshed,
 ) -> tuple[Array, Scalar]:
     """The step length of least estimated objective, or the next shorter one that lowers the objective.
 
-    Returns its index in the list of lengths, whose last is 0, and the objective there.
+    Without an estimate the objective itself is tried at every length. Returns the index of the length in their list,
+    whose last is 0, and the objective there.
     """
     lengths = jnp.asarray(settings.step_lengths, now.dtype)
-    values = jax.lax.map(estimate, lengths)
+    values = jax.lax.map(objective if estimate is None else estimate, lengths)
     first = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    if estimate is None:  # what no length lowers, a shorter one does not
+        chosen = jnp.where(values[first] < now, first, len(lengths) - 1)
+        return chosen, values[chosen]
 
     def rises(carry: tuple) -> Array:
         index, value = carry
@@ -89,35 +101,43 @@ def search(
         index, _ = carry
         return index + 1, objective(lengths[index + 1])
 
-    return jax.lax.while_loop(rises, shorten, (first, objective(lengths[first])))
+    return jax.lax.while_loop(rises, shorten, (first - 1, jnp.full_like(now, jnp.inf)))
 
 
 def step(
-    rows: Rows, prepared: Prepared, beta: Scalar, iterate: Iterate, precise: Array | bool, settings: Refreshed
+    rows: Rows,
+    prepared: Prepared,
+    beta: Scalar,
+    iterate: Iterate,
+    alive: Iterate,
+    index: Int[Array, " k"] | None,
+    precise: Array,
+    *,
+    settings: Refreshed,
+    known: bool | None = None,
 ) -> Iterate:
-    """One step; the objective of the result is never above that of ``iterate``."""
-    key, probe_key, sample_key = jax.random.split(iterate.key, 3)
-    revived = revive(rows, iterate, probe_key)
-    U, A, b = revived.U, revived.A, revived.b
-    D, lives = revived.Z > 0, norms(U) > 0
-    Z = jnp.where(lives[None, :], revived.Z, 0)
-    outputs = network_outputs(rows, A, b, Z)
-    # A revived neuron points where its probe lowers the loss.
-    A = jax.lax.cond(
-        jnp.all(lives),
-        lambda: A,
-        lambda: jnp.where(
-            lives[:, None], A, unit_rows(-jax.nn.relu(revived.Z).T @ rows.center(rows.gradient(outputs)), A)
-        ),
-    )
+    """One step; the objective of the result is never above that of ``iterate``.
 
-    n, size = rows.Y.shape[0], floored(U, settings)
+    Args:
+        rows: the data.
+        prepared: what all steps share.
+        beta: β.
+        iterate: where the step starts from.
+        alive: the same with its dead neurons :func:`revived`; only the sum of reviving and step has to go down.
+        index: rows of the sample; None for all.
+        precise: whether the step is found precisely, with the curvature of all rows.
+        settings: constants.
+        known: the same, where it is known when the step is compiled.
+    """
+    U, A, b = alive.U, alive.A, alive.b
+    D, Z = alive.Z > 0, jnp.where((norms(U) > 0)[None, :], alive.Z, 0)
+    size = floored(U, settings)
     H = jnp.where(D, Z, 0) / size[None, :] if A.shape[1] > 1 else None
-    model = LocalModel(rows, D, H, A, outputs, 1.0)
-    some, index = sample(rows, sample_key, sample_size(n, settings))
-    sampled = model if some is rows else model.take(some, index)
+    model = LocalModel(rows, D, H, A, network_outputs(rows, A, b, Z), 1.0)
+    sampled = model if index is None else model.take(index)
     g = gradient(model, beta, U)
-    delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, precise, settings)
+    decided = precise if known is None else known
+    delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, decided, settings)
     A_delta = jnp.zeros_like(A) if delta.W is None else delta.W / size[:, None]
     Z_delta = rows.X @ delta.U
 
@@ -134,135 +154,185 @@ def step(
 
     def estimate(length: Scalar) -> Scalar:
         U, A, b = moved(length)
-        return network_objective(some, A, b, beta / sampled.stretch, U, Z[index] + length * Z_delta[index])
+        return network_objective(sampled.rows, A, b, beta / sampled.stretch, U, Z[index] + length * Z_delta[index])
 
-    chosen, value = search(objective, estimate, iterate.objective, settings)
+    chosen, value = search(objective, None if index is None else estimate, iterate.objective, settings)
     length = jnp.asarray(settings.step_lengths, U.dtype)[chosen]
     damping = iterate.damping * jnp.asarray(settings.damping_factors, U.dtype)[chosen]
     U, A, b = moved(length)
     growth = jnp.linalg.norm(A, axis=1)
+    U = U * growth[None, :]
     after = Iterate(
-        U=U * growth[None, :],
+        U=U,
         A=A / growth[:, None],
         b=b,
         Z=(Z + length * Z_delta) * growth[None, :],
         objective=value,
+        has_dead=jnp.any(dead(U)),
         damping=jnp.clip(damping, *settings.damping_range),
-        key=key,
         cg_steps=iterate.cg_steps + cg_steps,
     )
-    # Reviving comes before the line search; only their sum has to go down.
-    stayed = dataclasses.replace(iterate, damping=after.damping, key=key, cg_steps=after.cg_steps)
+    stayed = dataclasses.replace(iterate, damping=after.damping, cg_steps=after.cg_steps)
     return jax.tree.map(lambda new, old: jnp.where(value < iterate.objective, new, old), after, stayed)
 
 
-def warm_up(rows: Rows, prepared: Prepared, beta: Scalar, start: Iterate, settings: Refreshed) -> Iterate:
-    """A few steps on few rows: from a random start these lead about as far as steps on all of them."""
-    n = rows.Y.shape[0]
-    size = min(n // settings.warm_up_every, settings.most_sample)
-    if size < settings.least_warm_up:
-        return start
-    key, sample_key = jax.random.split(start.key)
-    few, _ = sample(rows, sample_key, size)
-    share = beta * size / n
-    first = init(few, start.U, start.A, start.b, share, start.damping, key)
+class Limits(NamedTuple):
+    """When a descent ends: relative decrease over the window, most iterations."""
 
-    def advance(_: int, iterate: Iterate) -> Iterate:
-        return step(few, prepared, share, iterate, False, settings)
-
-    last = jax.lax.fori_loop(0, settings.warm_up_steps, advance, first)
-    warm = init(rows, last.U, last.A, last.b, beta, last.damping, last.key)
-    return jax.tree.map(lambda new, old: jnp.where(warm.objective < start.objective, new, old), warm, start)
+    tol: Scalar
+    max_iters: int
 
 
-class Descent(NamedTuple):
-    """Where the loop stands: steps done, whether they have become precise, and since which, iterate and trace."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["iterate", "has_dead", "key", "trace", "done", "since", "precise", "stagnated", "goes_on"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """Where the loop stands; all but iterate and key is NumPy's where the loop runs on the host.
 
-    done: Int[Array, ""]
-    precise: Array
-    since: Int[Array, ""]
+    Args:
+        iterate: the network.
+        has_dead: whether there are neurons to revive before the next step.
+        key: of what is drawn from here on.
+        trace: objectives from the start to here; entries after the last repeat it.
+        done: steps done.
+        since: the step at which they became precise.
+        precise: whether the next step takes its curvature from all rows.
+        stagnated: whether the loss has stopped to fall.
+        goes_on: whether there is a next step.
+    """
+
     iterate: Iterate
+    has_dead: Bool[Array, ""]
+    key: Array
     trace: Float[Array, " k"]
+    done: Int[Array, ""]
+    since: Int[Array, ""]
+    precise: Bool[Array, ""]
+    stagnated: Bool[Array, ""]
+    goes_on: Bool[Array, ""]
 
 
-def run(
+def begin(control: Control, iterate: Iterate, key: Array, limits: Limits) -> Descent:
+    """A descent that has not done a step."""
+    xp = control.xp
+    objective, has_dead = control.seen((iterate.objective, iterate.has_dead))
+    return Descent(
+        iterate,
+        has_dead,
+        key,
+        trace=xp.full(limits.max_iters + 1, objective),
+        done=xp.zeros((), xp.int32),
+        since=xp.zeros((), xp.int32),
+        precise=xp.zeros((), bool),
+        stagnated=xp.zeros((), bool),
+        goes_on=xp.isfinite(objective),
+    )
+
+
+def judged(
+    control: Control, now: Descent, iterate: Iterate, key: Array, limits: Limits, settings: Refreshed
+) -> Descent:
+    """The descent one step further, at this iterate."""
+    xp = control.xp
+    objective, has_dead = control.seen((iterate.objective, iterate.has_dead))
+    done = now.done + xp.int32(1)
+    trace = xp.where(xp.arange(len(now.trace), dtype=xp.int32) >= done, objective, now.trace)
+    fall = trace[xp.maximum(done - xp.int32(settings.window), xp.int32(0))] - objective
+    is_due = done >= now.since + xp.int32(settings.window)
+    stagnated = now.precise & is_due & (fall <= limits.tol * objective)
+    precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * objective))
+    return Descent(
+        iterate,
+        has_dead,
+        key,
+        trace,
+        done,
+        since=xp.where(precise & ~now.precise, done, now.since),
+        precise=precise,
+        stagnated=stagnated,
+        goes_on=(done < limits.max_iters) & ~stagnated & xp.isfinite(objective),
+    )
+
+
+def _drawn(key: Array, *, n: int, settings: Refreshed) -> tuple[Array, Array, Int[Array, " k"] | None]:
+    """The next key, the key of the probes, and the rows of the sample; None for all."""
+    key, probe_key, sample_key = jax.random.split(key, 3)
+    return key, probe_key, places(n, sample_size(n, settings), sample_key)
+
+
+drawn, stepped = Program(_drawn, once=True), Program(step)
+
+
+def descend(
+    control: Control,
+    rows: Rows,
+    prepared: Prepared,
+    beta: Scalar,
+    limits: Limits,
+    start: Descent,
+    settings: Refreshed,
+    tell: Callable[[Descent], None] = lambda _: None,
+) -> Descent:
+    """Step until the loss stagnates or ``limits.max_iters``; ``tell`` is called after every step.
+
+    Steps take their curvature from a sample of the rows until that leads no further, and then from all of them.
+    """
+
+    def body(now: Descent) -> Descent:
+        key, probe_key, index = control.run(drawn, now.key, n=rows.Y.shape[0], settings=settings)
+        alive = control.cond(
+            now.has_dead, lambda: control.run(revived, rows, now.iterate, probe_key), lambda: now.iterate
+        )
+        # With a sample this is two programs, the second of which may never be asked for.
+        known = None if index is None else control.known(now.precise)
+        precise = control.back(now.precise)
+        iterate = control.run(
+            stepped, *(rows, prepared, beta, now.iterate, alive, index, precise), settings=settings, known=known
+        )
+        after = judged(control, now, iterate, key, limits, settings)
+        tell(after)
+        return after
+
+    return control.while_loop(lambda now: now.goes_on, body, start)
+
+
+def _few(rows: Rows, now: Iterate, beta: Scalar, key: Array, *, size: int) -> tuple[Rows, Scalar, Iterate, Array]:
+    """Some of the rows, their share of β, the iterate on them, and the next key."""
+    key, sample_key = jax.random.split(key)
+    some = gauss_newton.sample(rows, sample_key, size)
+    share = beta * size / rows.Y.shape[0]
+    return some, share, init(some, now.U, now.A, now.b, share, now.damping), key
+
+
+def _better(rows: Rows, beta: Scalar, start: Iterate, found: Iterate) -> Iterate:
+    """The better one of two iterates, the other of which comes from other rows."""
+    found = init(rows, found.U, found.A, found.b, beta, found.damping)
+    return jax.tree.map(lambda new, old: jnp.where(found.objective < start.objective, new, old), found, start)
+
+
+few, better = Program(_few, once=True), Program(_better, once=True)
+
+
+def warm_up(
+    control: Control,
     rows: Rows,
     prepared: Prepared,
     beta: Scalar,
     start: Iterate,
-    *,
+    key: Array,
     tol: Scalar,
-    max_iters: int,
     settings: Refreshed,
-    tell: Callable[[Int[Array, ""], Iterate], None],
-) -> tuple[Iterate, Array, Int[Array, ""], Float[Array, " k"]]:
-    """Step until the loss stagnates or ``max_iters``: the iterate, whether it stagnated, steps done, the trace.
-
-    Steps take their curvature from a sample of the rows until that leads no further, and then from all of them.
-    ``tell`` is called with the steps done and every iterate.
-    """
-    index = jnp.arange(max_iters + 1, dtype=jnp.int32)
-
-    def stagnates(now: Descent, tol: Scalar | float) -> Array:
-        loss, earlier = now.trace[now.done], now.trace[jnp.maximum(now.done - settings.window, 0)]
-        return (now.done >= now.since + settings.window) & (earlier - loss <= tol * loss)
-
-    def unfinished(now: Descent) -> Array:
-        ended = now.precise & stagnates(now, tol)
-        return (now.done < max_iters) & ~ended & jnp.isfinite(now.iterate.objective)
-
-    def body(now: Descent) -> Descent:
-        precise = now.precise | stagnates(now, settings.sampled_tol)
-        iterate = step(rows, prepared, beta, now.iterate, precise, settings)
-        tell(now.done + 1, iterate)
-        return Descent(
-            done=now.done + 1,
-            precise=precise,
-            since=jnp.where(precise & ~now.precise, now.done, now.since),
-            iterate=iterate,
-            trace=jnp.where(index > now.done, iterate.objective, now.trace),
-        )
-
-    zero, n = jnp.zeros((), jnp.int32), rows.Y.shape[0]
-    first = Descent(
-        zero, jnp.asarray(sample_size(n, settings) == n), zero, start, jnp.full(max_iters + 1, start.objective)
-    )
-    last = jax.lax.while_loop(unfinished, body, first)
-    return last.iterate, last.precise & stagnates(last, tol), last.done, last.trace
-
-
-def refreshed(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array) -> Ended:
-    """Descend on the network's own loss, gates renewed at every step."""
-    rows, settings = problem.rows, problem.refreshed
-    # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
-    sketch_key, key = jax.random.split(key)
-    damping, key = (start.damping, start.key) if isinstance(start, RefreshedState) else (problem.rho, key)
-    prepared = gauss_newton.prepare(rows, network[0].shape[1], sketch_key, settings)
-    first = init(rows, *network, problem.beta, damping, key)
-    if start is None:
-        first = warm_up(rows, prepared, problem.beta, first, settings)
-
-    def tell(done: Array, iterate: Iterate) -> None:
-        host.report(
-            problem.progress,
-            iteration=done,
-            objective=iterate.objective / problem.total_weight,
-            active_neurons=jnp.sum(~dead(iterate.U)),
-        )
-
-    last, stagnated, done, trace = run(
-        rows, prepared, problem.beta, first, tol=problem.tol, max_iters=problem.max_iters, settings=settings, tell=tell
-    )
-    figures = {"iterations": done, "cg_steps": last.cg_steps, "objective_trace": trace / problem.total_weight}
-    if problem.certify_iters:
-        params = to_network(rows, problem.basis, last.U, last.A, last.b, last.Z)
-        if problem.linear_solver.on_eigenbasis:
-            problem = problem.rotated()
-        program = held.program_of(problem, *from_network(params, problem.rows, problem.basis), key)
-        figures |= held.figures(problem, held.solve_program(problem, *program, key, problem.certify_iters))
-    return Ended(
-        (last.U, last.A, last.b, last.Z),
-        status=jnp.where(stagnated, Status.stationary, Status.max_iters),
-        figures=figures,
-        state_of=lambda params: RefreshedState(params, last.damping, last.key),
-    )
+) -> tuple[Iterate, Array]:
+    """A few steps on few rows: from a random start these lead about as far as steps on all of them."""
+    n = rows.Y.shape[0]
+    size = min(n // settings.warm_up_every, settings.most_sample)
+    if size < settings.least_warm_up:
+        return start, key
+    some, share, first, key = control.run(few, rows, start, beta, key, size=size)
+    limits = Limits(tol, settings.warm_up_steps)
+    descent = begin(control, first, key, limits)
+    last = descend(control, some, prepared, share, limits, descent, settings)
+    return control.run(better, rows, beta, start, last.iterate), last.key

@@ -53,6 +53,7 @@ class Refreshed(_Settings):
         feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.
         neuron_rank: rank of the sketches on the side of the neurons.
         rows_per_feature: rows that the first sketch is made from, for each feature, at least.
+        few_rows: up to so many rows there are no samples: all rows are used for everything.
         sample_every: a sample has one row in this many.
         least_sample: the fewest rows of a sample.
         most_sample: the most rows of a sample.
@@ -81,6 +82,7 @@ class Refreshed(_Settings):
     feature_rank: int = 48
     neuron_rank: int = 32
     rows_per_feature: int = 4
+    few_rows: int = 2048
     sample_every: int = 10
     least_sample: int = 128
     most_sample: int = 65_536

@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import coordinates, cronos, gauss_newton, program, refreshed
+from cronos_flax._solver import coordinates, gauss_newton, program, refreshed, solve, staging
 from cronos_flax.compare.data import load_tfds
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -153,12 +153,35 @@ def iteration(n: int, d: int, m: int, data_dir: Path) -> dict[str, Any]:
 
 
 def memory(n: int, d: int, m: int) -> dict[str, Any]:
-    """Peak of the compiled solve over the bytes of 2 X + 4 n m floats."""
+    """Peak of the compiled programs of a solve over the bytes of 2 X + 4 n m floats."""
+
+    def planned(run: staging.Program, *arguments: Any, **static: Any) -> tuple[float, Any]:
+        """Bytes of arguments, results and what lies between them; and the shapes of the results."""
+        lowered = run.compiled(arguments).lower(arguments, tuple(sorted(static.items())))
+        plan = lowered.compile().memory_analysis()
+        peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+        return peak, lowered.out_info
+
     shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (n, 1), (n,))]
     solver = jax.tree.map(jnp.asarray, cf.Cronos(beta=1e-5))
-    lowered = cronos._solve_compiled_by_itself().lower(solver, *shaped, None, jax.random.key(0), None, hidden=m)
-    plan = lowered.compile().memory_analysis()
-    peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    at_start, (begun, prepared, first, _) = planned(
+        solve.begin_refreshed, solver, *shaped, None, jax.random.key(0), None, hidden=m
+    )
+    rows, beta, settings = begun.problem.rows, begun.problem.beta, begun.problem.refreshed
+    index = jax.ShapeDtypeStruct((gauss_newton.sample_size(n, settings),), jnp.int32)
+    precise = jax.ShapeDtypeStruct((), bool)
+    # The same iterate is passed twice where no neuron is dead; and the features of the user are still there.
+    at_step = (
+        4 * n * d
+        - 4 * n * m
+        + max(
+            planned(
+                refreshed.stepped, rows, prepared, beta, first, first, index, precise, settings=settings, known=known
+            )[0]
+            for known in (False, True)
+        )
+    )
+    peak = max(at_start, at_step)
     return {"peak MB": peak / 1e6, "ratio": peak / (4 * (2 * n * (d + 1) + 4 * n * m))}
 
 
@@ -306,13 +329,10 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
     """
 
     def violating(rows: coordinates.Rows, iterate: refreshed.Iterate, key: jax.Array) -> refreshed.Iterate:
-        is_dead = program.dead(iterate.U)
         outputs = program.network_outputs(rows, iterate.A, iterate.b, iterate.Z)
         alpha = rows.center(rows.gradient(outputs))
         u = program.random_neurons(key, iterate.U)
-        climbed = jax.lax.cond(jnp.any(is_dead), lambda: rows.X @ betas.climb(rows.X, alpha, u)[0], lambda: iterate.Z)
-        Z = jnp.where(is_dead, climbed, iterate.Z)
-        return dataclasses.replace(iterate, U=jnp.where(is_dead, 0, iterate.U), Z=Z)
+        return refreshed.on_gates_of(rows.X @ betas.climb(rows.X, alpha, u)[0], rows, iterate)
 
     if name == "digits":
         X, labels = load_digits(return_X_y=True)
@@ -320,16 +340,14 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
         X, labels = load_tfds(name, "train", data_dir)
     X, labels = X[:3000].reshape(len(X[:3000]), -1).astype("float32"), labels[:3000]
     y = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
-    random, ends = refreshed.revive, {}
-    for way, revive in (("random", random), ("violating", violating)):
-        refreshed.revive = revive
-        jax.clear_caches()
+    random, ends = refreshed.revived, {}
+    for way, revive in (("random", random), ("violating", staging.Program(violating))):
+        refreshed.revived = revive
         for ratio in (0.03, 0.1):
-            beta = ratio / cronos.BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
-            solve = [cf.Cronos(beta=beta).solve(X, y, hidden=64, key=jax.random.key(seed)).stats for seed in range(5)]
-            ends[way, ratio] = [(float(s.objective), int(s.active_neurons), int(s.iterations)) for s in solve]
-    refreshed.revive = random
-    jax.clear_caches()
+            beta = ratio / solve.BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
+            stats = [cf.Cronos(beta=beta).solve(X, y, hidden=64, key=jax.random.key(seed)).stats for seed in range(5)]
+            ends[way, ratio] = [(float(s.objective), int(s.active_neurons), int(s.iterations)) for s in stats]
+    refreshed.revived = random
     return {
         f"ratio {ratio:g}": {
             way: dict(

@@ -1,0 +1,230 @@
+"""One solve from checked arrays to a :class:`cronos_flax.Solution`: its beginning, its path, its end."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from cronos_flax._solver import beta as betas
+from cronos_flax._solver import gauss_newton, refreshed
+from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.coordinates import normalised, scaled
+from cronos_flax._solver.gauss_newton import Prepared
+from cronos_flax._solver.held import figures, held, program_of, solve_program
+from cronos_flax._solver.losses import loss_of
+from cronos_flax._solver.problem import Ended, Problem
+from cronos_flax._solver.program import (
+    dead,
+    default_directions,
+    from_network,
+    random_neurons,
+    regularised_loss,
+    to_network,
+)
+from cronos_flax._solver.refreshed import Descent, Limits
+from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.staging import Program, control_of
+from cronos_flax._solver.types import Bias, Directions, Neurons, RowVector, Scalar
+
+# Defaults of a single fit, where the setting is None.
+BETA_RATIO = 0.001
+RHO = 1.0
+
+State = RefreshedState | HeldState
+
+
+def biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
+    """Whether the network has a hidden and an output bias; the published program has no output bias."""
+    if network is None:
+        return True, gates != "paired"
+    return network.bias1 is not None, network.bias2 is not None
+
+
+class Begun(NamedTuple):
+    """What a solve starts from.
+
+    Args:
+        problem: the data on the solver's coordinates, and the settings.
+        params: the network, in the user's units.
+        network: its neurons, directions and mean output.
+        user_beta: β in the user's units.
+        key: of the path.
+    """
+
+    problem: Problem
+    params: TwoLayer
+    network: tuple[Neurons, Directions, Bias]
+    user_beta: Scalar
+    key: Array
+
+
+def _begin(
+    solver: Any,
+    features: Float[Array, "n p"] | Blocks,
+    targets: Float[Array, "n C"],
+    weight: RowVector,
+    start: TwoLayer | State | None,
+    key: Array,
+    progress: Int[Array, ""] | None,
+    *,
+    hidden: int,
+) -> Begun:
+    _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
+    params = start if isinstance(start, TwoLayer) or start is None else start.params
+    weight, loss = normalised(weight), loss_of(solver.loss)
+    hidden_bias, output_bias = biases(solver.gates, params)
+    rows, basis = scaled(features, targets, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
+    d, total = rows.X.shape[1], jnp.sum(weight)
+    # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
+    ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
+    beta = ratio * betas.beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
+    problem = Problem(
+        rows,
+        basis,
+        total,
+        beta,
+        jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype),
+        jnp.asarray(solver.tol),
+        solver.gates,
+        solver.certify_iters,
+        solver.linear_solver,
+        solver.refreshed,
+        solver.held,
+        progress,
+    )
+    if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
+        problem = problem.rotated()
+        rows, basis = problem.rows, problem.basis
+    if params is None:
+        U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
+        A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
+        params = to_network(rows, basis, U, A, b, rows.X @ U)
+    else:
+        U, A, b = from_network(params, rows, basis)
+    return Begun(problem, params, (U, A, b), beta * basis.scale / total, run_key)
+
+
+def _begin_refreshed(*asked: Any, hidden: int) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
+    """The same; and what the steps of the refreshed path share, their first iterate, and the key of what they draw."""
+    begun, start = _begin(*asked, hidden=hidden), asked[4]
+    problem, (U, A, b) = begun.problem, begun.network
+    # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
+    sketch_key, key = jax.random.split(begun.key)
+    damping, key = (start.damping, start.key) if isinstance(start, RefreshedState) else (problem.rho, key)
+    prepared = gauss_newton.prepare(problem.rows, U.shape[1], sketch_key, problem.refreshed)
+    return begun, prepared, refreshed.init(problem.rows, U, A, b, problem.beta, damping), key
+
+
+def _end(
+    begun: Begun, ended: Ended, features: Float[Array, "n p"] | Blocks, targets: Float[Array, "n C"], weight: RowVector
+) -> Solution:
+    """The network in the user's units, and the figures."""
+    problem, (rows, basis) = begun.problem, (begun.problem.rows, begun.problem.basis)
+    weight = normalised(weight)
+    # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
+    found = to_network(rows, basis, *ended.network)
+    before, after = (
+        regularised_loss(params, features, targets, weight, begun.user_beta, rows.loss)
+        for params in (begun.params, found)
+    )
+    params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, begun.params)
+    lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
+    constant = rows.loss.constant(rows.Y, rows.weight)
+    stats = Stats(
+        objective=jnp.where(after <= before, after, before),
+        initial_objective=before,
+        null_loss=rows.value(rows.constant(constant)) / problem.total_weight,
+        beta=begun.user_beta,
+        active_neurons=jnp.sum(lives, dtype=jnp.int32),
+        **ended.figures,
+    )
+    status = jnp.where(jnp.isfinite(before), ended.status, Status.nonfinite).astype(jnp.int32)
+    return Solution(params, status, stats, ended.state_of(params))
+
+
+def _end_refreshed(
+    begun: Begun, now: refreshed.Iterate, done: Array, stagnated: Array, key: Array, *data: Any
+) -> Solution:
+    """The same after a descent, whose last gates are certified first where that is asked for."""
+    problem = begun.problem
+    # The trace is not part of the program, which would be another one for every length of it.
+    shown = {"iterations": done, "cg_steps": now.cg_steps, "objective_trace": now.objective}
+    if problem.certify_iters:
+        params = to_network(problem.rows, problem.basis, now.U, now.A, now.b, now.Z)
+        other = problem.rotated() if problem.linear_solver.on_eigenbasis else problem
+        program = program_of(other, *from_network(params, other.rows, other.basis), key)
+        shown |= figures(other, solve_program(other, *program, key, other.certify_iters))
+    ended = Ended(
+        (now.U, now.A, now.b, now.Z),
+        status=jnp.where(stagnated, Status.stationary, Status.max_iters),
+        figures=shown,
+        state_of=lambda params: RefreshedState(params, now.damping, key),
+    )
+    return _end(begun, ended, *data)
+
+
+def _held(*arguments: Any, hidden: int, max_iters: int) -> Solution:
+    """The whole solve with held gates."""
+    begun, (_, *data, start, _, _) = _begin(*arguments, hidden=hidden), arguments
+    return _end(begun, held(begun.problem, begun.network, start, begun.key, max_iters), *data)
+
+
+def _figures(now: refreshed.Iterate, done: Array, total: Scalar) -> dict[str, Array]:
+    """What a callback is told of a step."""
+    active = jnp.sum(~dead(now.U), dtype=jnp.int32)
+    return {"iteration": done, "objective": now.objective / total, "active_neurons": active}
+
+
+begin_refreshed, end_refreshed = Program(_begin_refreshed, once=True), Program(_end_refreshed, once=True)
+held_solve, figures_of = Program(_held), Program(_figures, once=True)
+
+
+def solve(
+    solver: Any,
+    features: Float[Array, "n p"] | Blocks,
+    targets: Float[Array, "n C"],
+    weight: RowVector,
+    start: TwoLayer | State | None,
+    key: Array,
+    progress: Int[Array, ""] | None,
+    *,
+    hidden: int,
+    max_iters: int,
+) -> Solution:
+    """Solve.
+
+    Args:
+        solver: the :class:`cronos_flax.Cronos`, its leaves arrays, ``beta`` a number or None.
+        features: shape ``(n, p)``.
+        targets: shape ``(n, C)``.
+        weight: of the rows.
+        start: a network or a state to start from; None for a random network.
+        key: of all that is random.
+        progress: the number of the callback, None for none.
+        hidden: neurons of a random network.
+        max_iters: most iterations.
+    """
+    asked = solver, features, targets, weight, start, key, progress
+    control = control_of(asked)
+    if solver.gates != "refreshed":
+        return control.run(held_solve, *asked, hidden=hidden, max_iters=max_iters)
+    begun, prepared, first, key = control.run(begin_refreshed, *asked, hidden=hidden)
+    problem, settings = begun.problem, begun.problem.refreshed
+    rows, beta, total = problem.rows, problem.beta, problem.total_weight
+    tol, total_seen = control.seen((problem.tol, total))
+    if start is None:
+        first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
+
+    def tell(now: Descent) -> None:
+        if progress is not None:
+            control.report(progress, control.run(figures_of, now.iterate, control.back(now.done), total))
+
+    limits = Limits(tol, max_iters)
+    descent = refreshed.begin(control, first, key, limits)
+    last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
+    done, stagnated, trace = control.back((last.done, last.stagnated, last.trace / total_seen))
+    solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, features, targets, weight)
+    return dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, objective_trace=trace))

@@ -1,0 +1,157 @@
+"""How a solve is compiled: as small programs with a loop on the host, or inside a program that is being traced.
+
+Called from Python, each :class:`Program` is compiled by itself, and the loop between them runs on the host: what is
+never reached is never compiled, and another number of iterations compiles nothing anew. Inside the caller's ``jit`` or
+``vmap`` the same functions are traced, with JAX's own control flow between them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cronos_flax._solver import host
+from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.transfer import on_device, on_host
+
+_FEW = 4_000_000  # entries of the arguments up to which a program that runs once is compiled without optimisation
+
+
+class Program:
+    """A function of arrays, compiled with products at full precision.
+
+    Args:
+        function: the function; keyword arguments are static.
+        once: it runs once a solve, so that compiling it takes longer than running it.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, once: bool = False) -> None:
+        functools.update_wrapper(self, function)
+        self.traced, self._once = function, once
+        self._compiled: dict[bool, Callable[..., Any]] = {}
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        """Run it by itself."""
+        return self.compiled(arguments)(arguments, tuple(sorted(static.items())))
+
+    def compiled(self, arguments: tuple) -> Callable[..., Any]:
+        """The jitted function of a tuple of arguments and a tuple of static ones, by name."""
+        fast = self._once and sum(map(np.size, jax.tree.leaves(arguments))) <= _FEW
+        if fast not in self._compiled:
+            self._compiled[fast] = self._jitted(fast)
+        return self._compiled[fast]
+
+    def _jitted(self, fast: bool) -> Callable[..., Any]:
+        def at_full_precision(arguments: tuple, static: tuple) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return self.traced(*arguments, **dict(static))
+
+        at_full_precision.__name__ = self.traced.__name__
+        return jax.jit(at_full_precision, static_argnums=1, compiler_options=_options(fast))
+
+
+def _options(fast: bool) -> dict[str, Any] | None:
+    """Of XLA for the CPU; None where it does not know them, or compiles for something else."""
+    # The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it.
+    options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
+    if fast:  # one thread compiles it sooner than many are started
+        options |= {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+    return options if _are_known() else None
+
+
+@functools.cache
+def _are_known() -> bool:
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        jax.jit(lambda: 0, compiler_options={"xla_cpu_use_fusion_emitters": False})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+class OnHost:
+    """Control flow of a solve that is called from Python: what decides is looked at, as NumPy's."""
+
+    xp = np
+
+    @staticmethod
+    def run(program: Program, *arguments: Any, **static: Any) -> Any:
+        """The program, compiled by itself."""
+        return program(*arguments, **static)
+
+    @staticmethod
+    def cond(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        """``jax.lax.cond``."""
+        return yes() if condition else no()
+
+    @staticmethod
+    def seen(tree: Any) -> Any:
+        """Arrays to decide by."""
+        return jax.tree.map(np.asarray, on_host(tree))
+
+    @staticmethod
+    def back(tree: Any) -> Any:
+        """The same for a program."""
+        return jax.tree.map(on_device, tree)
+
+    @staticmethod
+    def known(decision: Any) -> bool | None:
+        """A decision that a program is compiled for."""
+        return bool(decision)
+
+    @staticmethod
+    def report(number: Any, figures: dict[str, Any]) -> None:
+        """Tell the caller's callback."""
+        host.tell(number, on_host(figures))
+
+    @staticmethod
+    def while_loop(unfinished: Callable[[Any], Any], body: Callable[[Any], Any], start: Any) -> Any:
+        """``jax.lax.while_loop``."""
+        while unfinished(start):
+            start = body(start)
+        return start
+
+
+class Traced:
+    """Control flow of a solve inside a program that is being traced."""
+
+    xp = jnp
+
+    cond = staticmethod(jax.lax.cond)
+    while_loop = staticmethod(jax.lax.while_loop)
+
+    @staticmethod
+    def run(program: Program, *arguments: Any, **static: Any) -> Any:
+        """The program as part of the one that is traced."""
+        return program.traced(*arguments, **static)
+
+    @staticmethod
+    def seen(tree: Any) -> Any:
+        """Arrays to decide by: as they are."""
+        return tree
+
+    back = seen
+
+    @staticmethod
+    def known(decision: Any) -> bool | None:
+        """Nothing is known when a program is traced."""
+        return None
+
+    @staticmethod
+    def report(number: Any, figures: dict[str, Any]) -> None:
+        """Tell the caller's callback, from compiled code."""
+        host.report(number, **figures)
+
+
+Control: TypeAlias = type[OnHost] | type[Traced]
+
+
+def control_of(*trees: Any) -> Control:
+    """The control flow for these arguments."""
+    # Inside jit even a constant is traced.
+    is_concrete = all(map(concrete, (*jax.tree.leaves(trees), jax.device_put(np.zeros(())))))
+    return OnHost if is_concrete else Traced
