@@ -66,13 +66,14 @@ def test_an_example_of_flax_runs_an_epoch_with_these_lines(clients, name):
     module = clients.loaded(name, clients.sources(name)[clients.OURS])
     module.BATCH_SIZE = 32
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, *((32, 32, 3) if name == "imagenet" else (28, 28, 1)))).astype("float32")
-    if name == "sst2":
-        x = np.stack([clients.word_ids(f"the {word} film was {word}") for word in rng.choice(["bad", "good"], 64)])
     y = rng.integers(0, 2, 64)
+    x = rng.normal(size=(64, *((32, 32, 3) if name == "imagenet" else (28, 28, 1)))).astype("float32")
+    x += y[:, None, None, None]
+    if name == "sst2":
+        x = np.stack([clients.word_ids(f"a {('bad', 'good')[label]} film") for label in y])
     state = module.create(x, jax.random.key(0), 2)
     states = list(module.train(state, x, y, rng, 1))
     assert len(states) == 2
     last = states[-1][1] if name == "tutorial" else states[-1]
     assert last.figures["solves"] == 2
-    assert np.mean(module.predicted(states[-1], x) == y) > 0.7
+    assert np.mean(module.predicted(states[-1], x) == y) > 0.8
