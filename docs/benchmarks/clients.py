@@ -54,7 +54,7 @@ CLIENTS = {
 
 
 def sources(name: str) -> dict[str, str]:
-    """The loop as Flax has it, with the lines of ``clients.md``, with these but the default β, and with Adam for SGD."""
+    """The loop as Flax has it, with the lines of ``clients.md``, with these at the default β, with Adam for SGD."""
     own = (HERE / "flax_examples" / f"{name}.py").read_text()
     (diff,) = re.findall(rf"`{name}\.py`:\n\n```diff\n(.*?)```", (HERE / "clients.md").read_text(), re.DOTALL)
     ours = patched(own, diff)
