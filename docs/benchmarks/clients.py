@@ -216,21 +216,30 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Print test accuracies at the end, and differences to the loop's own optimizer, paired by seed."""
+    """Print test accuracies at the end, and differences to the loop's own optimizer and to Adam, paired by seed."""
+
+    def runs(name: str, method: str) -> dict[int, dict[str, Any]]:
+        return {row["seed"]: row for row in rows if (row["client"], row["method"]) == (name, method)}
+
+    def minus(mine: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> list[str]:
+        at_end = [mine[seed]["scores"][-1] - theirs[seed]["scores"][-1] for seed in mine]
+        at_best = [mine[seed]["scores"][-1] - max(theirs[seed]["scores"]) for seed in mine]
+        return [mean(at_end, "+"), mean(at_best, "+")]
+
     print("\n| client | method | epochs | CPU s | at the end | minus own optimizer | minus its best epoch | rejected |")
     print("|---|---|---|---|---|---|---|---|")
     for name, client in CLIENTS.items():
-        own = {row["seed"]: row for row in rows if (row["client"], row["method"]) == (name, OWN)}
         for method, epochs in client.epochs.items():
-            mine = {row["seed"]: row for row in rows if (row["client"], row["method"]) == (name, method)}
+            mine = runs(name, method)
             spent = np.mean([row["seconds"][-1] for row in mine.values()])
-            ends = [row["scores"][-1] for row in mine.values()]
-            less = [row["scores"][-1] - own[seed]["scores"][-1] for seed, row in mine.items()]
-            best = [row["scores"][-1] - max(own[seed]["scores"]) for seed, row in mine.items()]
-            cells = [f"{name}.py", method, str(epochs), f"{spent:.1f}", mean(ends)]
-            rejected = "" if method == ADAM else str(sum(row["rejections"] for row in mine.values()))
-            cells += ["", "", ""] if method == OWN else [mean(less, "+"), mean(best, "+"), rejected]
-            print(f"| {' | '.join(cells)} |")
+            rejected = "" if method in (OWN, ADAM) else str(sum(row["rejections"] for row in mine.values()))
+            less = ["", ""] if method == OWN else minus(mine, runs(name, OWN))
+            ends = mean([row["scores"][-1] for row in mine.values()])
+            print(f"| {' | '.join([f'{name}.py', method, str(epochs), f'{spent:.1f}', ends, *less, rejected])} |")
+    for name, client in CLIENTS.items():
+        if ADAM in client.epochs:
+            at_end, at_best = minus(runs(name, OURS), runs(name, ADAM))
+            print(f"\n{name}.py, {OURS} minus {ADAM}: {at_end} at the end, {at_best} against its best epoch")
 
 
 def mean(values: list[float], sign: str = "") -> str:
