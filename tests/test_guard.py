@@ -188,6 +188,7 @@ def test_what_ran_away_goes_back_and_goes_on_at_a_lower_rate():
     with pytest.warns(UserWarning, match="2 time.*now moves at 0.09 of the optimizer's own rate") as told:
         again, _ = back.replace(params={**back.params, "Dense_0": backbone}).solve_head((X, Y))
     assert told[0].filename == __file__
+    assert "larger beta_ratio" in str(told[0].message)
     assert again.figures["consecutive_rejections"] == 2
     assert rate(again) == pytest.approx(0.09 * rate(good))
     rates = [rate(again)]

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from flax_examples import tutorial as tutorial_example
 from rows import missing, parser
 from sklearn.datasets import load_digits
 
@@ -45,26 +46,6 @@ METHODS = {
 }
 TUTORIAL_METHODS = {"AdamW 0.005": (5e-3, None), **{f"CRONOS-AM, {mode}": (5e-3, how) for mode, how in MODES.items()}}
 EPOCHS, TUTORIAL_EPOCHS = 10, 4
-
-
-class TutorialCNN(nnx.Module):
-    """Two convolutions, each with a norm or dropout, and two fully connected layers with dropout between them."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv1 = nnx.Conv(1, 32, (3, 3), rngs=rngs)
-        self.batch_norm1 = nnx.BatchNorm(32, rngs=rngs)
-        self.dropout1 = nnx.Dropout(0.025, rngs=rngs)
-        self.conv2 = nnx.Conv(32, 64, (3, 3), rngs=rngs)
-        self.batch_norm2 = nnx.BatchNorm(64, rngs=rngs)
-        self.linear1 = nnx.Linear(3136, 256, rngs=rngs)
-        self.dropout2 = nnx.Dropout(0.025, rngs=rngs)
-        self.linear2 = nnx.Linear(256, 10, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits ``(n, 10)`` of images ``(n, 28, 28, 1)``."""
-        x = nnx.avg_pool(nnx.relu(self.batch_norm1(self.dropout1(self.conv1(x)))), (2, 2), (2, 2))
-        x = nnx.avg_pool(nnx.relu(self.batch_norm2(self.conv2(x))), (2, 2), (2, 2))
-        return self.linear2(nnx.relu(self.dropout2(self.linear1(x.reshape(len(x), -1)))))
 
 
 def resnet(method: str, seed: int) -> dict[str, Any]:
@@ -104,7 +85,7 @@ def tutorial(data_dir: Path, method: str, seed: int) -> dict[str, Any]:
     images, rng = images.astype("float32") / 255, np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     x, y, x_held, y_held = images[order[:4000]], labels[order[:4000]], images[order[4000:]], labels[order[4000:]]
-    model = TutorialCNN(nnx.Rngs(seed))
+    model = tutorial_example.CNN(nnx.Rngs(seed))
     rate, how = TUTORIAL_METHODS[method]
     if how is None:
         optimizer: Any = nnx.Optimizer(model, optax.adamw(rate, 0.9), wrt=nnx.Param)
@@ -113,14 +94,14 @@ def tutorial(data_dir: Path, method: str, seed: int) -> dict[str, Any]:
         optimizer = cf.nnx.CronosOptimizer(model, optax.adamw(rate, 0.9), head=head, solver=solver)
 
     @nnx.jit
-    def train_step(model: TutorialCNN, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> None:
-        def loss(model: TutorialCNN) -> jax.Array:
+    def train_step(model: tutorial_example.CNN, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> None:
+        def loss(model: tutorial_example.CNN) -> jax.Array:
             return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
         optimizer.update(model, nnx.grad(loss)(model))
 
     @nnx.jit
-    def predicted(model: TutorialCNN, x: jax.Array) -> jax.Array:
+    def predicted(model: tutorial_example.CNN, x: jax.Array) -> jax.Array:
         return model(x).argmax(axis=1)
 
     def solve() -> None:
