@@ -266,7 +266,7 @@ def is_clear(error: BaseException, directory: Path, fault: str) -> bool:
     if fault == "two writers" and not any(words in " ".join(text.split()) for words in ("is held by", "already")):
         return False
     if isinstance(error, CommandError):
-        named = str(directory) in error.said or "`" in error.said or directory.name in error.said
+        named = str(directory.parent) in error.said or "`" in error.said
         return error.status in (1, 2) and named and "Traceback" not in text and "error:" in text
     if len(text) > 1000:
         return False
