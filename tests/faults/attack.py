@@ -110,7 +110,7 @@ class Attacker:
         if again.error is not None:
             if not (attempt.damaged and outcome == CLEAR and is_clear(again.error, directory, "")):
                 raise WrongError(f"afterwards, without the fault: {type(again.error).__name__}: {again.error}")
-        elif not subject.is_right(again.value, Spoil(), attempt.damaged):
+        elif not (subject.same(again.value, attempt.value) or subject.is_right(again.value, Spoil(), attempt.damaged)):
             raise WrongError(f"afterwards, without the fault, another result: {_difference(subject, again.value)}")
         return outcome
 

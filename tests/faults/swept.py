@@ -11,6 +11,7 @@ import numpy as np
 
 from .harm import Spoil
 from .subject import Subject, Value, told, untimed
+from .trained import steps
 
 _FILES = ("kill", "full disk", "flipped byte", "truncated file", "two writers", "read-only directory")
 _TASK = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32", "--epochs", "2", "--quiet")
@@ -142,8 +143,7 @@ class TrainCommand(Subject):
         for path in directory.iterdir():
             if path.name != "checkpoints":
                 path.unlink()
-        newest = max((directory / "checkpoints").iterdir(), key=lambda path: int(path.name))
-        shutil.rmtree(newest)
+        shutil.rmtree(directory / "checkpoints" / str(steps(directory / "checkpoints")[-1]))
 
     def run(self, directory: Path, spoil: Spoil) -> Value:
         task = list(_TASK)
@@ -154,12 +154,11 @@ class TrainCommand(Subject):
         there = sorted(path.name for path in directory.iterdir() if path.is_dir() or path.stat().st_size)
         return {"rows": untimed(rows), "said": said, "there": there}
 
-    def is_right(self, value: Value, spoil: Spoil, damaged: bool) -> bool:
-        return {**value, "said": ""} == {**self.reference, "said": ""}
+    def same(self, value: Value, other: Value) -> bool:
+        given = isinstance(value, dict) and isinstance(other, dict)
+        return given and {**value, "said": ""} == {**other, "said": ""}
 
     def kept(self, directory: Path) -> Value:
-        from .trained import steps
-
         return steps(directory / "checkpoints")
 
     def lost(self, before: Value, after: Value) -> str | None:

@@ -189,13 +189,17 @@ class Train(Subject):
     def is_right(self, value: Value, spoil: Spoil, damaged: bool) -> bool:
         if not isinstance(value, dict):
             return False
-        if {**value, "said": []} == {**self.reference, "said": []}:
+        if self.same(value, self.reference):
             return True
         if spoil.nan is None:
             return False
         # The guard has gone back, or the state is lost and that is said.
         has_gone_back = value["finite"] and ('"accepted": false' in value["history"] or "NaN" in value["history"])
         return has_gone_back or any("not finite" in text for text in value["said"])
+
+    def same(self, value: Value, other: Value) -> bool:
+        given = isinstance(value, dict) and isinstance(other, dict)
+        return given and {**value, "said": []} == {**other, "said": []}
 
     def kept(self, directory: Path) -> Value:
         return sound(directory, self.state)
