@@ -257,6 +257,8 @@ def _attempted(call: Callable[[], Value], attempt: Attempt) -> None:
     except WrongError:
         raise
     except BaseException as error:
+        if type(error) in (KeyboardInterrupt, SystemExit):  # somebody stops the campaign
+            raise
         attempt.error = error
 
 

@@ -24,13 +24,17 @@ class MineError(Exception):
     """An exception of the user's."""
 
 
+class MineInterrupt(KeyboardInterrupt):
+    """An interrupt that is drawn, not typed."""
+
+
 KINDS: tuple[Callable[[str], BaseException], ...] = (
     MineError,
     ValueError,
     TypeError,
     KeyError,
     OSError,
-    KeyboardInterrupt,
+    MineInterrupt,
 )
 
 

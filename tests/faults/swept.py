@@ -101,6 +101,8 @@ def command(*args: Any) -> str:
             status, _ = told(lambda: main(list(map(str, args))))
         except SystemExit as stop:
             status = stop.code
+    if status == 130:  # somebody stops the campaign
+        raise KeyboardInterrupt
     if status:
         raise CommandError(status, err.getvalue())
     return err.getvalue()

@@ -242,7 +242,7 @@ def network() -> tuple[Any, Any, Any]:
     return model, variables, cf.find_head(model, variables, X[:ROWS])
 
 
-def made(alternates: bool) -> Any:
+def made(alternates: bool, solver: Any = None) -> Any:
     """A train state."""
     import optax
     from flax.training.train_state import TrainState
@@ -253,4 +253,4 @@ def made(alternates: bool) -> Any:
     given = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.adam(1e-2)}
     if not alternates:
         return TrainState.create(**given)
-    return cf.CronosTrainState.create(**given, head=head, solver=cf.Cronos(loss="softmax"))
+    return cf.CronosTrainState.create(**given, head=head, solver=solver or cf.Cronos(loss="softmax"))
