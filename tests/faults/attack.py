@@ -87,7 +87,7 @@ class Attacker:
         said = f"{type(attempt.error).__name__}: {attempt.error}" if attempt.error is not None else ""
         return {
             "case": case.number, "seed": case.place[0], "function": case.function, "fault": case.fault,
-            "where": attempt.where, "outcome": outcome, "reason": reason[:500],
+            "where": attempt.where, "outcome": outcome, "reason": reason.replace(str(top), "DIR")[:500],
             "said": said.replace(str(top), "DIR")[:500], "seconds": round(time.process_time() - began, 3),
         }  # fmt: skip
 
