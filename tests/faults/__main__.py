@@ -24,7 +24,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
 
-    conftest.keep_compiled(ROOT / ".pytest_cache" / "d" / "compiled")
+    conftest.pytest_configure(None)  # programs are kept where those of the tests are
     from .campaign import cases, run, table
     from .draw import case
 
