@@ -123,7 +123,7 @@ def test_the_newest_are_kept_with_what_was_saved_beside_them_and_keys_stay_of_th
 
     for step in (2, 9, 10):
         cf.save_checkpoint(tmp_path, state(step), step, extra={"note": [step, 0.1]}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "10", "9"]
     restored, step, extra = _checkpoint.restored(tmp_path, state(0))
     assert_same(restored, state(10))
     assert (step, extra) == (10, {"note": [10, 0.1]})

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from stopped import stopped
 
-from cronos_flax.compare import files, methods, results
+from cronos_flax._alternation import files
+from cronos_flax.compare import results
 from cronos_flax.compare.results import add, kept, repaired
 from cronos_flax.compare.sweep import sweep
 from cronos_flax.compare.task import Run, Settings
@@ -245,18 +246,6 @@ def test_a_disk_that_is_full_is_one_line_and_the_status_1(command, tmp_path, cap
         code, said = stopped([command, *WINE, "--out", tmp_path / "out", "--quiet"], capsys)
     assert code == 1
     assert said.startswith(f"cronos-flax {command}: error: [Errno 27] File too large: '{tmp_path}/out/.lock'")
-
-
-def test_a_checkpoint_that_cannot_be_written_is_the_status_1(tmp_path, capsys, monkeypatch):
-    """Orbax calls a full disk a ValueError."""
-
-    def full(*_, **__):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
-
-    monkeypatch.setattr(methods, "rows_of", full)
-    code, said = stopped(["train", *WINE, "--out", tmp_path, "--quiet"], capsys)
-    assert code == 1
-    assert f"{tmp_path}/checkpoints cannot be written to or read: RESOURCE_EXHAUSTED" in said
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])

@@ -5,13 +5,17 @@ leaves, with the name, shape, dtype and checksum of each; and the list has a che
 """
 
 import contextlib
+import errno
+import functools
 import gc
 import json
 import logging
+import os
+import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
+from cronos_flax._alternation.files import held, named
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -28,6 +33,8 @@ State = TypeVar("State")
 
 _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
+_LONGEST = 200  # characters of what Orbax says
+_STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
 
 class _DamagedError(Exception):
@@ -57,12 +64,25 @@ def save_checkpoint(
 
     Raises:
         ValueError: if there is a sound checkpoint of this step already, or an argument does not fit.
-        OSError: if the directory cannot be written to.
+        BlockingIOError: if another process, or a run of ``cf.train``, is writing into the directory.
+        OSError: if the directory cannot be written to; the checkpoints there are as before.
     """
+    content = _content(state, step, extra, keep)
+    directory = Path(directory).absolute()
+    with held(directory, "save_checkpoint: `directory`"):
+        _write(directory, step, content, keep)
+
+
+def save_held(directory: str | Path, state: Any, step: int, *, extra: Any = None, keep: int | None = None) -> None:
+    """As :func:`save_checkpoint`, into a directory that the caller holds."""
+    _write(Path(directory).absolute(), step, _content(state, step, extra, keep), keep)
+
+
+def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, Any]:
+    """What a checkpoint consists of: leaves, and the list of them."""
     positive_integer("save_checkpoint", "step", step, least=0)
     if keep is not None:
         positive_integer("save_checkpoint", "keep", keep)
-    directory = Path(directory).absolute()
     leaves = _named(state)
     if not leaves:
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
@@ -71,7 +91,10 @@ def save_checkpoint(
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
-    directory.mkdir(parents=True, exist_ok=True)
+    return {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
+
+
+def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None) -> None:
     taken = directory / str(step)
     if taken.exists():
         try:
@@ -82,10 +105,48 @@ def save_checkpoint(
             raise ValueError(
                 f"save_checkpoint: `step` {step} is in {directory} already. Give a later step, or another directory."
             )
-    with _manager(directory, keep) as manager:
-        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
-        manager.save(step, args=items, force=True)
+    with _system_errors(directory), _manager(directory, keep) as manager:
+        manager.save(step, args=ocp.args.Composite(**content), force=True)
         manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _system_errors(directory: Path) -> Iterator[None]:
+    """An error of the operating system is an OSError that names the directory, whatever Orbax makes of it."""
+    hook = _ignore_late_answers()
+    try:
+        with named(directory):
+            yield
+    except ValueError as error:
+        if not _STATUS.match(str(error)):
+            raise
+        code = _CODE.search(str(error))
+        number = errno.EIO if code is None else int(code[1])
+        said = f" ({_first_of(error)})" if code is None else ""
+        raise OSError(number, os.strerror(number) + said, str(directory)) from error
+    sys.unraisablehook = hook  # not after an error: it is then that answers come late
+
+
+def _first_of(error: BaseException) -> str:
+    """The beginning of what an error says."""
+    return f"{error!s} ".splitlines()[0][:_LONGEST].strip()
+
+
+def _ignore_late_answers() -> Callable[[Any], Any]:
+    """Threads of TensorStore answer Orbax also when it has given up and listens no more: say nothing of these.
+
+    Returns:
+        The hook before.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "func", None) is not _unless_late:
+        sys.unraisablehook = functools.partial(_unless_late, before)
+    return before
+
+
+def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)
 
 
 def restore_checkpoint(directory: str | Path, state: State, *, step: int | None = None) -> State:
@@ -223,8 +284,9 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         except (_DamagedError, _MisfitError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            damage = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            damage = f"{type(error).__name__}: {_first_of(error)}"
     if damage:
+        _ignore_late_answers()
         raise _DamagedError(damage)
     wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
     if wrong:

@@ -198,10 +198,11 @@ class GuardState:
     def _warn(self, objective: float, best: float) -> None:
         """Tell the user that the backbone hardly moves, and what to do."""
         figures = self.figures
+        look = "" if math.isfinite(objective) else "Look for rows that are not finite. "
         warnings.warn(
             f"solve_head: the guard undid the optimizer's steps {figures['consecutive_rejections']} time(s) in a row, "
             f"and the backbone now moves at {figures['backbone_rate']:.2g} of the optimizer's own rate: after the last "
-            f"steps the regularised loss was {objective:.4g} after a solve, and had been {best:.4g}. Lower the "
+            f"steps the regularised loss was {objective:.4g} after a solve, and had been {best:.4g}. {look}Lower the "
             "optimizer's rate or let it decay; or give the solver a larger beta_ratio, as large weights of the head "
             "make large gradients; or solve more often; or on more rows, if each solve has other ones. "
             "guard=cf.Guard(tolerance=...) allows a larger rise, guard=False any.",

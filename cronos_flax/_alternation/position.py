@@ -1,13 +1,15 @@
 """How far a run of ``cf.train`` is, and the checkpoints that it is resumed from."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flax.training.train_state import TrainState
 
-from cronos_flax._alternation.checkpoint import restored, save_checkpoint
+from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import SolveSchedule
+from cronos_flax._alternation.files import held
 from cronos_flax._alternation.sources import Fingerprint, difference
 from cronos_flax._solver.transfer import on_host
 
@@ -67,6 +69,12 @@ class Checkpoints:
     every: int | None
     newest: int | None = None
 
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs from the directory."""
+        if self.directory is None:
+            return contextlib.nullcontext()
+        return held(Path(self.directory).absolute(), "train: `directory`")
+
     def resumed(self, state: State) -> tuple[State, Position]:
         """The saved state and its position, or, if there is none, the state given."""
         extra: Any = None
@@ -82,10 +90,10 @@ class Checkpoints:
         return self.directory is not None and self.newest != step
 
     def save(self, state: Any, position: Position) -> None:
-        """Save a checkpoint that is missing."""
+        """Save a checkpoint that is missing, while the directory is held."""
         assert self.directory is not None
         extra = {"settings": self.settings, "marks": self.marks, "position": dataclasses.asdict(position)}
-        save_checkpoint(self.directory, state, position.step, extra=extra, keep=_KEEP)
+        save_held(self.directory, state, position.step, extra=extra, keep=_KEEP)
         self.newest = position.step
 
     def _check_same_run(self, extra: Any) -> None:

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,8 +98,9 @@ def train(
         callbacks: functions that are called with each row of the history as it is made.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
         directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings and data are
-            the same. Of data it knows shapes, dtypes and a checksum: of arrays up to 64 MB all rows, of larger ones
-            4,096 rows; of a loader the first batch, as far as it is the same when it is read twice.
+            the same. A second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of
+            arrays up to 64 MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the
+            same when it is read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
@@ -112,6 +115,11 @@ def train(
     Raises:
         ValueError: for arguments that do not fit, and for a ``directory`` with a run of other settings or data.
         FloatingPointError: if the loss is not finite at the first solve.
+        BlockingIOError: if another process or run holds the ``directory``.
+        OSError: if it cannot be written to; the checkpoints there are as before.
+
+    Warns:
+        UserWarning: if the parameters are no longer finite, and no guard goes back. They are not saved.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf
@@ -155,33 +163,34 @@ def train(
 
     marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
     checkpoints = Checkpoints(directory, settings, marks, save_every)
-    state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
-    door = Door(state, loss, train_kwargs or {}, streams)
-    _check_what_is_in_memory(door, source, to_solve, sets, unpack)
-    class_weight = None
-    if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
-        class_weight = on_device(balanced_weights(loss, map(door, source.once())))
-    loop = _Loop(
-        state=copied(state),  # the loop donates its own
-        position=position,
-        clock=_Clock(position.seconds),
-        source=source,
-        to_solve=to_solve,
-        schedule=schedule,
-        solve_rows=solve_rows,
-        door=door,
-        step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
-        validate=_validation(sets, scoring(state, loss, eval_kwargs, unpack, class_weight)),
-        key=key,
-        callbacks=tuple(callbacks),
-        seconds=seconds,
-        checkpoints=checkpoints,
-    )
-    if compile_first:
-        loop.compile()
-    over = position.epoch >= epochs or loop.time_is_up()
-    while not over:
-        over = loop.do_epoch(epochs)
+    with checkpoints.held():
+        state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
+        door = Door(state, loss, train_kwargs or {}, streams)
+        _check_what_is_in_memory(door, source, to_solve, sets, unpack)
+        class_weight = None
+        if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
+            class_weight = on_device(balanced_weights(loss, map(door, source.once())))
+        loop = _Loop(
+            state=copied(state),  # the loop donates its own
+            position=position,
+            clock=_Clock(position.seconds),
+            source=source,
+            to_solve=to_solve,
+            schedule=schedule,
+            solve_rows=solve_rows,
+            door=door,
+            step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
+            validate=_validation(sets, scoring(state, loss, eval_kwargs, unpack, class_weight)),
+            key=key,
+            callbacks=tuple(callbacks),
+            seconds=seconds,
+            checkpoints=checkpoints,
+        )
+        if compile_first:
+            loop.compile()
+        over = position.epoch >= epochs or loop.time_is_up()
+        while not over:
+            over = loop.do_epoch(epochs)
     return loop.state, position.history
 
 
@@ -307,6 +316,7 @@ class _Loop:
         seconds: training time to keep to.
         checkpoints: of the run.
         losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
+        lost: whether the parameters are no longer finite, and no guard goes back.
     """
 
     state: Any
@@ -324,6 +334,7 @@ class _Loop:
     seconds: float | None
     checkpoints: Checkpoints
     losses: list[Array] = dataclasses.field(default_factory=list)
+    lost: bool = False
 
     def compile(self) -> None:
         """Compile by a step and a solve on copies, then restart the clock."""
@@ -403,15 +414,32 @@ class _Loop:
         if not self.checkpoints.is_missing(self.position.step):
             return
         self.sum_losses()
+        if self.lost:  # what is there is worth more
+            return
         jax.block_until_ready(self.state)
         self.position.seconds = self.clock.seconds
         with self.clock.stopped():
             self.checkpoints.save(self.state, self.position)
 
     def sum_losses(self) -> None:
-        """Wait for the losses of this epoch."""
-        self.position.loss_sum = sum(map(float, on_host(self.losses)), self.position.loss_sum)
+        """Wait for the losses of this epoch; say it if one has taken the parameters with it."""
+        position, values = self.position, [float(value) for value in on_host(self.losses)]
         self.losses.clear()
+        position.loss_sum = sum(values, position.loss_sum)
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is None or self.lost or getattr(self.state, "guard", None) is not None:
+            return
+        self.lost = not all(np.all(np.isfinite(on_host(leaf))) for leaf in jax.tree.leaves(self.state.params))
+        if self.lost:
+            kept = "" if self.checkpoints.directory is None else " They are not saved: checkpoints stay as they are."
+            number = position.batch - len(values) + bad
+            warnings.warn(
+                f"train: the parameters are not finite any more: the loss of batch {number} "
+                f"of epoch {position.epoch} was {values[bad]} (both from 0). Look for rows of that batch that are not "
+                f"finite, or lower the optimizer's rate.{kept}",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def time_is_up(self) -> bool:
         """Whether another epoch like the last would take too long."""

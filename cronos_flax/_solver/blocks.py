@@ -39,10 +39,20 @@ class Source:
         self._lock = threading.Lock()
         self._next, self._pieces = 0, self._cut()
 
+    def _pass(self) -> Iterator[np.ndarray]:
+        """The blocks, which may be others than those of the first pass."""
+        for block in map(np.asarray, self._blocks):
+            if not np.all(np.isfinite(block)):
+                raise ValueError(
+                    "solve: the blocks of `X` must hold the same finite rows at every pass, got NaN or infinite "
+                    "entries in a later one. Look at what reads them."
+                )
+            yield block
+
     def _cut(self) -> Iterator[np.ndarray]:
         """Pieces of ``rows`` rows; the last one is filled up with zeros."""
         piece, filled = np.zeros((self.rows, self.shape[1]), self.dtype), 0
-        for block in map(np.asarray, self._blocks):
+        for block in self._pass():
             start = 0
             while start < len(block):
                 part = block[start : start + self.rows - filled]
@@ -69,7 +79,7 @@ class Source:
         """Single rows, in one pass."""
         out, order = np.empty((len(index), self.shape[1]), self.dtype), np.argsort(index)
         start, done = 0, 0
-        for block in map(np.asarray, self._blocks):
+        for block in self._pass():
             end = done + int(np.searchsorted(index[order[done:]], start + len(block)))
             out[order[done:end]] = block[index[order[done:end]] - start]
             start, done = start + len(block), end

@@ -118,4 +118,7 @@ def _refuse_dtype(name: str, array: np.ndarray, kinds: str, said: str) -> None:
 def _refuse_infinite(name: str, array: np.ndarray) -> None:
     rows = np.any(~np.isfinite(array).reshape(len(array), -1), axis=1)
     if rows.any():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in {rows.sum()} of {len(rows)} rows.")
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity in {rows.sum()} of {len(rows)} rows. "
+            "Remove or impute them before the file is written."
+        )

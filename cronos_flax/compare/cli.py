@@ -224,7 +224,7 @@ def _positive_float(text: str) -> float:
 
 def _check_free(out: Path) -> None:
     """Raise before any work if the directory cannot be written to, or another process holds it."""
-    from cronos_flax.compare.files import LOCK, held
+    from cronos_flax._alternation.files import LOCK, held
 
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -255,8 +255,8 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from cronos_flax._alternation.files import held, replace
     from cronos_flax.compare import plots, tables
-    from cronos_flax.compare.files import held, replace
     from cronos_flax.compare.methods import BASELINES, check_method, grid
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
@@ -301,8 +301,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from cronos_flax._alternation.files import held, replace
     from cronos_flax.compare import plots
-    from cronos_flax.compare.files import held, replace
     from cronos_flax.compare.methods import ALTERNATION, BASELINES, rows_of
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.task import Run, Task
@@ -317,13 +317,7 @@ def _train(args: argparse.Namespace) -> int:
     run = Run(f"{ALTERNATION}:{args.optimizer}", args.rate, args.seed)
     with held(args.out):
         with Progress(args.epochs, quiet=args.quiet) as progress:
-            try:
-                rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
-            except ValueError as error:
-                if "os_error_code" not in str(error):
-                    raise
-                # Orbax says so of an error of the operating system.
-                raise OSError(f"{args.out / 'checkpoints'} cannot be written to or read: {error}") from error
+            rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
         rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]
         replace(args.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         plots.draw_curves(rows, args.out / "curves.png")

@@ -175,21 +175,24 @@ def _trained(task: Task, run: Run, watch: Callable[[Row], Any], directory: Path 
     else:
         state = BaselineState.create(**common, tx=optimizer(name, run.rate), evaluate=BASELINES[name].evaluate)
     live = _Checks()
-    _, history = train(
-        state,
-        (data.x, data.y),
-        epochs=settings.epochs or _NO_LIMIT,
-        seconds=settings.budget,
-        batch_size=settings.batch_size,
-        loss=task.loss,
-        validation={"validation": (data.x_validation, data.y_validation), "test": (data.x_test, data.y_test)},
-        train_kwargs=model.train_kwargs,
-        eval_kwargs=model.eval_kwargs,
-        key=jax.random.key(run.seed),
-        callbacks=[lambda row: watch(check) if (check := live.of(row)) else None],
-        directory=directory,
-        compile_first=True,
-    )
+    with warnings.catch_warnings():
+        # A rate that is too high for an optimizer is a cell of the grid, with its rows.
+        warnings.filterwarnings("ignore", "train: the parameters are not finite")
+        _, history = train(
+            state,
+            (data.x, data.y),
+            epochs=settings.epochs or _NO_LIMIT,
+            seconds=settings.budget,
+            batch_size=settings.batch_size,
+            loss=task.loss,
+            validation={"validation": (data.x_validation, data.y_validation), "test": (data.x_test, data.y_test)},
+            train_kwargs=model.train_kwargs,
+            eval_kwargs=model.eval_kwargs,
+            key=jax.random.key(run.seed),
+            callbacks=[lambda row: watch(check) if (check := live.of(row)) else None],
+            directory=directory,
+            compile_first=True,
+        )
     checks = _Checks()
     return [check for row in history if (check := checks.of(row))]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from cronos_flax.compare.files import held
+from cronos_flax._alternation.files import held
 from cronos_flax.compare.methods import rows_of
 from cronos_flax.compare.results import add, by_run, repaired
 from cronos_flax.compare.task import Row, Run, Settings, Task
@@ -108,9 +108,20 @@ def _done(
 
 def _finished(task: Task, run: Run, watch: Callable[[Row], Any] = lambda _: None) -> list[Row]:
     """A run's rows as they are kept; a run that failed has one row, with the error."""
+    raised = []
+
+    def watched(row: Row) -> None:
+        try:
+            watch(row)
+        except Exception as error:
+            raised.append(error)
+            raise
+
     try:
-        rows = rows_of(task, run, watch)
+        rows = rows_of(task, run, watched)
     except Exception as error:  # the other runs go on
+        if error in raised:  # the caller's, not the run's
+            raise
         rows = [{"epoch": 0, "error": f"{type(error).__name__}: {error}"}]
     known = {**task.settings.shared(), **run._asdict(), "data": task.checksum, **_environment()}
     rows = [{**known, **{name: _plain(value) for name, value in row.items()}} for row in rows]

@@ -1,6 +1,6 @@
-"""The directory of results: held by one process at a time; files in it are added to or replaced whole."""
+"""A directory of results: held by one process at a time; files in it are added to or replaced whole."""
 
-import fcntl
+import errno
 import os
 import socket
 import time
@@ -8,35 +8,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not Unix
+    fcntl = None  # type: ignore[assignment]
+
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(directory: Path, name: str = "`out`") -> Iterator[None]:
     """Hold a directory, so that nobody else writes results there; it is made if it does not exist.
 
     The lock is the operating system's, on the file ``.lock``, which says who holds it. It ends with its process, also
-    with one that is killed: what a process that is gone has left in the file does not count.
+    with one that is killed: what a process that is gone has left in the file does not count. On a file system without
+    such locks nothing is held.
 
     Args:
-        out: the directory.
+        directory: the directory.
+        name: what the caller calls it, for the message.
 
     Raises:
         BlockingIOError: if it is held already, by another process or by this one; the message says by which.
         OSError: if it cannot be made or written to.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / LOCK
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with named(path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except BlockingIOError:
                 holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
                 raise BlockingIOError(
-                    f"`out` {out} is held by {holder}, which writes its results there. Wait until it ends, stop it, or "
-                    "give another directory."
+                    f"{name} {directory} is held by {holder}, which writes its results there. Wait until it ends, "
+                    "stop it, or give another directory."
                 ) from None
             os.ftruncate(lock, 0)
             _write(lock, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
@@ -44,6 +52,16 @@ def held(out: Path) -> Iterator[None]:
         os.ftruncate(lock, 0)
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 @contextmanager
