@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from cronos_flax._solver import host
 from cronos_flax._solver.checks import concrete
@@ -35,7 +36,15 @@ class Program:
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it by itself."""
-        return self.compiled(arguments)(arguments, tuple(sorted(static.items())))
+        mesh = _explicit_mesh(arguments)
+        if mesh is None:
+            return self.compiled(arguments)(arguments, tuple(sorted(static.items())))
+        # JAX is to find out how products of sharded arrays are sharded; in the caller's mesh it asks the caller.
+        automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        with jax.set_mesh(automatic):
+            arguments = _on_mesh(arguments, automatic)
+            result = self.compiled(arguments)(arguments, tuple(sorted(static.items())))
+        return _on_mesh(result, mesh)
 
     def compiled(self, arguments: tuple) -> Callable[..., Any]:
         """The jitted function of a tuple of arguments and a tuple of static ones, by name."""
@@ -51,6 +60,27 @@ class Program:
 
         at_full_precision.__name__ = self.traced.__name__
         return jax.jit(at_full_precision, static_argnums=1, compiler_options=_options(fast))
+
+
+def _explicit_mesh(tree: Any) -> Mesh | None:
+    """The mesh with explicit axes that arrays lie on; None where there is none."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+            return sharding.mesh  # type: ignore[return-value]  # an array's mesh has devices
+    return None
+
+
+def _on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The arrays that lie on a mesh of the same devices, on this one; nothing moves."""
+
+    def moved(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or sharding.mesh == mesh:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(moved, tree)
 
 
 def _options(fast: bool) -> dict[str, Any] | None:
