@@ -31,8 +31,15 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], *, once: bool = False) -> None:
         functools.update_wrapper(self, function)
-        self.traced, self._once = function, once
-        self._compiled: dict[bool, Callable[..., Any]] = {}
+        self._once = once
+
+        def at_full_precision(arguments: tuple, static: tuple) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return function(*arguments, **dict(static))
+
+        at_full_precision.__name__ = function.__name__
+        self._jit = functools.partial(jax.jit, at_full_precision, static_argnums=1)
+        self._jitted: dict[bool | None, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it by itself."""
@@ -46,20 +53,22 @@ class Program:
             result = self.compiled(arguments)(arguments, tuple(sorted(static.items())))
         return _on_mesh(result, mesh)
 
+    def inside(self, *arguments: Any, **static: Any) -> Any:
+        """Run it as part of a program that is being traced."""
+        return self._for(None)(arguments, tuple(sorted(static.items())))
+
     def compiled(self, arguments: tuple) -> Callable[..., Any]:
         """The jitted function of a tuple of arguments and a tuple of static ones, by name."""
-        fast = self._once and sum(map(np.size, jax.tree.leaves(arguments))) <= _FEW
-        if fast not in self._compiled:
-            self._compiled[fast] = self._jitted(fast)
-        return self._compiled[fast]
+        return self._for(self._once and _entries(arguments) <= _FEW)
 
-    def _jitted(self, fast: bool) -> Callable[..., Any]:
-        def at_full_precision(arguments: tuple, static: tuple) -> Any:
-            with jax.default_matmul_precision("highest"):
-                return self.traced(*arguments, **dict(static))
+    def _for(self, fast: bool | None) -> Callable[..., Any]:
+        if fast not in self._jitted:
+            self._jitted[fast] = self._jit(compiler_options=None if fast is None else _options(fast))
+        return self._jitted[fast]
 
-        at_full_precision.__name__ = self.traced.__name__
-        return jax.jit(at_full_precision, static_argnums=1, compiler_options=_options(fast))
+
+def _entries(tree: Any) -> int:
+    return sum(map(np.size, jax.tree.leaves(tree)))
 
 
 def _explicit_mesh(tree: Any) -> Mesh | None:
@@ -157,7 +166,7 @@ class Traced:
     @staticmethod
     def run(program: Program, *arguments: Any, **static: Any) -> Any:
         """The program as part of the one that is traced."""
-        return program.traced(*arguments, **static)
+        return program.inside(*arguments, **static)
 
     @staticmethod
     def seen(tree: Any) -> Any:
