@@ -111,7 +111,7 @@ def step(
     iterate: Iterate,
     alive: Iterate,
     index: Int[Array, " k"] | None,
-    precise: Array,
+    precise: Array | bool | None,
     *,
     settings: Refreshed,
     known: bool | None = None,
@@ -125,7 +125,7 @@ def step(
         iterate: where the step starts from.
         alive: the same with its dead neurons :func:`revived`; only the sum of reviving and step has to go down.
         index: rows of the sample; None for all.
-        precise: whether the step is found precisely, with the curvature of all rows.
+        precise: whether the step is found precisely, with the curvature of all rows; None where it is `known`.
         settings: constants.
         known: the same, where it is known when the step is compiled.
     """
@@ -136,7 +136,8 @@ def step(
     model = LocalModel(rows, D, H, A, network_outputs(rows, A, b, Z), 1.0)
     sampled = model if index is None else model.take(index)
     g = gradient(model, beta, U)
-    decided = precise if known is None else known
+    decided = known if precise is None else precise
+    assert decided is not None
     delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, decided, settings)
     A_delta = jnp.zeros_like(A) if delta.W is None else delta.W / size[:, None]
     Z_delta = rows.X @ delta.U
@@ -152,11 +153,17 @@ def step(
         U, A, b = moved(length)
         return network_objective(rows, A, b, beta, U, Z + length * Z_delta)
 
+    # Lengths are compared on some of the rows, and all of them have the last word.
+    n, every = len(Z), max(len(Z) // settings.least_sample, 1)
+    tried = jnp.arange(0, n, every, dtype=jnp.int32) if index is None else index
+    some, share = rows.take(tried), beta * (len(tried) / n)
+    Z_some, Z_delta_some = Z[tried], Z_delta[tried]
+
     def estimate(length: Scalar) -> Scalar:
         U, A, b = moved(length)
-        return network_objective(sampled.rows, A, b, beta / sampled.stretch, U, Z[index] + length * Z_delta[index])
+        return network_objective(some, A, b, share, U, Z_some + length * Z_delta_some)
 
-    chosen, value = search(objective, None if index is None else estimate, iterate.objective, settings)
+    chosen, value = search(objective, None if len(tried) == n else estimate, iterate.objective, settings)
     length = jnp.asarray(settings.step_lengths, U.dtype)[chosen]
     damping = iterate.damping * jnp.asarray(settings.damping_factors, U.dtype)[chosen]
     U, A, b = moved(length)
@@ -263,7 +270,7 @@ def _drawn(key: Array, *, n: int, settings: Refreshed) -> tuple[Array, Array, In
     return key, probe_key, places(n, sample_size(n, settings), sample_key)
 
 
-drawn, stepped = Program(_drawn, once=True), Program(step)
+drawn, stepped = Program(_drawn), Program(step)
 
 
 def descend(
@@ -288,7 +295,7 @@ def descend(
         )
         # With a sample this is two programs, the second of which may never be asked for.
         known = None if index is None else control.known(now.precise)
-        precise = control.back(now.precise)
+        precise = control.flag(now.precise) if known is None else None
         iterate = control.run(
             stepped, *(rows, prepared, beta, now.iterate, alive, index, precise), settings=settings, known=known
         )
@@ -331,6 +338,7 @@ def warm_up(
     size = min(n // settings.warm_up_every, settings.most_sample)
     if size < settings.least_warm_up:
         return start, key
+    settings = dataclasses.replace(settings, few_rows=1)  # the curvature of a few of these will do
     some, share, first, key = control.run(few, rows, start, beta, key, size=size)
     limits = Limits(tol, settings.warm_up_steps)
     descent = begin(control, first, key, limits)

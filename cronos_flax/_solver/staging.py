@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from cronos_flax._solver import host
@@ -112,6 +113,12 @@ def _are_known() -> bool:
     return True
 
 
+@functools.cache
+def _flag(value: bool) -> Array:
+    """Made once: a transfer takes as long as a small program."""
+    return on_device(np.asarray(value))
+
+
 class OnHost:
     """Control flow of a solve that is called from Python: what decides is looked at, as NumPy's."""
 
@@ -136,6 +143,11 @@ class OnHost:
     def back(tree: Any) -> Any:
         """The same for a program."""
         return jax.tree.map(on_device, tree)
+
+    @staticmethod
+    def flag(decision: Any) -> Array:
+        """A decision for a program."""
+        return _flag(bool(decision))
 
     @staticmethod
     def known(decision: Any) -> bool | None:
@@ -173,7 +185,7 @@ class Traced:
         """Arrays to decide by: as they are."""
         return tree
 
-    back = seen
+    back = flag = seen
 
     @staticmethod
     def known(decision: Any) -> bool | None:
