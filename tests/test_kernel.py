@@ -372,7 +372,7 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
     for damping in (1e-3, 1.0, 10.0):
         before = refreshed.init(rows, U, A, rows.best_constant(), beta, jnp.asarray(damping))
         for _ in range(4):
-            after = step(rows, prepared, beta, before, before, None, False, settings=tried)
+            after = step(rows, prepared, beta, before, before, None, None, False, settings=tried)
             np.testing.assert_allclose(programs.norms(after.A.T), 1, rtol=1e-12)
             np.testing.assert_allclose(after.Z, rows.X @ after.U, atol=1e-9)
             again = refreshed.init(rows, after.U, after.A, after.b, beta, after.damping)
@@ -385,7 +385,7 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
     assert 0.25 in taken  # the damping follows
     # From a loss that nothing reaches it stays, with more damping; and a warm-up gives its start back.
     lowest = dataclasses.replace(before, objective=jnp.asarray(-1.0), damping=jnp.asarray(1.0))
-    stayed = step(rows, prepared, beta, lowest, lowest, None, False, settings=tried)
+    stayed = step(rows, prepared, beta, lowest, lowest, None, None, False, settings=tried)
     assert float(stayed.damping) == 4.0
     warm, _ = refreshed.warm_up(OnHost, rows, prepared, beta, lowest, key, np.float64(1e-3), tried)
     for left in (stayed, warm):
@@ -403,7 +403,7 @@ def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     prepared = gauss_newton.prepare(rows, 4, jax.random.key(1), SETTINGS)
     alive = refreshed.revived(rows, iterate, jax.random.key(0))
     step = jax.jit(refreshed.step, static_argnames="settings")
-    after = step(rows, prepared, jnp.asarray(1e-3), iterate, alive, None, False, settings=SETTINGS)
+    after = step(rows, prepared, jnp.asarray(1e-3), iterate, alive, None, None, False, settings=SETTINGS)
     assert float(after.objective) < float(iterate.objective)
     assert int(jnp.sum(programs.norms(after.U) > 0)) > 1
 

@@ -242,6 +242,18 @@ def test_rows_of_no_weight_are_as_if_absent(gates):
     assert float(with_them.stats.objective) == pytest.approx(float(without.stats.objective), rel=1e-4)
 
 
+@pytest.mark.parametrize("C", [2, 10])
+def test_rows_that_come_in_turns_are_solved_as_any_others(C):
+    """A regular sample of rows whose classes come in turns has rows of one class only."""
+    X, turns = np.random.default_rng(0).normal(size=(1280, 6)).astype("float32"), np.arange(1280) % C
+    X[:, 0] += turns  # something to learn
+    order = np.random.default_rng(1).permutation(1280)
+    solver = cf.Cronos(loss="softmax", beta=1e-3, max_iters=60)
+    in_turns, shuffled = (solver.solve(X[rows], turns[rows], hidden=32).stats for rows in (slice(None), order))
+    assert float(in_turns.objective) == pytest.approx(float(shuffled.objective), rel=0.05)
+    assert float(in_turns.objective) < 0.9 * float(in_turns.initial_objective)
+
+
 def test_the_first_damping_hardly_matters(digits, optimised):
     X, labels = digits[0][:600], digits[1][:600]
     y = np.where(labels % 2 == 0, 1.0, -1.0).astype("float32")

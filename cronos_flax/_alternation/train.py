@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
@@ -192,6 +193,11 @@ def train(
         while not over:
             over = loop.do_epoch(epochs)
     return loop.state, position.history
+
+
+@jax.jit
+def _are_finite(params: Any) -> Array:
+    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.all(jnp.isfinite(leaf)), params, jnp.asarray(True))
 
 
 def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
@@ -426,16 +432,18 @@ class _Loop:
         position, values = self.position, [float(value) for value in on_host(self.losses)]
         self.losses.clear()
         position.loss_sum = sum(values, position.loss_sum)
-        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is None or self.lost or getattr(self.state, "guard", None) is not None:
+        if self.lost or getattr(self.state, "guard", None) is not None:
             return
-        self.lost = not all(np.all(np.isfinite(on_host(leaf))) for leaf in jax.tree.leaves(self.state.params))
+        self.lost = not on_host(_are_finite(self.state.params))
         if self.lost:
             kept = "" if self.checkpoints.directory is None else " They are not saved: checkpoints stay as they are."
-            number = position.batch - len(values) + bad
+            bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+            seen = f"after step {position.step}, whose own loss was finite"
+            if bad is not None:
+                number = position.batch - len(values) + bad
+                seen = f"the loss of batch {number} of epoch {position.epoch} was {values[bad]} (both from 0)"
             warnings.warn(
-                f"train: the parameters are not finite any more: the loss of batch {number} "
-                f"of epoch {position.epoch} was {values[bad]} (both from 0). Look for rows of that batch that are not "
+                f"train: the parameters are not finite any more: {seen}. Look for rows of that batch that are not "
                 f"finite, or lower the optimizer's rate.{kept}",
                 UserWarning,
                 stacklevel=4,

@@ -22,8 +22,6 @@ from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.staging import Control, Program
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
 
-_TRACE = 512  # the loop keeps losses for a multiple of so many iterations: other limits compile nothing anew
-
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -83,8 +81,8 @@ def search(
 ) -> tuple[Array, Scalar]:
     """The step length of least estimated objective, or the next shorter one that lowers the objective.
 
-    Without an estimate the objective itself is tried at every length. Returns the index of the length in their list,
-    whose last is 0, and the objective there.
+    Without an estimate the objective itself is tried at every length, and the least taken. Returns the index of the
+    length in their list, whose last is 0, and the objective there.
     """
     lengths = jnp.asarray(settings.step_lengths, now.dtype)
     values = jax.lax.map(objective if estimate is None else estimate, lengths)
@@ -111,6 +109,7 @@ def step(
     iterate: Iterate,
     alive: Iterate,
     index: Int[Array, " k"] | None,
+    tried: Int[Array, " l"] | None,
     precise: Array | bool | None,
     *,
     settings: Refreshed,
@@ -124,7 +123,8 @@ def step(
         beta: β.
         iterate: where the step starts from.
         alive: the same with its dead neurons :func:`revived`; only the sum of reviving and step has to go down.
-        index: rows of the sample; None for all.
+        index: rows that the curvature is taken from; None for all.
+        tried: rows that lengths are compared on, before all have the last word; None for all.
         precise: whether the step is found precisely, with the curvature of all rows; None where it is `known`.
         settings: constants.
         known: the same, where it is known when the step is compiled.
@@ -153,17 +153,16 @@ def step(
         U, A, b = moved(length)
         return network_objective(rows, A, b, beta, U, Z + length * Z_delta)
 
-    # Lengths are compared on some of the rows, and all of them have the last word.
-    n, every = len(Z), max(len(Z) // settings.least_sample, 1)
-    tried = jnp.arange(0, n, every, dtype=jnp.int32) if index is None else index
-    some, share = rows.take(tried), beta * (len(tried) / n)
-    Z_some, Z_delta_some = Z[tried], Z_delta[tried]
+    estimate = None
+    if tried is not None:
+        some, share = rows.take(tried), beta * (len(tried) / len(Z))
+        Z_some, Z_delta_some = Z[tried], Z_delta[tried]
 
-    def estimate(length: Scalar) -> Scalar:
-        U, A, b = moved(length)
-        return network_objective(some, A, b, share, U, Z_some + length * Z_delta_some)
+        def estimate(length: Scalar) -> Scalar:
+            U, A, b = moved(length)
+            return network_objective(some, A, b, share, U, Z_some + length * Z_delta_some)
 
-    chosen, value = search(objective, None if len(tried) == n else estimate, iterate.objective, settings)
+    chosen, value = search(objective, estimate, iterate.objective, settings)
     length = jnp.asarray(settings.step_lengths, U.dtype)[chosen]
     damping = iterate.damping * jnp.asarray(settings.damping_factors, U.dtype)[chosen]
     U, A, b = moved(length)
@@ -222,8 +221,8 @@ class Descent:
     goes_on: Bool[Array, ""]
 
 
-def begin(control: Control, iterate: Iterate, key: Array, limits: Limits) -> Descent:
-    """A descent that has not done a step."""
+def begin(control: Control, n: int, iterate: Iterate, key: Array, limits: Limits, settings: Refreshed) -> Descent:
+    """A descent on n rows that has not done a step; on very few it is precise from the start."""
     xp = control.xp
     objective, has_dead = control.seen((iterate.objective, iterate.has_dead))
     return Descent(
@@ -233,7 +232,7 @@ def begin(control: Control, iterate: Iterate, key: Array, limits: Limits) -> Des
         trace=xp.full(limits.max_iters + 1, objective),
         done=xp.zeros((), xp.int32),
         since=xp.zeros((), xp.int32),
-        precise=xp.zeros((), bool),
+        precise=xp.asarray(n <= settings.least_sample),
         stagnated=xp.zeros((), bool),
         goes_on=xp.isfinite(objective),
     )
@@ -264,10 +263,14 @@ def judged(
     )
 
 
-def _drawn(key: Array, *, n: int, settings: Refreshed) -> tuple[Array, Array, Int[Array, " k"] | None]:
-    """The next key, the key of the probes, and the rows of the sample; None for all."""
+def _drawn(
+    key: Array, *, n: int, settings: Refreshed
+) -> tuple[Array, Array, Int[Array, " k"] | None, Int[Array, " l"] | None]:
+    """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all."""
     key, probe_key, sample_key = jax.random.split(key, 3)
-    return key, probe_key, places(n, sample_size(n, settings), sample_key)
+    index = places(n, sample_size(n, settings), sample_key)
+    tried = places(n, min(n, settings.least_sample), sample_key) if index is None else index
+    return key, probe_key, index, tried
 
 
 drawn, stepped = Program(_drawn), Program(step)
@@ -289,15 +292,15 @@ def descend(
     """
 
     def body(now: Descent) -> Descent:
-        key, probe_key, index = control.run(drawn, now.key, n=rows.Y.shape[0], settings=settings)
+        key, probe_key, index, tried = control.run(drawn, now.key, n=rows.Y.shape[0], settings=settings)
         alive = control.cond(
             now.has_dead, lambda: control.run(revived, rows, now.iterate, probe_key), lambda: now.iterate
         )
         # With a sample this is two programs, the second of which may never be asked for.
         known = None if index is None else control.known(now.precise)
-        precise = control.flag(now.precise) if known is None else None
+        precise = control.back(now.precise) if known is None else None
         iterate = control.run(
-            stepped, *(rows, prepared, beta, now.iterate, alive, index, precise), settings=settings, known=known
+            stepped, *(rows, prepared, beta, now.iterate, alive, index, tried, precise), settings=settings, known=known
         )
         after = judged(control, now, iterate, key, limits, settings)
         tell(after)
@@ -341,6 +344,6 @@ def warm_up(
     settings = dataclasses.replace(settings, few_rows=1)  # the curvature of a few of these will do
     some, share, first, key = control.run(few, rows, start, beta, key, size=size)
     limits = Limits(tol, settings.warm_up_steps)
-    descent = begin(control, first, key, limits)
+    descent = begin(control, size, first, key, limits, settings)
     last = descend(control, some, prepared, share, limits, descent, settings)
     return control.run(better, rows, beta, start, last.iterate), last.key

@@ -47,15 +47,16 @@ class Refreshed(_Settings):
         damping_factors: the factor on the damping μ after each of these lengths, one for each.
         damping_range: the least and the largest μ.
         norm_floor: ``‖uᵢ‖`` in the linear system is at least this fraction of its mean over neurons.
-        cg_steps: conjugate-gradient steps of an iteration on a sample of the rows.
-        precise_cg_steps: most conjugate-gradient steps of an iteration on all rows.
+        cg_steps: conjugate-gradient steps of an iteration, until the loss stagnates. From then on iterations are
+            precise; with no more than ``least_sample`` rows they are so from the start.
+        precise_cg_steps: most conjugate-gradient steps of a precise iteration, which takes all rows.
         cg_tol: relative residual at which these end early.
         feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.
         neuron_rank: rank of the sketches on the side of the neurons.
         rows_per_feature: rows that the first sketch is made from, for each feature, at least.
-        few_rows: up to so many rows there are no samples: all rows are used for everything.
+        few_rows: up to so many rows the curvature is taken from all of them.
         sample_every: a sample has one row in this many.
-        least_sample: the fewest rows of a sample.
+        least_sample: the fewest rows of a sample; up to ``few_rows`` rows, those that step lengths are compared on.
         most_sample: the most rows of a sample.
         warm_up_every: the first iterations from a random start use one row in this many.
         least_warm_up: no warm-up if that leaves fewer rows.

@@ -223,8 +223,9 @@ def solve(
             control.report(progress, control.run(figures_of, now.iterate, control.back(now.done), total))
 
     limits = Limits(tol, max_iters)
-    descent = refreshed.begin(control, first, key, limits)
+    descent = refreshed.begin(control, len(targets), first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
-    done, stagnated, trace = control.back((last.done, last.stagnated, last.trace / total_seen))
+    done, stagnated = control.back((last.done, last.stagnated))
     solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, features, targets, weight)
+    trace = control.beside(last.trace / total_seen, solution.stats.objective)
     return dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, objective_trace=trace))

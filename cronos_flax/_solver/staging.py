@@ -16,9 +16,14 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from cronos_flax._solver import host
+from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.transfer import on_device, on_host
 
+# The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it.
+_EMITTERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
+# One thread compiles such a program sooner than many are started.
+_UNOPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 _FEW = 4_000_000  # entries of the arguments up to which a program that runs once is compiled without optimisation
 
 
@@ -69,7 +74,8 @@ class Program:
 
 
 def _entries(tree: Any) -> int:
-    return sum(map(np.size, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Blocks))
+    return sum(leaf.rows * leaf.columns if isinstance(leaf, Blocks) else np.size(leaf) for leaf in leaves)
 
 
 def _explicit_mesh(tree: Any) -> Mesh | None:
@@ -95,11 +101,9 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
 
 def _options(fast: bool) -> dict[str, Any] | None:
     """Of XLA for the CPU; None where it does not know them, or compiles for something else."""
-    # The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it.
-    options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
-    if fast:  # one thread compiles it sooner than many are started
-        options |= {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    return options if _are_known() else None
+    if not _are_known():
+        return None
+    return _EMITTERS | _UNOPTIMISED if fast else _EMITTERS
 
 
 @functools.cache
@@ -107,16 +111,10 @@ def _are_known() -> bool:
     if jax.default_backend() != "cpu":
         return False
     try:
-        jax.jit(lambda: 0, compiler_options={"xla_cpu_use_fusion_emitters": False})()
+        jax.jit(lambda: 0, compiler_options=_EMITTERS | _UNOPTIMISED)()
     except jax.errors.JaxRuntimeError:
         return False
     return True
-
-
-@functools.cache
-def _flag(value: bool) -> Array:
-    """Made once: a transfer takes as long as a small program."""
-    return on_device(np.asarray(value))
 
 
 class OnHost:
@@ -145,9 +143,9 @@ class OnHost:
         return jax.tree.map(on_device, tree)
 
     @staticmethod
-    def flag(decision: Any) -> Array:
-        """A decision for a program."""
-        return _flag(bool(decision))
+    def beside(array: Any, other: Array) -> Array:
+        """An array where another one lies."""
+        return jax.device_put(array, other.sharding)
 
     @staticmethod
     def known(decision: Any) -> bool | None:
@@ -185,7 +183,13 @@ class Traced:
         """Arrays to decide by: as they are."""
         return tree
 
-    back = flag = seen
+    back = seen
+
+    @staticmethod
+    def beside(array: Any, other: Array) -> Array:
+        """An array, as it is."""
+        del other
+        return array
 
     @staticmethod
     def known(decision: Any) -> bool | None:

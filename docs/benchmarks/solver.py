@@ -169,14 +169,23 @@ def memory(n: int, d: int, m: int) -> dict[str, Any]:
     )
     rows, beta, settings = begun.problem.rows, begun.problem.beta, begun.problem.refreshed
     index = jax.ShapeDtypeStruct((gauss_newton.sample_size(n, settings),), jnp.int32)
-    precise = jax.ShapeDtypeStruct((), bool)
     # The same iterate is passed twice where no neuron is dead; and the features of the user are still there.
     at_step = (
         4 * n * d
         - 4 * n * m
         + max(
             planned(
-                refreshed.stepped, rows, prepared, beta, first, first, index, precise, settings=settings, known=known
+                refreshed.stepped,
+                rows,
+                prepared,
+                beta,
+                first,
+                first,
+                index,
+                index,
+                None,
+                settings=settings,
+                known=known,
             )[0]
             for known in (False, True)
         )
