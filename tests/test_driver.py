@@ -190,7 +190,7 @@ def test_running_statistics_dropout_and_several_steps_between_updates():
 
 
 def test_solves_on_some_of_the_rows_are_on_others_each_time():
-    state, history = train(solve_rows=64, epochs=4)
+    state, history = train(solve_rows=192, epochs=4)
     assert all(row["objective"] <= row["initial_objective"] for row in history if "objective" in row)
     whole, _ = train(epochs=4)
     assert not np.array_equal(jax.tree.leaves(state.params)[0], jax.tree.leaves(whole.params)[0])
