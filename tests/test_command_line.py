@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from disks import largest_file
 from stopped import stopped
 
 from cronos_flax._alternation import files
@@ -212,17 +212,6 @@ def test_a_sweep_into_a_damaged_file_stops_before_any_run(path, tmp_path):
     with pytest.raises(ValueError, match=r"line 1 .* is damaged: it does not fit its checksum"):
         sweep(Settings("wine"), [Run("muon", 1e-3, 0)], tmp_path)
     assert path.read_bytes() == damaged
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Writes beyond this size fail, after a part of them, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_write_that_fails_leaves_nothing_and_names_the_file(path):

@@ -1,11 +1,9 @@
 """Whatever goes wrong, a result is right or an error is clear, and nothing is lost: a sample, and what was met once."""
 
-import contextlib
-import resource
-
 import jax
 import numpy as np
 import pytest
+from disks import largest_file
 from faults import campaign
 from faults.draw import PAIRS, SUBJECTS, case
 from given import PARAMS, X, batched, plain, same, train
@@ -71,17 +69,6 @@ def test_where_a_file_system_has_no_locks_nothing_is_held(tmp_path, monkeypatch)
     monkeypatch.setattr(files.fcntl, "flock", unsupported)
     cf.save_checkpoint(tmp_path, PARAMS, 1)
     same(cf.restore_checkpoint(tmp_path, PARAMS), PARAMS)
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Writes beyond this size fail, after a part of them, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 1500, 2500])

@@ -116,7 +116,7 @@ def test_digits_even_odd_refreshed_descends_far_below_held_gates(digits, optimis
     refreshed = float(solution.stats.objective) * 1400
     assert refreshed < 2.5
     outputs = np.asarray(cf.predict(solution.params, X[1400:]))[:, 0]
-    assert np.mean((outputs > 0) == (y[1400:] > 0)) > 0.98
+    assert np.mean((outputs > 0) == (y[1400:] > 0)) > 0.985
     assert np.all(np.diff(solution.stats.objective_trace) <= 0)
     held = dataclasses.replace(solver, gates="fixed", max_iters=100).solve(X[:1400], y[:1400], hidden=128)
     assert float(held.stats.objective) * 1400 >= 3 * refreshed
@@ -262,7 +262,7 @@ def test_the_first_damping_hardly_matters(digits, optimised):
         return float(cf.Cronos(rho=rho).solve(X, y, hidden=64, key=jax.random.key(seed)).stats.objective)
 
     ends = [np.mean([end(rho, seed) for seed in range(3)]) for rho in (0.1, 1.0, 10.0)]
-    assert max(ends) <= 1.1 * min(ends)
+    assert max(ends) <= 1.05 * min(ends)
 
 
 def test_a_refreshed_solve_can_be_certified_at_its_final_gates():

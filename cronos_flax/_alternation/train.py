@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
@@ -26,7 +25,7 @@ from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step
 from cronos_flax._alternation.train_state import CronosTrainState
 from cronos_flax._head.data import Batch, batches, check_repeatable
 from cronos_flax._solver.arrays import is_array
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import all_finite, positive_integer
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.solution import Solution
@@ -193,11 +192,6 @@ def train(
         while not over:
             over = loop.do_epoch(epochs)
     return loop.state, position.history
-
-
-@jax.jit
-def _are_finite(params: Any) -> Array:
-    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.all(jnp.isfinite(leaf)), params, jnp.asarray(True))
 
 
 def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
@@ -434,7 +428,7 @@ class _Loop:
         position.loss_sum = sum(values, position.loss_sum)
         if self.lost or getattr(self.state, "guard", None) is not None:
             return
-        self.lost = not on_host(_are_finite(self.state.params))
+        self.lost = not all_finite(self.state.params)
         if self.lost:
             kept = "" if self.checkpoints.directory is None else " They are not saved: checkpoints stay as they are."
             bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)

@@ -27,8 +27,9 @@ from cronos_flax._head.head import (
     predicted,
     relative_difference,
 )
+from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.solution import TwoLayer
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import on_device
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
@@ -166,15 +167,10 @@ def _check_output(out: Any) -> None:
             f"find_head: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. "
             "Choose one with output=: a key, an index, or a function of the outputs."
         )
-    if not jnp.issubdtype(out.dtype, jnp.floating) or not on_host(_all_finite(out)):
+    if not jnp.issubdtype(out.dtype, jnp.floating) or not all_finite(out):
         raise ValueError(
             "find_head: the module's outputs on the batch must be finite floats. Check batch and variables."
         )
-
-
-@jax.jit
-def _all_finite(out: Array) -> Array:
-    return jnp.all(jnp.isfinite(out))
 
 
 def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out: Array) -> Iterator[tuple[Path, Path]]:

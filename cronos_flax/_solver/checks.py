@@ -56,8 +56,13 @@ def concrete(value: Any) -> bool:
 
 
 @jax.jit
-def _all_finite(array: Array) -> Array:
-    return jnp.all(jnp.isfinite(array))
+def _are_finite(tree: Any) -> Array:
+    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.all(jnp.isfinite(leaf)), tree, jnp.asarray(True))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether a pytree of arrays has finite numbers only. Reads one of them from the device."""
+    return bool(on_host(_are_finite(tree)))
 
 
 @jax.jit
@@ -85,7 +90,7 @@ def _finite(
         return array
     if array.dtype.itemsize < 4:
         array = array.astype(jnp.float32)
-    if not known_finite and concrete(array) and not on_host(_all_finite(array)):
+    if not known_finite and concrete(array) and not all_finite(array):
         raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
     return array
 
@@ -236,6 +241,6 @@ def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) 
         if value is None or jnp.shape(value) != shape:
             got = "None" if value is None else jnp.shape(value)
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
-        if concrete(value) and not on_host(_all_finite(on_device(value))):
+        if concrete(value) and not all_finite(on_device(value)):
             raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
     return jax.tree.map(lambda v: on_device(v, y.dtype), network)

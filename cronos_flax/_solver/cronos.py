@@ -20,7 +20,7 @@ from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.solve import BETA_RATIO, State, biases, solve
+from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
 from cronos_flax._solver.staging import control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
 
@@ -243,13 +243,13 @@ class Cronos:
         # What does not matter to the compiled programs must not compile them anew.
         solver = dataclasses.replace(self, max_iters=None, class_weight=None)
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
-        rest = y, weight, start, key
+        limits = {"hidden": hidden, "max_iters": max_iters}
         if callback is None and not isinstance(features, Source):
-            return solve(solver, features, *rest, None, hidden=hidden, max_iters=max_iters)
+            return solve(Asked(solver, features, y, weight, start, key, None), **limits)
         source = features if isinstance(features, Source) else None
         with host.opened(source, callback and host.Reporter(callback)) as (number, progress):
             rows: Any = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            return jax.block_until_ready(solve(solver, rows, *rest, progress, hidden=hidden, max_iters=max_iters))
+            return jax.block_until_ready(solve(Asked(solver, rows, y, weight, start, key, progress), **limits))
 
     def _solve_on_path(
         self,

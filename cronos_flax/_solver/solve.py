@@ -43,6 +43,28 @@ def biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
     return network.bias1 is not None, network.bias2 is not None
 
 
+class Asked(NamedTuple):
+    """A solve as it is asked for, checked.
+
+    Args:
+        solver: the :class:`cronos_flax.Cronos`, its leaves arrays, ``beta`` a number or None.
+        features: shape ``(n, p)``.
+        targets: shape ``(n, C)``.
+        weight: of the rows.
+        start: a network or a state to start from; None for a random network.
+        key: of all that is random.
+        progress: the number of the callback, None for none.
+    """
+
+    solver: Any
+    features: Float[Array, "n p"] | Blocks
+    targets: Float[Array, "n C"]
+    weight: RowVector
+    start: TwoLayer | State | None
+    key: Array
+    progress: Int[Array, ""] | None
+
+
 class Begun(NamedTuple):
     """What a solve starts from.
 
@@ -61,17 +83,8 @@ class Begun(NamedTuple):
     key: Array
 
 
-def _begin(
-    solver: Any,
-    features: Float[Array, "n p"] | Blocks,
-    targets: Float[Array, "n C"],
-    weight: RowVector,
-    start: TwoLayer | State | None,
-    key: Array,
-    progress: Int[Array, ""] | None,
-    *,
-    hidden: int,
-) -> Begun:
+def _begin(asked: Asked, *, hidden: int) -> Begun:
+    solver, features, targets, weight, start, key, progress = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     params = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
@@ -107,9 +120,9 @@ def _begin(
     return Begun(problem, params, (U, A, b), beta * basis.scale / total, run_key)
 
 
-def _begin_refreshed(*asked: Any, hidden: int) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
+def _begin_refreshed(asked: Asked, *, hidden: int) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
     """The same; and what the steps of the refreshed path share, their first iterate, and the key of what they draw."""
-    begun, start = _begin(*asked, hidden=hidden), asked[4]
+    begun, start = _begin(asked, hidden=hidden), asked.start
     problem, (U, A, b) = begun.problem, begun.network
     # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
     sketch_key, key = jax.random.split(begun.key)
@@ -166,10 +179,11 @@ def _end_refreshed(
     return _end(begun, ended, *data)
 
 
-def _held(*arguments: Any, hidden: int, max_iters: int) -> Solution:
+def _held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     """The whole solve with held gates."""
-    begun, (_, *data, start, _, _) = _begin(*arguments, hidden=hidden), arguments
-    return _end(begun, held(begun.problem, begun.network, start, begun.key, max_iters), *data)
+    begun = _begin(asked, hidden=hidden)
+    ended = held(begun.problem, begun.network, asked.start, begun.key, max_iters)
+    return _end(begun, ended, asked.features, asked.targets, asked.weight)
 
 
 def _figures(now: refreshed.Iterate, done: Array, total: Scalar) -> dict[str, Array]:
@@ -182,40 +196,22 @@ begin_refreshed, end_refreshed = Program(_begin_refreshed, once=True), Program(_
 held_solve, figures_of = Program(_held), Program(_figures, once=True)
 
 
-def solve(
-    solver: Any,
-    features: Float[Array, "n p"] | Blocks,
-    targets: Float[Array, "n C"],
-    weight: RowVector,
-    start: TwoLayer | State | None,
-    key: Array,
-    progress: Int[Array, ""] | None,
-    *,
-    hidden: int,
-    max_iters: int,
-) -> Solution:
+def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     """Solve.
 
     Args:
-        solver: the :class:`cronos_flax.Cronos`, its leaves arrays, ``beta`` a number or None.
-        features: shape ``(n, p)``.
-        targets: shape ``(n, C)``.
-        weight: of the rows.
-        start: a network or a state to start from; None for a random network.
-        key: of all that is random.
-        progress: the number of the callback, None for none.
+        asked: data, settings and start.
         hidden: neurons of a random network.
         max_iters: most iterations.
     """
-    asked = solver, features, targets, weight, start, key, progress
-    control = control_of(asked)
-    if solver.gates != "refreshed":
-        return control.run(held_solve, *asked, hidden=hidden, max_iters=max_iters)
-    begun, prepared, first, key = control.run(begin_refreshed, *asked, hidden=hidden)
+    control, progress = control_of(asked), asked.progress
+    if asked.solver.gates != "refreshed":
+        return control.run(held_solve, asked, hidden=hidden, max_iters=max_iters)
+    begun, prepared, first, key = control.run(begin_refreshed, asked, hidden=hidden)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen = control.seen((problem.tol, total))
-    if start is None:
+    if asked.start is None:
         first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
 
     def tell(now: Descent) -> None:
@@ -223,9 +219,10 @@ def solve(
             control.report(progress, control.run(figures_of, now.iterate, control.back(now.done), total))
 
     limits = Limits(tol, max_iters)
-    descent = refreshed.begin(control, len(targets), first, key, limits, settings)
+    descent = refreshed.begin(control, len(asked.targets), first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
-    solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, features, targets, weight)
+    data = asked.features, asked.targets, asked.weight
+    solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, *data)
     trace = control.beside(last.trace / total_seen, solution.stats.objective)
     return dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, objective_trace=trace))

@@ -165,7 +165,7 @@ def memory(n: int, d: int, m: int) -> dict[str, Any]:
     shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (n, 1), (n,))]
     solver = jax.tree.map(jnp.asarray, cf.Cronos(beta=1e-5))
     at_start, (begun, prepared, first, _) = planned(
-        solve.begin_refreshed, solver, *shaped, None, jax.random.key(0), None, hidden=m
+        solve.begin_refreshed, solve.Asked(solver, *shaped, None, jax.random.key(0), None), hidden=m
     )
     rows, beta, settings = begun.problem.rows, begun.problem.beta, begun.problem.refreshed
     index = jax.ShapeDtypeStruct((gauss_newton.sample_size(n, settings),), jnp.int32)

@@ -50,6 +50,12 @@ def sound(directory: Path, like: Any) -> dict[str, int]:
     return found
 
 
+def gone(before: Value, after: Value) -> str | None:
+    """Which checkpoints are not what they were; None for none."""
+    steps = [step for step in before if after.get(step) != before[step]]
+    return f"the checkpoint of step {', '.join(steps)}" if steps else None
+
+
 class _Checkpoints(Subject):
     """Two checkpoints lie there."""
 
@@ -66,8 +72,7 @@ class _Checkpoints(Subject):
         return sound(directory, small(0))
 
     def lost(self, before: Value, after: Value) -> str | None:
-        gone = [step for step in before if after.get(step) != before[step]]
-        return f"the checkpoint of step {', '.join(gone)}" if gone else None
+        return gone(before, after)
 
 
 class Save(_Checkpoints):
@@ -205,8 +210,7 @@ class Train(Subject):
         return sound(directory, self.state)
 
     def lost(self, before: Value, after: Value) -> str | None:
-        gone = [step for step in before if after.get(step) != before[step]]
-        return f"the checkpoint of step {', '.join(gone)}" if gone else None
+        return gone(before, after)
 
 
 class PlainTrain(Train):
