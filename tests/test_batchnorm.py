@@ -66,7 +66,7 @@ class Kind:
     """
 
     find: Callable[..., cf.Head]
-    fit: Callable[[cf.Head, Any], Any]
+    fit: Callable[..., Any]
     alternate: Callable[[cf.Head, Any], Any]
     logits: Callable[[Any, Any], Any]
     encoded: Callable[[Any], Any]
@@ -90,7 +90,7 @@ def linen(twice=False):
 
     return Kind(
         find=lambda **how: cf.find_head(model, variables, X, **how),
-        fit=lambda head, data: cf.fit_head(head, variables, data, solver=SOLVER)[0],
+        fit=lambda head, data, unpack=None: cf.fit_head(head, variables, data, solver=SOLVER, unpack=unpack)[0],
         alternate=alternate,
         logits=lambda variables, x: model.apply(variables, x),
         encoded=lambda variables: np.asarray(
@@ -105,9 +105,9 @@ def linen(twice=False):
 def in_nnx(twice=False):
     model = NnxNet(twice, nnx.Rngs(0))
 
-    def fit(head, data):
+    def fit(head, data, unpack=None):
         copy = nnx.clone(model)
-        cf.nnx.fit_head(head, copy, data, solver=SOLVER)
+        cf.nnx.fit_head(head, copy, data, solver=SOLVER, unpack=unpack)
         return copy
 
     def alternate(head, data):
@@ -131,6 +131,23 @@ def in_nnx(twice=False):
 
 
 KINDS = pytest.mark.parametrize("kind", [linen, in_nnx])
+
+
+@KINDS
+def test_padding_that_is_not_finite_changes_no_statistics(kind):
+    """It stands for rows that count; padding that is finite is part of the batch, as in training."""
+    made = kind()
+    head = made.find(statistics="batch")
+    weight = np.where(np.arange(64) < 32, 1.0, 0.0)
+
+    def running(padding):
+        rows = np.concatenate([X[:32], np.broadcast_to(padding, (32, 5))])
+        return made.running(made.fit(head, [(rows, Y, weight)], lambda batch: ((batch[0],), *batch[1:])))
+
+    copies = running(X[:32])
+    for one, two in zip(running(np.nan), copies, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not np.allclose(running(0.0)[0], copies[0], atol=0.1)
 
 
 @KINDS

@@ -231,6 +231,52 @@ def test_what_a_padded_row_holds_does_not_matter():
         assert history[-1]["validation_loss"] == dirty_history[-1]["validation_loss"]
 
 
+@pytest.mark.parametrize("as_", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("hole", [np.nan, np.inf])
+def test_inputs_of_padded_rows_that_are_not_finite_count_nowhere(as_, hole):
+    """NaN · 0 is NaN: one padded row took all parameters with it."""
+    weight = (np.arange(64) < 50).astype("float32")
+    padding = np.where((np.arange(64)[:, None] > 55) & (np.arange(5) == 3), hole, 0).astype("float32")
+    clean = [(as_(x), y, weight) for x, y in batched()]
+    dirty = [(as_(x + padding), y, weight) for x, y in batched()]
+    one, history = train(data=clean, unpack=masked, validation=clean)
+    two, dirty_history = train(data=dirty, unpack=masked, validation=dirty)
+    same(one.params, two.params)
+    assert history[-1]["validation_loss"] == dirty_history[-1]["validation_loss"]
+    same(HEAD.gather({"params": PARAMS}, clean, masked), HEAD.gather({"params": PARAMS}, dirty, masked))
+
+
+WORDS = np.arange(24, dtype="float32").reshape(3, 4, 2)
+SEEN = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 0]])
+
+
+@pytest.mark.parametrize("as_", [np.asarray, jnp.asarray])
+def test_a_padded_row_that_is_not_finite_is_one_that_counts(as_):
+    """Masked tokens, masked examples; what is finite, or is no row, stays as it is."""
+    holes = np.where(SEEN[..., None] > 0, WORDS, np.nan)
+    holes[0, 3], holes[2, 0, 1] = 7, np.inf  # finite, and a row that counts
+    given = {
+        "words": as_(holes),
+        "length": as_([1.0, np.nan, np.nan]),
+        "ids": as_(SEEN),
+        "scale": as_(np.float32("nan")),
+    }
+    before = jax.tree.map(np.array, given)
+    made = door.Batch.of((), given, np.zeros((3, 4), int), SEEN).kwargs
+    same(given, before)
+    words, padded = np.asarray(made["words"]), SEEN == 0
+    padded[0, 3] = False
+    np.testing.assert_array_equal(words[~padded], holes[~padded])
+    counting = holes[SEEN > 0].tolist()
+    assert all(row.tolist() in counting for row in words[padded])
+    assert len(np.unique(words[padded], axis=0)) == len(counting)  # in turn
+    np.testing.assert_array_equal(made["length"], [1, 1, np.nan])  # the last one counts
+    np.testing.assert_array_equal(made["ids"], SEEN)
+    assert np.isnan(made["scale"])
+    finite = door.Batch.of((WORDS,), {}, np.zeros((3, 4), int), SEEN)
+    assert finite.args[0] is WORDS
+
+
 # ------------------------------------------------------------------------------------------------ weights of classes
 
 

@@ -1,7 +1,8 @@
 """The one door for data: batches, targets and weights in any form that users give, checked on the host.
 
 What a batch holds becomes arrays that JAX takes. Targets and weights are checked by value, in the type that they came
-in. Batches without a row of positive weight are passed over: they count for nothing, wherever they come.
+in. Batches without a row of positive weight are passed over: they count for nothing, wherever they come. Nor do rows of
+weight zero: where their inputs are not finite, they are those of rows that count, for NaN · 0 is NaN in a gradient.
 """
 
 import functools
@@ -35,6 +36,8 @@ class Batch(NamedTuple):
     def of(cls, args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any = None, where: str = "fit_head") -> Self:
         """A batch with arrays that JAX takes; ``where`` is the caller's name, for messages.
 
+        The inputs of rows of weight zero are finite: see :func:`_filled`.
+
         Raises:
             ValueError: for arrays that are not numbers, and weights that are negative or not finite.
         """
@@ -48,6 +51,7 @@ class Batch(NamedTuple):
                 f"{where}: `weight` must be finite and ≥ 0, got {weight[~(np.isfinite(weight) & (weight >= 0))][0]}. "
                 "Rows to be left out have weight 0."
             )
+        args, kwargs = jax.tree.map(lambda leaf: _filled(leaf, weight), (args, kwargs))
         return cls(args, kwargs, y, weight)
 
     @property
@@ -101,6 +105,43 @@ def _real(value: Any, what: str) -> np.ndarray:
     if array.dtype.kind == "c":
         raise ValueError(f"{what} must be real numbers, got dtype {array.dtype}.")
     return array
+
+
+def _filled(leaf: Any, weight: np.ndarray) -> Any:
+    """An input of the module in which rows of weight zero that are not finite are replaced by rows that count, in turn.
+
+    Copies, and not zeros: batch norms then see no values that are foreign to the data. Finite rows stay as they are,
+    for they may be seen by rows that count: other tokens of a sequence, neighbours in a graph.
+
+    Args:
+        leaf: an array whose leading axes are those of ``weight``, or the first of them; all else is returned as it is.
+        weight: weights of a batch.
+    """
+    equal = [a == b for a, b in zip(np.shape(leaf), weight.shape, strict=False)]
+    leading = (*equal, False).index(False)
+    if not (leading and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+        return leaf
+    counts = np.any(weight > 0, axis=tuple(range(leading, weight.ndim)))
+    if np.all(counts) or not np.any(counts):
+        return leaf
+    place = (np.cumsum(~counts) - 1).reshape(counts.shape) % np.count_nonzero(counts)
+    sources = tuple(axis[place] for axis in np.nonzero(counts))
+    if isinstance(leaf, Array):  # which stays where it is, and is not waited for
+        return _filled_on_device(leaf, on_device(counts), tuple(map(on_device, sources)))
+    holes = ~counts & ~np.all(np.isfinite(leaf), axis=tuple(range(leading, leaf.ndim)))
+    if not np.any(holes):
+        return leaf
+    filled = leaf.copy()
+    filled[holes] = leaf[tuple(axis[holes] for axis in sources)]
+    return filled
+
+
+@jax.jit
+def _filled_on_device(leaf: Array, counts: Array, sources: tuple[Array, ...]) -> Array:
+    axes = tuple(range(counts.ndim, leaf.ndim))
+    holes = ~counts & ~jnp.all(jnp.isfinite(leaf), axis=axes)
+    rows = leaf.at[sources].get(out_sharding=jax.typeof(leaf).sharding)  # explicit meshes want it said
+    return jnp.where(jnp.expand_dims(holes, axes), rows, leaf)
 
 
 def as_arrays(tree: Any, what: str) -> Any:
