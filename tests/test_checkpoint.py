@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -224,6 +226,29 @@ def test_a_save_may_be_killed_at_any_moment(tmp_path):
     assert found == sorted(found)
     assert set(found) == {2, 3}
     assert len(found) > 20
+
+
+def test_what_other_threads_say_of_damage_is_not_heard_for_a_while_and_the_hook_is_put_back(tmp_path, monkeypatch):
+    """It stayed another one for the rest of the process."""
+    monkeypatch.setattr(_checkpoint, "_LATEST", 0.5)
+    monkeypatch.setattr(_checkpoint, "_late_answers", _checkpoint._LateAnswers())  # those before may not be over
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", hook := lambda unraisable: said.append(str(unraisable.exc_value)))
+    cf.save_checkpoint(tmp_path, {"weights": np.zeros(3)}, 1)
+    assert sys.unraisablehook is hook
+    for file in (tmp_path / "1" / "meta").iterdir():
+        file.write_text("")
+    for _ in range(2):  # the second while the first is not yet over
+        with pytest.raises(ValueError, match="none of the checkpoints"):
+            cf.restore_checkpoint(tmp_path, {"weights": np.zeros(3)})
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert said == ["another"]
+    cf.save_checkpoint(tmp_path, {"weights": np.zeros(3)}, 2)
+    until = time.monotonic() + 20
+    while sys.unraisablehook is not hook and time.monotonic() < until:
+        time.sleep(0.05)
+    assert sys.unraisablehook is hook
 
 
 def test_a_file_cut_short_or_gone_is_noticed(tmp_path):

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ State = TypeVar("State")
 _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
 _LONGEST = 200  # characters of what Orbax says
+_LATEST = 10.0  # seconds after which threads that Orbax has given up have answered
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
 
@@ -113,9 +115,8 @@ def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None
 @contextlib.contextmanager
 def _system_errors(directory: Path) -> Iterator[None]:
     """An error of the operating system is an OSError that names the directory, whatever Orbax makes of it."""
-    hook = _ignore_late_answers()
     try:
-        with named(directory):
+        with _late_answers.ignored(), named(directory):
             yield
     except ValueError as error:
         if not _STATUS.match(str(error)):
@@ -124,7 +125,6 @@ def _system_errors(directory: Path) -> Iterator[None]:
         number = errno.EIO if code is None else int(code[1])
         said = f" ({_first_of(error)})" if code is None else ""
         raise OSError(number, os.strerror(number) + said, str(directory)) from error
-    sys.unraisablehook = hook  # not after an error: it is then that answers come late
 
 
 def _first_of(error: BaseException) -> str:
@@ -132,16 +132,42 @@ def _first_of(error: BaseException) -> str:
     return f"{error!s} ".splitlines()[0][:_LONGEST].strip()
 
 
-def _ignore_late_answers() -> Callable[[Any], Any]:
-    """Threads of TensorStore answer Orbax also when it has given up and listens no more: say nothing of these.
+class _LateAnswers:
+    """Threads of TensorStore answer Orbax also when it has given up and listens no more: nothing is said of these.
 
-    Returns:
-        The hook before.
+    They are errors for ``sys.unraisablehook``, which is another one meanwhile.
     """
-    before = sys.unraisablehook
-    if getattr(before, "func", None) is not _unless_late:
-        sys.unraisablehook = functools.partial(_unless_late, before)
-    return before
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._before: Callable[[Any], Any] = sys.unraisablehook
+        self._hook: Callable[[Any], Any] | None = None
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """In the block and, if it ends in an error, for some seconds more: it is then that answers come late."""
+        with self._lock:
+            self._users += 1
+            if sys.unraisablehook is not self._hook:
+                self._before = sys.unraisablehook
+                self._hook = sys.unraisablehook = functools.partial(_unless_late, self._before)
+        try:
+            yield
+        except BaseException:
+            timer = threading.Timer(_LATEST, self._end)
+            timer.daemon = True
+            timer.start()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and sys.unraisablehook is self._hook:  # else somebody has put another one over it
+                sys.unraisablehook, self._hook = self._before, None
+
+
+_late_answers = _LateAnswers()
 
 
 def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
@@ -260,7 +286,24 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         _DamagedError: if it differs from what was saved.
         ValueError: if it is sound, but its leaves are not those of ``like``.
     """
-    leaves, damage = {}, ""
+    with _late_answers.ignored():
+        leaves, described, damage = _by_orbax(directory, step, like)
+        if damage:
+            raise _DamagedError(damage)
+    wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
+    if wrong:
+        raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")
+    return leaves, described["extra"]
+
+
+def _by_orbax(directory: Path, step: int, like: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Leaves, what is said of them, and what Orbax says of damage.
+
+    Nothing holds its error any more when garbage is collected, or its abandoned reads would stay.
+    """
+    leaves: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    damage = ""
     with _quiet():
         try:
             with _manager(directory) as manager:
@@ -285,13 +328,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
             damage = f"{type(error).__name__}: {_first_of(error)}"
-    if damage:
-        _ignore_late_answers()
-        raise _DamagedError(damage)
-    wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
-    if wrong:
-        raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")
-    return leaves, described["extra"]
+    return leaves, described, damage
 
 
 def _target(described: dict[str, Any], like: Any) -> Any:
