@@ -357,6 +357,31 @@ def test_no_rows_to_validate_on_are_said():
         train(validation=[])
 
 
+@pytest.mark.parametrize("as_", [tuple, lambda rows: [tuple(rows)]])
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [
+        (lambda rows: {"validation": rows}, "validation"),
+        (lambda rows: {"validation": {"validation": rows}}, r"validation\['validation'\]"),
+        (lambda rows: {"validation": {"held": (X[:64], Y[:64]), "test": rows}}, r"validation\['test'\]"),
+    ],
+)
+def test_an_error_names_the_validation_rows_that_it_is_about(argument, name, as_):
+    """Targets, inputs and forms: of several sets it was not said which one was wrong."""
+    state = plain().replace(step=np.int32(0))
+    for wrong, message in (
+        ((X[:64], Y[:64] + 1), ": `y` must have labels"),
+        ((X[:64, :3], Y[:64]), ": the batch must be one that the model takes"),
+        ((X[:64], Y[:64].astype(str)), ": the targets must be numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"^train: `{name}`{message}"):
+            train(state, epochs=1, **argument(as_(wrong)))
+    with pytest.raises(ValueError, match=f"^train: `{name}` must have at least one batch"):
+        train(state, epochs=1, **argument([]))
+    with pytest.raises(ValueError, match=f"^train: `{name}` must be re-iterable"):
+        train(state, epochs=1, **argument(iter(batched())))
+
+
 def test_models_of_nnx_take_the_same_data():
     import flax.nnx as nnx
 

@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.data import Batch, batches
+from cronos_flax._head.data import Batch, at, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.checks import is_labelled, labels_of
@@ -71,16 +71,16 @@ class Door:
 
         self._outputs = outputs
 
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch, checked.
+    def __call__(self, batch: Batch, where: str = "train") -> Batch:
+        """The batch, checked; ``where`` begins an error.
 
         Raises:
             ValueError: for a batch that the module or the loss does not take.
         """
-        *leading, C = self._shape(batch)
-        return batch.flat(tuple(leading), C, self._loss, "train")
+        *leading, C = self._shape(batch, where)
+        return batch.flat(tuple(leading), C, self._loss, where)
 
-    def _shape(self, batch: Batch) -> tuple[int, ...]:
+    def _shape(self, batch: Batch, where: str) -> tuple[int, ...]:
         """The shape of the module's output, found without computing, once for each shape of batch."""
         given = batch.args, batch.kwargs
         leaves, structure = jax.tree.flatten(given)
@@ -91,7 +91,7 @@ class Door:
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 shapes = jax.tree.map(np.shape, given[0] or given[1])
                 raise ValueError(
-                    f"train: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+                    f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
                 ) from error
         return self._known[key]
 
@@ -197,7 +197,7 @@ def scoring(
 
     def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
         params, collections = _params_to_score(state), _collections(state)
-        checked = map(door, batches(rows, unpack, "train", name))
+        checked = (door(batch, at("train", name)) for batch in batches(rows, unpack, "train", name))
         each = [sums(params, collections, batch_on_device(batch), class_weight) for batch in checked]
         if not each:
             raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")

@@ -23,7 +23,7 @@ from cronos_flax._alternation.position import Checkpoints, Position
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState
-from cronos_flax._head.data import Batch, batches, check_repeatable
+from cronos_flax._head.data import Batch, at, batches, check_repeatable
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import all_finite, positive_integer
 from cronos_flax._solver.loss import Loss
@@ -240,13 +240,14 @@ def _described(keys: Mapping[str, Array]) -> dict[str, list]:
     return {name: on_host(jax.random.key_data(key)).tolist() for name, key in keys.items()}
 
 
-def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, Any]:
-    """The sets of validation rows by name; what can be read only once is refused."""
+def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, tuple[str, Any]]:
+    """The sets of validation rows by prefix, with what errors call them; what can be read only once is refused."""
     several = isinstance(validation, Mapping) and not any(map(is_array, validation.values()))
-    named = validation if several else {"validation": validation}
-    sets = {name: rows for name, rows in named.items() if rows is not None}
-    for name, rows in sets.items():
-        check_repeatable(rows, unpack, "train", name if name == "validation" else f"validation[{name!r}]")
+    given = validation if several else {"validation": validation}
+    named = {prefix: (f"validation[{prefix!r}]" if several else "validation", rows) for prefix, rows in given.items()}
+    sets = {prefix: (name, rows) for prefix, (name, rows) in named.items() if rows is not None}
+    for name, rows in sets.values():
+        check_repeatable(rows, unpack, "train", name)
     return sets
 
 
@@ -254,26 +255,26 @@ def _check_what_is_in_memory(
     door: Door,
     source: Arrays | Batches,
     to_solve: Arrays | Batches,
-    sets: Mapping[str, Any],
+    sets: Mapping[str, tuple[str, Any]],
     unpack: Callable[[Any], tuple] | None,
 ) -> None:
     """Check all targets of arrays before training; those of loaders are checked as they come."""
-    for each in (source,) if to_solve is source else (source, to_solve):
-        if isinstance(each, Arrays):
+    for name, each in {"solve_data": to_solve, "data": source}.items():
+        if isinstance(each, Arrays) and (name == "data" or to_solve is not source):
             for batch in each.once():
-                door(batch)
-    for name, rows in sets.items():
+                door(batch, at("train", name))
+    for name, rows in sets.values():
         if isinstance(rows, tuple) and unpack is None:
             for batch in batches(rows, None, "train", name):
-                door(batch)
+                door(batch, at("train", name))
 
 
-def _validation(sets: Mapping[str, Any], score: Callable[..., Row]) -> Callable[[Any], Row]:
+def _validation(sets: Mapping[str, tuple[str, Any]], score: Callable[..., Row]) -> Callable[[Any], Row]:
     """A function that gives the figures of a state on the validation rows, each with its prefix."""
 
     def validate(state: Any) -> Row:
-        scores = {name: score(state, rows, name) for name, rows in sets.items()}
-        return {f"{name}_{figure}": value for name, row in scores.items() for figure, value in row.items()}
+        scores = {prefix: score(state, rows, name) for prefix, (name, rows) in sets.items()}
+        return {f"{prefix}_{figure}": value for prefix, row in scores.items() for figure, value in row.items()}
 
     return validate
 

@@ -235,26 +235,32 @@ def check_repeatable(data: Any, unpack: Unpack | None, where: str, name: str = "
         )
 
 
+def at(where: str, name: str) -> str:
+    """How an error about what is in a batch begins: with the caller and, unless that is ``data``, the argument."""
+    return where if name == "data" else f"{where}: `{name}`"
+
+
 def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str, shuffled: bool) -> Iterator[Batch]:
     check_form(data, unpack, where, name)
+    place = at(where, name)
     if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        yield from _chunks(*whole_arrays(*data, where, name), where, shuffled)
+        yield from _chunks(*whole_arrays(*data, where, name), place, shuffled)
         return
     for batch in (data,) if isinstance(data, Mapping) else data:
         if unpack is not None:
             unpacked = unpack(batch)
             if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
                 raise ValueError(
-                    f"{where}: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
+                    f"{place}: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
                     f"a dict of keyword arguments, got {_kind(unpacked)}."
                 )
             args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
             args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
-            yield Batch.of(args, kwargs, y, weight, where)
+            yield Batch.of(args, kwargs, y, weight, place)
         elif isinstance(batch, tuple | list) and len(batch) == 2:
-            yield Batch.of((batch[0],), {}, batch[1], None, where)
+            yield Batch.of((batch[0],), {}, batch[1], None, place)
         else:
-            raise ValueError(f"{where}: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
+            raise ValueError(f"{place}: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
 
 
 def _kind(value: Any) -> str:
@@ -267,7 +273,7 @@ def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, A
     Raises:
         ValueError: if they are not arrays, or the numbers of rows differ or are zero.
     """
-    y = opened(y, f"{where}: the targets")
+    y = opened(y, f"{at(where, name)}: the targets")
     arrays = all(map(is_array, jax.tree.leaves(x)))
     x = jax.tree.map(lambda leaf: opened(leaf, f"{where}: `{name}`"), x) if arrays else x
     leaves = jax.tree.leaves(x)
