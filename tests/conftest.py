@@ -1,9 +1,7 @@
 """What the tests share: data, twins, and the skip for data that is not part of the project."""
 
-import contextlib
 import gc
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,17 +26,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_configure(config):
     """Keep compiled programs where the command line keeps its own, so that the next run need not compile them.
 
-    JAX_ENABLE_COMPILATION_CACHE=0 keeps none. What was not used for a fortnight goes.
+    JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1") == "0":
         return
     programs.keep()
     for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs"):  # for subprocesses
         os.environ[f"JAX_{name.upper()}"] = str(jax.config.values[f"jax_{name}"])
-    for file in programs.directory().glob("*"):
-        with contextlib.suppress(OSError):
-            if time.time() - max(file.stat().st_atime, file.stat().st_mtime) > 14 * 24 * 3600:
-                file.unlink()
 
 
 def pytest_collection_finish():

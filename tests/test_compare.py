@@ -7,14 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 
-from cronos_flax.compare import summaries, tables
+from cronos_flax.compare import models, programs, summaries, tables
 from cronos_flax.compare.cli import main
 from cronos_flax.compare.data import EMBEDDED, Split, load
 from cronos_flax.compare.methods import (
@@ -280,6 +282,47 @@ def nothing(outputs):
 """
 
 
+class Normed(nn.Module):
+    """Dropout is between the two layers of its head."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(6)(x))))
+
+
+class OwnNorm(nn.Module):
+    """Statistics of a layer that Flax does not know."""
+
+    use_running_average: bool
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", np.zeros, x.shape[-1:])
+        if not self.use_running_average and self.is_mutable_collection("batch_stats"):
+            mean.value = x.mean(axis=0)
+        return x - (mean.value if self.use_running_average else x.mean(axis=0))
+
+
+class OwnNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(OwnNorm(use_running_average=not train)(nn.Dense(8)(x)))))
+
+
+def test_heads_to_alternate_on_are_found_with_the_statistics_of_the_batch(monkeypatch):
+    """Dropout between the two layers was refused, for the head was found as the model is trained."""
+    monkeypatch.setitem(models.MODELS, "normed", lambda outputs: Normed())
+    task = Task.of(Settings("wine", model="normed", epochs=1))
+    assert task.head_in_training.module.statistics == "batch"
+    assert task.head_in_training.kwargs == task.head.kwargs == {"train": False}
+    assert task.head.module.statistics is None
+    monkeypatch.setitem(models.MODELS, "own norms", lambda outputs: OwnNormed())
+    own = Task.of(Settings("wine", model="own norms", epochs=1))
+    assert own.head_in_training.module.statistics is None
+    assert own.head_in_training.in_training
+
+
 def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monkeypatch):
     (tmp_path / "own_model.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
@@ -366,6 +409,17 @@ def test_runs_side_by_side_have_the_same_figures_and_no_times(task, tmp_path):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
     text = tables.table(beside)
     assert "| – |" in text
+
+
+def test_the_folder_of_compiled_programs_does_not_grow_for_ever(tmp_path):
+    """What was not used for a fortnight goes, then what was used least recently."""
+    now = time.time()
+    for name, days, size in (("old", 15, 10), ("last week's", 7, 400), ("yesterday's", 1, 400), ("today's", 0, 400)):
+        (tmp_path / name).write_bytes(bytes(size))
+        os.utime(tmp_path / name, (now - days * 24 * 3600, 0))
+    programs.trim(tmp_path, 1000)
+    assert {path.name for path in tmp_path.iterdir()} == {"yesterday's", "today's"}
+    programs.trim(tmp_path / "none", 1000)
 
 
 def test_train_goes_on_where_it_stopped(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What all runs of a comparison share: settings, data, the model and its head."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -118,15 +119,19 @@ class Task:
 
     @functools.cached_property
     def head_in_training(self) -> Head:
-        """The head of the model as it is trained.
+        """The head to alternate on: solves see the features that gradients see.
 
-        It differs where the model has running statistics: then solves see the features that gradients see.
+        Where the model has running statistics, features are those of evaluation with the statistics of the batch; with
+        norms that are not Flax's own, they are those of training.
         """
         x = self.split(0).x[:_SAMPLE]
         variables = self.model.init(0, x)
         collections = [name for name in variables if name != "params"]
         if not (collections and self.model.train_kwargs):
             return self.head
+        if "batch_stats" in collections:
+            with contextlib.suppress(ValueError):  # there is no batch norm; or no head, which the other search says too
+                return find_head(self.model.module, variables, x, statistics="batch", **self.model.eval_kwargs)
         kwargs = {"mutable": collections, "rngs": {"dropout": jax.random.key(0)}, **self.model.train_kwargs}
         return find_head(self.model.module, variables, x, **kwargs)
 
