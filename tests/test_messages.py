@@ -4,7 +4,6 @@ import types
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -72,16 +71,50 @@ def test_a_module_that_makes_its_layers_in_setup_cannot_be_replaced_but_its_laye
 
 
 class Tokens(nnx.Module):
+    def __init__(self, classify=None, jitted=False):
+        self.classify, self.jitted = classify, jitted
+
     def __call__(self, x, mask):
-        return x
+        def classified(classify, x):
+            return x if classify is None else classify(x)
+
+        return (nnx.jit(classified) if self.jitted else classified)(self.classify, x)
+
+    def encode(self, x):
+        return self.classify(x)
 
 
-def test_pool_of_a_grafted_nnx_model_is_given_the_mask():
-    x, mask = jnp.ones((4, 7, 5)), jnp.arange(7) < jnp.arange(1, 5)[:, None]
-    x = jnp.where(mask[..., None], x, 100.0)
+MASK = np.arange(7) < np.arange(1, 5)[:, None]
+WORDS = np.where(MASK[..., None], 1, 100).astype("float32") * np.ones((4, 7, 5), "float32")
 
-    def pool(x, tokens, mask):
-        return (x * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
 
-    grafted = cf.nnx.graft(Tokens(), hidden=6, features=3, in_features=5, pool=pool, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(grafted(x, mask), grafted(jnp.ones((4, 7, 5)), mask), rtol=1e-6)
+def mean_of_words(x, tokens, mask):
+    return (x * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+
+
+def of_words(at, **kwargs):
+    rngs = nnx.Rngs(0)
+    model = Tokens(None if at is None else nnx.Linear(5, 3, rngs=rngs), **kwargs)
+    sizes = {"in_features": 5, "features": 3} if at is None else {}
+    return cf.nnx.graft(model, at=at, hidden=6, pool=mean_of_words, rngs=rngs, **sizes)
+
+
+@pytest.mark.parametrize("at", [None, "classify"])
+def test_pool_of_a_grafted_nnx_model_is_given_the_mask(at):
+    """Inside a model it was given what the replaced layer was called with, and there was no mask."""
+    grafted = of_words(at)
+    np.testing.assert_allclose(grafted(WORDS, MASK), grafted(np.ones_like(WORDS), mask=MASK), rtol=1e-6)
+    head = cf.nnx.find_head(grafted, WORDS, MASK)
+    np.testing.assert_allclose(head.inputs(grafted, WORDS, MASK), np.ones((4, 5)), rtol=1e-6)
+    twice = nnx.jit(lambda model, x, mask: model(x, mask))
+    for mask in (MASK, MASK[::-1]):
+        np.testing.assert_allclose(twice(grafted, WORDS, mask), grafted(WORDS, mask), rtol=1e-5)
+
+
+def test_where_the_arguments_of_a_grafted_nnx_model_are_not_known_it_is_said():
+    grafted = of_words("classify")
+    with pytest.raises(ValueError, match=r"graft: `pool` needs the arguments of the model, .*another method"):
+        grafted.encode(WORDS)
+    jitted = of_words("classify", jitted=True)  # compiled once, with the mask of the first call
+    with pytest.raises(ValueError, match="must not be in a part of it that is transformed by itself"):
+        jitted(WORDS, MASK)

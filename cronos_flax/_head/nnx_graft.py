@@ -1,5 +1,7 @@
 """A two-layer head for NNX models that have none."""
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,38 @@ from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._head.nnx import LAYERS, module_at
 from cronos_flax._solver.checks import positive_integer
 
+_calls = threading.local()  # .stack: arguments and trace of the grafted models that are being called
+
+
+@functools.cache
+def _telling(kind: Any) -> type:
+    """A subclass of a model's class that tells the head inside it the arguments that the model is called with."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _calls.stack = [*getattr(_calls, "stack", []), (args, kwargs, nnx.tracers.TraceState())]
+        try:
+            return kind.__call__(self, *args, **kwargs)
+        finally:
+            _calls.stack = _calls.stack[:-1]
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "told": True})
+
+
+def _told() -> tuple[tuple, dict[str, Any]]:
+    """The arguments of the grafted model that is being called."""
+    if not getattr(_calls, "stack", []):
+        raise ValueError(
+            "graft: `pool` needs the arguments of the model, and the model must be called by itself (`__call__`), got "
+            "a call of another method. Graft without `pool`, or call the model."
+        )
+    args, kwargs, trace = _calls.stack[-1]
+    if trace != nnx.tracers.TraceState():  # a part that is compiled once would keep the arguments of its first call
+        raise ValueError(
+            "graft: `pool` needs the arguments of the model, and `at` must not be in a part of it that is transformed "
+            "by itself (jit, scan, vmap, remat), got one that is. Graft without `pool`, or transform the whole model."
+        )
+    return args, kwargs
+
 
 class TwoLayerHead(nnx.Module):
     """``Linear → relu → Linear``.
@@ -19,7 +53,8 @@ class TwoLayerHead(nnx.Module):
         in_features: width p of the input.
         hidden: number of hidden neurons m.
         features: number of outputs C.
-        pool: applied to the input first; None for nothing.
+        pool: applied to the input and the arguments of the model first; None for nothing.
+        inside: whether the head stands inside the model, which then tells it these arguments.
         rngs: for the weights.
         **settings: keyword arguments of both layers, such as ``dtype``.
     """
@@ -31,16 +66,19 @@ class TwoLayerHead(nnx.Module):
         features: int,
         *,
         pool: Callable[..., Any] | None = None,
+        inside: bool = False,
         rngs: nnx.Rngs,
         **settings: Any,
     ) -> None:
         self.hidden = nnx.Linear(in_features, hidden, rngs=rngs, **settings)
         self.output = nnx.Linear(hidden, features, rngs=rngs, **settings)
-        self.pool = pool
+        self.pool, self.inside = pool, inside
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Array:
-        """Outputs ``(..., C)``; ``pool`` is given the other arguments too."""
-        x = x if self.pool is None else self.pool(x, *args, **kwargs)
+        """Outputs ``(..., C)``; the other arguments are those of the model, or of the layer whose place this takes."""
+        if self.pool is not None:
+            args, kwargs = _told() if self.inside else (args, kwargs)
+            x = self.pool(x, *args, **kwargs)
         return self.output(nnx.relu(self.hidden(x)))
 
 
@@ -80,9 +118,8 @@ def graft(
         hidden: number of hidden neurons m.
         features: number of outputs C; None for as many as the layer has.
         in_features: width p of the head's input; None for as many as the layer has.
-        pool: a function of the head's input that returns its new input, for instance the mean over tokens. After the
-            model's output (``at=None``) it is given all arguments of the model too, such as a mask; inside the model
-            it is given those of the layer that is replaced.
+        pool: a function of the head's input and of all arguments of the model, that returns the new input of the head:
+            for instance the mean over tokens, by a mask among the arguments.
         rngs: for the weights of the head.
 
     Returns:
@@ -127,9 +164,11 @@ def graft(
     assert features is not None
     assert in_features is not None
     with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        head = TwoLayerHead(in_features, hidden, features, pool=pool, rngs=rngs, **settings)
+        head = TwoLayerHead(in_features, hidden, features, pool=pool, inside=bool(path), rngs=rngs, **settings)
     if not path:
         return Grafted(copy, head)
+    if pool is not None and not hasattr(type(copy), "told"):
+        copy.__class__ = _telling(type(copy))
     parent = module_at(copy, path[:-1])
     if isinstance(parent, nnx.Module) and hasattr(parent, str(path[-1])):
         setattr(parent, str(path[-1]), head)
