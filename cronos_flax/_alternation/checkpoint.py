@@ -233,7 +233,6 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-            gc.collect()  # abandoned reads complain when they are collected
     finally:
         logger.setLevel(level)
         sys.unraisablehook = hook
@@ -328,6 +327,8 @@ def _by_orbax(directory: Path, step: int, like: dict[str, Any] | None) -> tuple[
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
             damage = f"{type(error).__name__}: {_first_of(error)}"
+        if damage:
+            gc.collect()  # abandoned reads complain when they are collected
     return leaves, described, damage
 
 
