@@ -311,12 +311,8 @@ def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
 
 
 @jax.jit
-def _drawn_like(network: TwoLayer, features: Array, size: Array) -> TwoLayer:
+def _scaled_to(draw: TwoLayer, features: Array, size: Array) -> TwoLayer:
     """A random head with about half of its neurons active on a row, and activations of about this size."""
-    leaves, treedef = jax.tree.flatten(network)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    noise = [jax.random.normal(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves, strict=True)]
-    draw = jax.tree.unflatten(treedef, noise)
     rows = features.reshape(-1, features.shape[-1]).astype(jnp.float32)
     norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1)))
     return dataclasses.replace(
@@ -328,7 +324,9 @@ def _drawn_like(network: TwoLayer, features: Array, size: Array) -> TwoLayer:
 
 
 def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
-    return _drawn_like(network, features, on_device(size, jnp.float32))
+    rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
+    draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
+    return _scaled_to(draw, features, on_device(size, jnp.float32))
 
 
 def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
