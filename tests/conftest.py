@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,11 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     if flags not in os.environ.get("XLA_FLAGS", ""):  # workers inherit them
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+# Checkpoints and rows are written through to the disk, which a process waits for: in memory it does not wait.
+if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
+    os.environ["TMPDIR"] = "/dev/shm"
+
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -88,6 +94,26 @@ def strict_promotion():
     """No implicit mixing of dtypes."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def drawn(model, rngs, *args, init=nn.Module.init, **kwargs):
+    """Variables of a linen module, as ``init`` gives them but by NumPy, which compiles nothing; no biases are zero."""
+    shapes = jax.eval_shape(lambda: init(model, rngs, *args, **kwargs))
+    rng = np.random.default_rng(np.concatenate([jax.random.key_data(key).ravel() for key in jax.tree.leaves(rngs)]))
+
+    def draw(path, leaf):
+        names = [str(getattr(entry, "key", "")) for entry in path]
+        fan_in = np.prod(leaf.shape[:-1]) if "kernel" in names else leaf.shape[-1] if "embedding" in names else 100
+        value = np.ones(leaf.shape) if {"scale", "var"} & set(names) else rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        return jax.device_put(value.astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture
+def cheap_init(monkeypatch):
+    """``init`` compiles nothing: for tests to which it does not matter which random parameters there are."""
+    monkeypatch.setattr(nn.Module, "init", drawn)
 
 
 def random_problem(seed, n=40, p=5, C=1, dtype="float32"):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import drawn
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +104,7 @@ NETS = Net((8,), jnp.tanh, 6, True), Net((7, 12), nn.relu, 9, False), Net((3, 2)
 @pytest.mark.parametrize("loss", TARGETS)
 def test_a_head_solve_never_raises_the_loss_of_the_real_network(loss):
     x = np.random.default_rng(0).normal(size=(48, 5)).astype("float32")
-    nets = {net: net.init(jax.random.key(0), x)["params"] for net in NETS}
+    nets = {net: drawn(net, jax.random.key(0), x)["params"] for net in NETS}
     heads = {net: cf.find_head(net, {"params": params}, x) for net, params in nets.items()}
     # Of one β, so that losses compare over solves.
     fresh = partial(cf.CronosTrainState.create, tx=optax.sgd(0.1), solver=cf.Cronos(loss=loss, beta=1e-3))
@@ -121,11 +122,13 @@ def test_a_head_solve_never_raises_the_loss_of_the_real_network(loss):
         x = rng.normal(size=(48, 5)).astype("float32")
         y = TARGETS[loss](rng)
         head = heads[net]
-        params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), nets[net])
-        params["backbone"] = jax.tree.map(lambda leaf: scale * leaf, params["backbone"])
-        params["out"] = jax.tree.map(lambda leaf: head_scale * leaf, params["out"])
-        params["hidden"] = jax.tree.map(lambda leaf: leaf.at[..., :dead].set(0), params["hidden"])
-        state = fresh(apply_fn=net.apply, params=params, head=head)
+        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("float32"), nets[net])
+        params["backbone"] = jax.tree.map(lambda leaf: np.float32(scale) * leaf, params["backbone"])
+        params["out"] = jax.tree.map(lambda leaf: np.float32(head_scale) * leaf, params["out"])
+        params["hidden"] = jax.tree.map(
+            lambda leaf: np.where(np.arange(leaf.shape[-1]) < dead, 0, leaf), params["hidden"]
+        )
+        state = fresh(apply_fn=net.apply, params=jax.tree.map(jax.device_put, params), head=head)
 
         def real(state):
             # By the module itself, not by what the solver thinks it is.

@@ -61,7 +61,7 @@ def test_seven_lines_make_an_example_of_flax_cronos_am(clients, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLIENTS)
-def test_an_example_of_flax_runs_an_epoch_with_these_lines(clients, name):
+def test_an_example_of_flax_runs_an_epoch_with_these_lines(clients, name, cheap_init):
     """Heads of images, texts, grafted ones under shard_map, and of NNX: solved before and after the epoch."""
     module = clients.loaded(name, clients.sources(name)[clients.OURS])
     module.BATCH_SIZE = 32
