@@ -19,7 +19,7 @@ def rows_over_devices():
     """What one device gives, to rounding; in float64, as few rows and steps make much of rounding in float32."""
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
     over_rows = NamedSharding(mesh, PartitionSpec("devices"))
-    x = np.random.default_rng(0).normal(size=(64, 4))
+    x = np.random.default_rng(0).normal(size=(64, 8))  # as wide as the head's input: one shape for all solves
     y = np.argmax(x[:, :2], axis=1)
     data = jax.device_put((x, y), over_rows)
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
@@ -37,9 +37,9 @@ def rows_over_devices():
         state, solution = state.apply_gradients(grads=jax.grad(loss)(state.params)).solve_head((x, y))
         return solution.stats.objective
 
-    alone = solver.solve(x, y, hidden=5).stats.objective, alternated(params, x, y)
+    alone = solver.solve(x, y, hidden=6).stats.objective, alternated(params, x, y)
     everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    outside = solver.solve(*data, hidden=5).stats.objective
+    outside = solver.solve(*data, hidden=6).stats.objective
     with jax.set_mesh(mesh):
         inside = alternated(everywhere, *data)
     np.testing.assert_allclose((float(outside), float(inside)), [*map(float, alone)], rtol=1e-6)
