@@ -592,13 +592,13 @@ def test_an_nnx_head_found_in_training_sets_the_running_statistics():
         assert np.array_equal(mean, model.norm.mean[...]) == eval_mode
 
 
-def judged(objectives, settings=GUARD, drifts=False):
-    """What a guard decides on solves that end with these objectives, the loss of the best constant being 1."""
+def judged(objectives, settings=GUARD, drifts=False, null_loss=1.0, rounding=0.0):
+    """What a guard decides on solves that end with these objectives; ``null_loss`` is that of the best constant."""
     guard, parts, decisions = cf.GuardState.init(settings, PARTS, drifts), PARTS, []
     for number, objective in enumerate(objectives):
         solved = {**parts, "params": jnp.asarray(float(number))}
         with warnings.catch_warnings(action="ignore"):
-            guard, parts = guard.judge(solved, SimpleNamespace(objective=objective, null_loss=1.0), 0.0)
+            guard, parts = guard.judge(solved, SimpleNamespace(objective=objective, null_loss=null_loss), rounding)
         decisions.append(bool(guard.accepted))
         assert float(parts["params"]) == max(i for i, accepted in enumerate(decisions) if accepted)
     return guard, decisions
@@ -608,6 +608,13 @@ def test_small_rises_do_not_add_up():
     guard, decisions = judged([0.5, 0.505, 0.513])  # each within a hundredth of the one before
     assert decisions == [True, True, False]
     assert float(guard.best) == 0.5
+
+
+def test_a_rise_that_rounding_explains_is_none():
+    """Where the best constant fits exactly, every tolerance is zero."""
+    objectives, exact = [1e-7, 1.5e-7, 3e-7], {"null_loss": 0.0}
+    assert judged(objectives, **exact, rounding=1e-7)[1] == [True, True, False]
+    assert judged(objectives, **exact)[1] == [True, False, False]
 
 
 def test_running_statistics_widen_the_tolerance_at_the_start_and_after_rejections():
