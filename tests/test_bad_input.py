@@ -141,6 +141,7 @@ CASES = {
     "no params": (lambda: cf.find_head(MODEL, {}, X), "`variables`"),
     "no head": (lambda: cf.find_head(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), X), X), "Dense → relu → Dense"),
     "an empty batch": (lambda: cf.find_head(MODEL, VARIABLES, X[:0]), "empty"),
+    "a batch of NaN": (lambda: cf.find_head(MODEL, VARIABLES, X * np.nan), "outputs on the batch must be finite"),
     "a batch of another shape": (lambda: cf.find_head(MODEL, VARIABLES, X[:, :3]), "batch"),
     "fit: not a head": (lambda: cf.fit_head(MODEL, VARIABLES, (X, T)), "`head`"),
     "fit: not a solver": (lambda: cf.fit_head(HEAD, VARIABLES, (X, T), solver="cronos"), "`solver`"),
