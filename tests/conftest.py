@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
 
 # Checkpoints and rows are written through to the disk, which a process waits for: in memory it does not wait.
 if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
-    os.environ["TMPDIR"] = "/dev/shm"
+    os.environ["TMPDIR"] = tempfile.tempdir = "/dev/shm"  # for subprocesses, and for this one, which may have looked
 
 import flax.linen as nn
 import jax
