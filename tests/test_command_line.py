@@ -14,7 +14,7 @@ import pytest
 from disks import largest_file
 from stopped import stopped
 
-from cronos_flax._alternation import files
+from cronos_flax._head import files
 from cronos_flax.compare import results
 from cronos_flax.compare.results import add, kept, repaired
 from cronos_flax.compare.sweep import sweep

@@ -10,7 +10,7 @@ from given import PARAMS, X, batched, plain, same, train
 
 import cronos_flax as cf
 from cronos_flax._alternation import checkpoint as _checkpoint
-from cronos_flax._alternation import files
+from cronos_flax._head import files
 from cronos_flax._solver.blocks import Source
 from cronos_flax.compare import sweep as _sweep
 from cronos_flax.compare.results import kept

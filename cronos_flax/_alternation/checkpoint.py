@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from cronos_flax._alternation.files import held, named
+from cronos_flax._head.files import held, named
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.transfer import on_device, on_host
 

@@ -9,8 +9,8 @@ from flax.training.train_state import TrainState
 
 from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import SolveSchedule
-from cronos_flax._alternation.files import held
 from cronos_flax._alternation.sources import Fingerprint, difference
+from cronos_flax._head.files import held
 from cronos_flax._solver.transfer import on_host
 
 State = TypeVar("State", bound=TrainState)

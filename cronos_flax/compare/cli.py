@@ -224,7 +224,7 @@ def _positive_float(text: str) -> float:
 
 def _check_free(out: Path) -> None:
     """Raise before any work if the directory cannot be written to, or another process holds it."""
-    from cronos_flax._alternation.files import LOCK, held
+    from cronos_flax._head.files import LOCK, held
 
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -255,7 +255,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from cronos_flax._alternation.files import held, replace
+    from cronos_flax._head.files import held, replace
     from cronos_flax.compare import plots, tables
     from cronos_flax.compare.methods import BASELINES, check_method, grid
     from cronos_flax.compare.progress import Progress
@@ -301,7 +301,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from cronos_flax._alternation.files import held, replace
+    from cronos_flax._head.files import held, replace
     from cronos_flax.compare import plots
     from cronos_flax.compare.methods import ALTERNATION, BASELINES, rows_of
     from cronos_flax.compare.progress import Progress

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from cronos_flax._alternation.files import append, named
+from cronos_flax._head.files import append, named
 from cronos_flax.compare.task import Row, Run
 
 _BROKEN = re.compile(rb'"crc32"|"[0-9a-f]{8}"\}$')  # what is left of a checksum if one byte of it is wrong

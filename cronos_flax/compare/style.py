@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from cronos_flax._alternation.files import replace
+from cronos_flax._head.files import replace
 
 OURS, OTHER, QUIET = "#0072B2", "#D55E00", "0.72"  # the reference method, the method of a panel, all others
 # Okabe and Ito, without the blue of the reference; yellow is darkened for white paper.

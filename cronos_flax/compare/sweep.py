@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from cronos_flax._alternation.files import held
+from cronos_flax._head.files import held
 from cronos_flax.compare.methods import rows_of
 from cronos_flax.compare.results import add, by_run, repaired
 from cronos_flax.compare.task import Row, Run, Settings, Task
