@@ -8,7 +8,9 @@ from cronos_flax._alternation.guard import Guard as Guard
 from cronos_flax._alternation.guard import GuardState as GuardState
 from cronos_flax._alternation.train import train as train
 from cronos_flax._alternation.train_state import CronosTrainState as CronosTrainState
+from cronos_flax._head.features import Features as Features
 from cronos_flax._head.fit import prune_head as prune_head
+from cronos_flax._head.gather import gather_features as gather_features
 from cronos_flax._head.graft import graft as graft
 from cronos_flax._head.graft import graft_variables as graft_variables
 from cronos_flax._head.head import Head as Head
@@ -31,6 +33,7 @@ from cronos_flax._solver.solution import predict as predict
 __all__ = [
     "Cronos",
     "CronosTrainState",
+    "Features",
     "Guard",
     "GuardState",
     "Head",
@@ -47,6 +50,7 @@ __all__ = [
     "backbone_only",
     "find_head",
     "fit_head",
+    "gather_features",
     "graft",
     "graft_variables",
     "nnx",

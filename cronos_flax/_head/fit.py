@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.features import GatheredRows
+from cronos_flax._head.features import GatheredRows, in_blocks
 from cronos_flax._head.head import Head
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
+
+_IN_MEMORY = 2**32  # bytes of features in a file up to which a solve takes them into memory
 
 
 def fit_data(
@@ -76,9 +78,11 @@ def fit_rows(
     Raises:
         FloatingPointError: if the loss of ``network`` is not finite, and ``throw``.
     """
-    solution = solver.solve_features(
-        rows.X, rows.y, init=network, sample_weight=rows.weight, key=key, callback=callback
-    )
+    arguments: dict[str, Any] = {"init": network, "sample_weight": rows.weight, "key": key, "callback": callback}
+    if isinstance(rows.X, np.memmap) and rows.X.nbytes > _IN_MEMORY:
+        solution = solver.solve(in_blocks(rows.X), rows.y, **arguments)
+    else:
+        solution = solver.solve_features(rows.X, rows.y, **arguments)
     if throw and solution.status == Status.nonfinite:
         raise FloatingPointError(f"fit_head: {solution.status.message}")
 

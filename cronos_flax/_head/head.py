@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from cronos_flax._head.data import as_arrays
-from cronos_flax._head.features import GatheredRows, gather
-from cronos_flax._head.norms import Moments, Population
+from cronos_flax._head.features import Features, Gathered, GatheredRows, Store, gather
+from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
+from cronos_flax._head.norms import Moments
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host
@@ -99,6 +100,9 @@ class Functional(Protocol):
 
     def in_training(self, kwargs: Mapping) -> bool:
         """Whether a call with these keyword arguments sees batch statistics, as a training step does."""
+
+    def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
+        """All arrays but the weights of two layers and the state of random streams, by name."""
 
     def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         """The shape of a layer's kernel; () if it has no plain one."""
@@ -216,46 +220,72 @@ class Head:
         data: Any,
         unpack: Callable[[Any], tuple] | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
-    ) -> tuple[GatheredRows, dict[Path, tuple[Any, Any]]]:
+    ) -> tuple[GatheredRows, Mapping[Path, tuple[Any, Any]]]:
         """The head's input for all rows of ``data``, with targets and weights.
 
         Args:
             variables: the variables of a linen module, or an NNX model.
-            data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
+            data: as for :func:`cronos_flax.fit_head`, as are the other arguments; of :class:`Features` their rows.
             unpack: how to take a batch apart.
             callback: called after each batch with ``rows`` (so far) and ``seconds``.
 
         Returns:
-            The rows, in host memory; and mean and variance of the batch norms by path, over all rows. The latter are
-            empty if features are not those of batch statistics, if there is nothing to ``recalibrate``, or if anything
-            is not finite.
+            The rows, in host memory or in files; and mean and variance of the batch norms by path, over all rows. The
+            latter are empty if features are not those of batch statistics, if there is nothing to ``recalibrate``, or
+            if anything is not finite.
 
         Raises:
-            ValueError: for data that do not fit the module, or each other; and if the module's outputs for the first
-                batch are no longer those of the two layers.
+            ValueError: for data that do not fit the module, or each other; if the module's outputs for the first batch
+                are no longer those of the two layers; for :class:`Features` of another backbone.
         """
-        variables, first = self.module.variables(variables, "fit_head"), True
-        in_training, population = self.in_training, Population()
+        if not isinstance(data, Features):
+            rows, _, moments = self.passed(variables, data, unpack, callback)
+            return rows, moments
+        if unpack is not None:
+            raise ValueError("fit_head: `unpack` must be None for features, which are not in batches.")
+        if changed := difference(data.backbone, self.backbone(variables, "fit_head")):
+            raise ValueError(
+                f"fit_head: `data` must be features of this backbone, got those of another: {changed}. Gather them "
+                "again, with the variables of now: cf.gather_features(head, variables, …)."
+            )
+        return data.rows, data.moments if self.recalibrate else {}
+
+    def passed(
+        self,
+        variables: Any,
+        data: Any,
+        unpack: Callable[[Any], tuple] | None,
+        callback: Callable[[dict[str, float]], Any] | None,
+        where: str = "fit_head",
+        store: Store | None = None,
+    ) -> Gathered:
+        """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
+        variables, first = self.module.variables(variables, where), True
+        in_training = self.in_training
         observed = in_training and self.recalibrate
 
-        def features(args: tuple, kwargs: Mapping) -> Array:
+        def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
             nonlocal first
-            seen = self._pass(variables, args, kwargs, "fit_head", observed)
+            seen = self._pass(variables, args, kwargs, where, observed)
             if first:
-                self._check_still_holds(variables, seen.features, seen.out)
+                self._check_still_holds(variables, seen.features, seen.out, where)
             first = False
-            population.add(seen.norms if observed else (), seen.features.size // self.features)
-            return seen.features
+            return seen.features, seen.norms if observed else ()
 
-        rows = gather(features, self.outputs, data, unpack, callback, shuffled=in_training)
-        return rows, population.moments if rows.finite else {}
+        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store)
 
-    def _check_still_holds(self, variables: Any, features: Array, out: Array) -> None:
+    def backbone(self, variables: Any, where: str) -> Fingerprint:
+        """What tells the backbone from others, however the head is: all that a solve does not change, and the call."""
+        found = described(self.module.backbone(self.module.variables(variables, where), self.paths))
+        call = {"statistics": "batch" if self.in_training else "running", "keyword arguments": dict(self.kwargs)}
+        return found | {f"the call's {name}": [[], "", checksum(value)] for name, value in call.items()}
+
+    def _check_still_holds(self, variables: Any, features: Array, out: Array, where: str) -> None:
         """Raise a ValueError if the module's outputs are not those of the two layers any more."""
         difference = relative_difference(predicted(self.read(variables), features), out)
         if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED):
             raise ValueError(
-                f"fit_head: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
+                f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
                 f"{format_path(self.hidden_path)} and {format_path(self.output_path)}, as when the head was found; now "
                 f"they differ by {difference:.2g} of their size. Something around the two layers (a norm, a scale, an "
                 "adapter) has changed since. Call find_head again: it says what."

@@ -172,6 +172,11 @@ class LinenModule:
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
         )
 
+    def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:
+        head = {("params", *path) for path in paths}
+        arrays = flax.traverse_util.flatten_dict(flax.core.unfreeze(nn.meta.unbox(dict(variables))))
+        return {"/".join(map(str, path)): leaf for path, leaf in arrays.items() if path[:-1] not in head}
+
     def kernel_shape(self, variables: Mapping, path: Path) -> tuple[int, ...]:
         try:
             return _at(variables["params"], path)["kernel"].shape
@@ -313,7 +318,7 @@ def fit_head(
         head: from :func:`find_head`.
         variables: the module's variables; they are not changed.
         data: whole arrays ``(x, y)``, or an iterable of batches ``(x, y)``; of NumPy, JAX, or any library whose arrays
-            NumPy can read. Targets are what the solver's loss takes: labels, or floats with the shape of the module's
+            NumPy can read; or :class:`Features`, which need no pass. Targets are what the solver's loss takes: labels, or floats with the shape of the module's
             output (for one output the last axis is optional). With ``unpack``, a dict of arrays is one batch.
         solver: None means ``Cronos()``.
         unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)``, with

@@ -172,6 +172,10 @@ class NnxModule:
         moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
         return selected(out, self.output), inputs, unseen | dtypes, moments
 
+    def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
+        arrays = nnx.to_flat_state(nnx.filter_state(variables, nnx.Not(nnx.RngState)))
+        return {"/".join(map(str, path)): leaf[...] for path, leaf in arrays if tuple(path[:-1]) not in paths}
+
     def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         try:
             return jnp.shape(_at(variables, path)["kernel"][...])

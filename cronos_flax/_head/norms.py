@@ -7,14 +7,12 @@ them in place of the running averages, which lag behind the parameters.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-
-from cronos_flax._solver.transfer import on_host
 
 STATISTICS = "batch", "running"
 
@@ -86,31 +84,22 @@ class Population:
     def __init__(self) -> None:
         self._moments: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self._rows = 0
-        self._pending: tuple[tuple[Moments, ...], int] | None = None
 
-    def add(self, batch: tuple[Moments, ...], rows: int) -> None:
-        """Add the statistics of a batch of so many rows."""
-        self._merge()  # copied to the host while the device works on this batch
-        self._pending = batch, rows
-
-    def _merge(self) -> None:
-        batch, rows = self._pending or ((), 0)
-        self._pending = None
+    def add(self, batch: Mapping[tuple, tuple[np.ndarray, np.ndarray]], rows: int) -> None:
+        """Add mean and variance of a batch of so many rows, by path of the norm."""
         if not rows:
             return
         self._rows += rows
         share = rows / self._rows
-        for moments in batch:
-            mean_b, var_b = on_host((moments.mean, moments.var))
-            mean, var = self._moments.get(moments.norm.path, (mean_b, var_b))
+        for path, (mean_b, var_b) in batch.items():
+            mean, var = self._moments.get(path, (mean_b, var_b))
             # With shares 1 − s and s of the rows: (1 − s) var + s var_b + s (1 − s) (mean_b − mean)²
             difference = mean_b - mean
             var = var + share * (var_b - var) + share * (1 - share) * difference**2
-            self._moments[moments.norm.path] = mean + share * difference, var
+            self._moments[path] = mean + share * difference, var
 
     @property
     def moments(self) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
         """Mean and variance by the path of the norm; empty if any is not finite."""
-        self._merge()
         finite = all(np.all(np.isfinite(value)) for pair in self._moments.values() for value in pair)
         return dict(self._moments) if finite else {}

@@ -1,0 +1,58 @@
+"""What tells arrays from others: the parameters of a backbone, and the batches of some data."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cronos_flax._solver.arrays import is_array
+from cronos_flax._solver.transfer import on_host
+
+Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum
+
+
+def described(arrays: Mapping[str, Any]) -> Fingerprint:
+    """Shape, dtype and CRC-32 of every array; random keys are left out."""
+    return {
+        name: [list(np.shape(leaf)), str(leaf.dtype), crc(leaf)] for name, leaf in arrays.items() if not _is_key(leaf)
+    }
+
+
+def crc(array: Any, value: int = 0) -> int:
+    """CRC-32 of an array's bytes, after those that gave ``value``."""
+    flat = np.ascontiguousarray(on_host(array)).reshape(-1)
+    return zlib.crc32(flat.view(np.uint8).data, value)
+
+
+def checksum(tree: Any) -> int:
+    """CRC-32 of the arrays, numbers and texts of a tree, with their places, shapes and dtypes."""
+    value = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
+        if is_array(leaf):
+            if not _is_key(leaf):
+                value = crc(leaf, zlib.crc32(f"{np.shape(leaf)} {leaf.dtype}".encode(), value))
+        elif isinstance(leaf, bool | int | float | str | None):
+            value = zlib.crc32(repr(leaf).encode(), value)
+    return value
+
+
+def difference(before: Fingerprint, now: Fingerprint) -> str | None:
+    """In words, how arrays differ from those of before; None if they do not."""
+    if missing := sorted(before.keys() - now.keys()):
+        return f"{missing[0]} is not there any more"
+    if added := sorted(now.keys() - before.keys()):
+        return f"{added[0]} was not there"
+    for name, then in before.items():
+        for kind, old, new in zip(("shape", "dtype", "values"), then, now[name], strict=True):
+            if old != new:
+                return f"{name} has other {kind}" + (f", {new} for {old}" if kind != "values" else "")
+    return None
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
