@@ -318,8 +318,9 @@ def fit_head(
         head: from :func:`find_head`.
         variables: the module's variables; they are not changed.
         data: whole arrays ``(x, y)``, or an iterable of batches ``(x, y)``; of NumPy, JAX, or any library whose arrays
-            NumPy can read; or :class:`Features`, which need no pass. Targets are what the solver's loss takes: labels, or floats with the shape of the module's
-            output (for one output the last axis is optional). With ``unpack``, a dict of arrays is one batch.
+            NumPy can read. Targets are what the solver's loss takes: labels, or floats with the shape of the module's
+            output (for one output the last axis is optional). With ``unpack``, a dict of arrays is one batch. Or
+            :class:`Features`, which need no pass.
         solver: None means ``Cronos()``.
         unpack: for batches of another form: ``unpack(batch)`` returns ``(args, y)`` or ``(args, y, weight)``, with
             ``args`` a tuple of the module's positional arguments or a dict of keyword arguments, and one weight for
