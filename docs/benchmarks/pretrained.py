@@ -115,8 +115,9 @@ def main() -> None:
     rows = kept(args.out)
     if args.weights is not None:
         train, test = (features_of(args.weights, args.data_dir, args.cache, split) for split in ("train", "test"))
-        wanted = [(SHOTS, draw, method) for draw in DRAWS for method in FITS]
+        wanted = [(SHOTS, draw, method) for method in (PLAIN, SEARCH, SOLVED) for draw in DRAWS]
         wanted += [(0, draw, method) for method, draws in ALL_ROWS.items() for draw in draws]
+        wanted += [(SHOTS, draw, PATH) for draw in DRAWS]
         rows = missing(args.out, ("shots", "draw", "method"), wanted, lambda *key: measured(train, test, *key))
     table(rows)
 

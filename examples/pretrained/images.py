@@ -238,6 +238,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--rate", type=float, default=3e-4, help="peak rate of AdamW")
     parser.add_argument("--norms", default="running", choices=["running", "batch"], help="statistics of batch norms")
+    parser.add_argument("--beta", type=float, help="weight decay of the head; chosen on held-out rows without it")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of training images")
     parser.add_argument("--out", type=Path, default=Path("images.png"), help="path of the picture")
     return parser
@@ -320,7 +321,8 @@ def main() -> None:
     tell("linear probe", results["linear probe"], console)
 
     began = time.perf_counter()
-    fitted, solution = cf.fit_head(head, variables, features, solver=cf.Cronos(loss="softmax", beta="path"))
+    solver = cf.Cronos(loss="softmax", beta="path" if args.beta is None else args.beta)
+    fitted, solution = cf.fit_head(head, variables, features, solver=solver)
     solved = passed + time.perf_counter() - began
     right = cf.predict(head.read(fitted), jnp.asarray(seen.X)).argmax(1) == seen.y
     results["solved head"] = [(solved, 100 * float(np.mean(right)))]
@@ -329,7 +331,7 @@ def main() -> None:
     # The backbone too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     batches = Augmented(x, y, args.data_dir is not None, np.random.default_rng(0))
     steps = args.epochs * len(batches)
-    adam = optax.adamw(optax.warmup_cosine_decay_schedule(0, args.rate, steps // 10 + 1, steps))
+    adam = optax.adamw(optax.warmup_cosine_decay_schedule(0, args.rate, steps // 10, steps + 1))
     how: dict[str, Any] = {"epochs": args.epochs, "loss": "softmax", "validation": {"test": (x_test, y_test)}}
     how |= {"train_kwargs": {"train": args.norms == "batch"}, "eval_kwargs": {"train": False}}
 
@@ -348,7 +350,7 @@ def main() -> None:
         params=fitted["params"],
         tx=adam,
         head=cf.find_head(model, fitted, x[:BATCH], train=False, statistics=args.norms),
-        solver=cf.Cronos(loss="softmax", beta=float(solution.stats.beta)),
+        solver=dataclasses.replace(solver, beta=float(solution.stats.beta)),
         model_state={"batch_stats": fitted["batch_stats"]},
     )
     batches.rng = np.random.default_rng(0)
