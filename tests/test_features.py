@@ -157,6 +157,7 @@ def test_a_kill_while_rows_are_sorted_costs_only_the_sorting(tmp_path, monkeypat
     passes.clear()
     same(arrays(gather(tmp_path)), arrays(gather()))
     assert passes["passes"] == 1 + 4
+    assert not list(tmp_path.glob("*.raw"))
 
 
 def test_a_full_disk_is_said_and_gone_on_after(tmp_path):

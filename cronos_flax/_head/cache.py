@@ -226,6 +226,8 @@ class Cache:
             raise self._stale(f"`data` have {count} batches, and it was made of {len(self._batches)}")
         if self._end is None:
             self._sort()
+        for name in self._fields:
+            (self._directory / f"{name}.raw").unlink(missing_ok=True)
         arrays = {name: self._sorted(name) for name in (*self._fields, "order")}
         if any(len(array) != self._rows for array in arrays.values()):
             raise self._stale(f"its files do not have the {self._rows} rows that the log tells of")
@@ -264,7 +266,7 @@ class Cache:
             start += batch["rows"]
 
     def _sort(self) -> None:
-        """Write the rows in their order, a part at a time; then the last line; then drop the rows as they came."""
+        """Write the rows in their order, a part at a time; then the last line."""
         order = sorted_by_target(self._pieces())
         for name in (*self._fields, "order"):
             self._write_sorted(name, order)
@@ -272,8 +274,6 @@ class Cache:
         place[order] = np.arange(len(order))
         self._end = {"complete": len(order), "first": place[: min(_FIRST, self._batches[0]["rows"])].tolist()}
         self._log(self._end)
-        for name in self._fields:
-            (self._directory / f"{name}.raw").unlink()
 
     def _write_sorted(self, name: str, order: np.ndarray) -> None:
         path, n = self._directory / f"{name}.npy", len(order)
