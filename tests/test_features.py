@@ -160,6 +160,18 @@ def test_a_kill_while_rows_are_sorted_costs_only_the_sorting(tmp_path, monkeypat
     assert not list(tmp_path.glob("*.raw"))
 
 
+@pytest.mark.parametrize("log", ['{"vers', None])
+def test_a_kill_before_the_first_batch_is_told_of_leaves_nothing_in_the_way(tmp_path, log):
+    gather(tmp_path)
+    first = (tmp_path / "log.jsonl").read_text().splitlines()[0] + "\n"
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / "log.jsonl").write_text(log or first)
+    if log is None:
+        (tmp_path / "X.raw").write_bytes(b"part of a batch")
+    same(arrays(gather(tmp_path)), arrays(gather()))
+
+
 def test_a_full_disk_is_said_and_gone_on_after(tmp_path):
     with largest_file(3000), pytest.raises(OSError, match=r"File too large: .*X\.raw"):
         gather(tmp_path)
@@ -247,6 +259,12 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`cache` must be a new directory .* where X\.npy is somebody else's"):
         gather(tmp_path / "mine", renew=True)
     assert (tmp_path / "mine" / "X.npy").read_bytes() == b"mine"
+    for content in ('{"step": 1}\n', "words"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "log.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=r"where log\.jsonl is somebody else's"):
+            gather(tmp_path / "run", renew=True)
+        assert (tmp_path / "run" / "log.jsonl").read_text() == content
     with pytest.raises(ValueError, match="`data` must be re-iterable, got an iterator"):
         gather(tmp_path, iter(batched()))
     with pytest.raises(ValueError, match="`data` are features already"):

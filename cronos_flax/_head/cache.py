@@ -79,12 +79,17 @@ class Cache:
     def __init__(self, directory: Path, backbone: Fingerprint) -> None:
         self._directory = directory
         lines, length = _lines(directory / _LOG)
+        theirs = [name for name in _names() if (directory / name).exists()] if not lines else []
+        if _begins_as_ours(directory / _LOG):
+            theirs = [name for name in theirs if name != _LOG]
+        elif lines:
+            theirs = [_LOG]
+        if theirs:
+            raise ValueError(
+                f"gather_features: `cache` must be a new directory or one that it has made, got {directory}, where "
+                f"{theirs[0]} is somebody else's."
+            )
         if not lines:
-            if foreign := [name for name in _names() if (directory / name).exists() and name != _LOG]:
-                raise ValueError(
-                    f"gather_features: `cache` must be a new directory or one that it has made, got {directory}, where "
-                    f"{foreign[0]} is somebody else's."
-                )
             lines, length = [{"version": _VERSION, "backbone": backbone}], 0
             (directory / _LOG).unlink(missing_ok=True)
             self._log(lines[0])
@@ -124,6 +129,9 @@ class Cache:
 
     def _cut(self) -> None:
         """Drop rows that no line of the log tells of."""
+        if not self._batches:
+            for path in self._directory.glob("*.raw"):
+                path.unlink()
         for name in self._fields:
             path, size = self._directory / f"{name}.raw", self._row_bytes(name) * self._rows
             if not path.exists() or path.stat().st_size < size:
@@ -316,13 +324,24 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for line in path.read_bytes().splitlines(keepends=True):
             try:
-                if not line.endswith(b"\n"):
-                    break
-                lines.append(json.loads(line))
+                read = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 break
+            if not isinstance(read, dict):
+                break
+            lines.append(read)
             length += len(line)
     return lines, length
+
+
+def _begins_as_ours(path: Path) -> bool:
+    """Whether a file is a log of this module, or the beginning of one."""
+    start = b'{"version": '
+    try:
+        content = path.read_bytes()[: len(start)]
+    except FileNotFoundError:
+        return False
+    return start.startswith(content)
 
 
 def _came(batch: Batch) -> int:
