@@ -4,6 +4,7 @@ from cronos_flax import nnx as nnx
 from cronos_flax._alternation.backbone import backbone_only as backbone_only
 from cronos_flax._alternation.checkpoint import restore_checkpoint as restore_checkpoint
 from cronos_flax._alternation.checkpoint import save_checkpoint as save_checkpoint
+from cronos_flax._alternation.defaults import Alternation as Alternation
 from cronos_flax._alternation.guard import Guard as Guard
 from cronos_flax._alternation.guard import GuardState as GuardState
 from cronos_flax._alternation.train import train as train
@@ -31,6 +32,7 @@ from cronos_flax._solver.solution import TwoLayer as TwoLayer
 from cronos_flax._solver.solution import predict as predict
 
 __all__ = [
+    "Alternation",
     "Cronos",
     "CronosTrainState",
     "Features",

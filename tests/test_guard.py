@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._alternation.backbone import RatedState
+from cronos_flax._alternation.backbone import rated
 
 GUARD = cf.Guard()
-PARTS = {"params": jnp.zeros(()), "opt_state": RatedState((), jnp.ones(()))}
+PARTS = {"params": jnp.zeros(()), "opt_state": rated(optax.identity()).init(jnp.zeros(()))}
 X = jax.random.normal(jax.random.key(0), (64, 5))
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 
@@ -432,9 +432,9 @@ def test_injected_hyperparameters_are_there_to_read_and_to_set():
     assert float(back.optimizer_state.hyperparams["learning_rate"]) == 0.0
 
 
-def test_schedule_free_evaluates_the_average_of_the_backbone_and_the_head_as_it_is():
+def test_schedule_free_evaluates_the_average_of_the_backbone_and_a_frozen_head_as_it_is():
     tx = optax.contrib.schedule_free_adamw(1e-2)
-    state, _ = made(tx).solve_head((X, Y))
+    state, _ = made(tx, alternation=cf.Alternation(head="frozen")).solve_head((X, Y))
     for _ in range(3):
         state = step(state)
     averaged = optax.contrib.schedule_free_eval_params(state.optimizer_state, state.params)
@@ -487,7 +487,7 @@ def test_fields_of_a_subclass_go_back_if_they_are_named():
     ],
     ids=["adamw", "schedule_free", "muon", "lookahead", "MultiSteps", "dadapt"],
 )
-def test_gradients_never_move_the_head(tx):
+def test_gradients_never_move_a_frozen_head(tx):
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
     params = model.init(jax.random.key(0), X)["params"]
     head = cf.find_head(model, {"params": params}, X)
@@ -498,6 +498,7 @@ def test_gradients_never_move_the_head(tx):
         tx=tx,
         head=head,
         solver=cf.Cronos(loss="softmax"),
+        alternation=cf.Alternation(head="frozen"),
     )
 
     @jax.jit

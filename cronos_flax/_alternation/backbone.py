@@ -1,4 +1,4 @@
-"""Optimizers that move the backbone and never the head, at a rate that is part of their state."""
+"""Optimizers in an alternation: their rate is part of their state; they move the head with its weight decay, or not."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,31 +9,70 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._head.head import Head, check_head, format_path
+from cronos_flax._head.head import Head, Path, check_head, format_path
 from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.transfer import on_device
 
 
 class RatedState(NamedTuple):
-    """The state of :func:`at_backbone_rate`: that of the user's optimizer, and the factor on its updates."""
+    """The state of :func:`rated`.
+
+    Args:
+        optimizer_state: of the user's optimizer.
+        backbone_rate: the guard's factor on the updates.
+        run_decay: the factor of :func:`cronos_flax.train` on the updates, which falls towards the end of a run.
+        head_decay: weight decay β of the head's kernels in gradient steps, if these move it; 0 until the first solve.
+    """
 
     optimizer_state: Any
     backbone_rate: Float[Array, ""]
+    run_decay: Float[Array, ""]
+    head_decay: Float[Array, ""]
 
 
-def at_backbone_rate(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, with its updates multiplied by a rate in the optimizer's state; the rate starts at one."""
+def rated(tx: optax.GradientTransformation, paths: tuple[Path, ...] = ()) -> optax.GradientTransformationExtraArgs:
+    """``tx`` on the regularised loss that solves minimise, with its updates multiplied by rates in the state.
+
+    Args:
+        tx: any Optax optimizer, of gradients of the loss.
+        paths: of the layers whose kernels have the weight decay ``head_decay`` in their gradients.
+    """
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> RatedState:
-        return RatedState(inner.init(params), on_device(1, jnp.float32))
+        # Three buffers, as a user's step may donate them.
+        return RatedState(inner.init(params), *(on_device(value, jnp.float32) for value in (1, 1, 0)))
 
     def update(updates: Any, state: RatedState, params: Any = None, **extra: Any) -> tuple[Any, RatedState]:
+        if paths:
+            updates = _with_decay(updates, params, state.head_decay, paths)
         updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
-        rate = state.backbone_rate
-        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), RatedState(optimizer_state, rate)
+        rate = state.backbone_rate * state.run_decay
+        updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
+        return updates, state._replace(optimizer_state=optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_decay(grads: Any, params: Any, beta: Array, paths: tuple[Path, ...]) -> Any:
+    """The gradients of the loss and ``(beta/2) ‖kernel‖²`` of these layers."""
+    if isinstance(params, optax.LookaheadParams):
+        params = params.fast
+    if params is None:
+        raise ValueError("update: `params` must be given, as the head has weight decay in gradient steps, got None.")
+    kernels = tuple((*path, "kernel") for path in paths)
+
+    def with_decay(path: tuple, grad: Array, param: Array) -> Array:
+        return (grad + beta * param).astype(grad.dtype) if begins_with(path, kernels) else grad
+
+    return jax.tree_util.tree_map_with_path(with_decay, grads, params)
+
+
+def begins_with(path: tuple, prefixes: tuple[Path, ...]) -> bool:
+    """Whether the keys of dicts in a path of a tree begin with one of these."""
+    # Only keys of dicts count: optax.LookaheadParams adds .fast and .slow.
+    names = tuple(entry.key for entry in path if hasattr(entry, "key"))
+    return any(names[: len(prefix)] == prefix for prefix in prefixes)
 
 
 def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
@@ -55,16 +94,13 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
     check_head("backbone_only", head, LinenModule)
     inner = optax.with_extra_args_support(tx)
 
-    def is_head(path: tuple) -> bool:
-        # Only keys of dicts count: optax.LookaheadParams adds .fast and .slow.
-        names = tuple(entry.key for entry in path if hasattr(entry, "key"))
-        return any(names[: len(p)] == p for p in head.paths)
-
     def backbone(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: optax.MaskedNode() if is_head(path) else leaf, tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: optax.MaskedNode() if begins_with(path, head.paths) else leaf, tree
+        )
 
     def init(params: Any) -> optax.OptState:
-        if not any(is_head(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+        if not any(begins_with(path, head.paths) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
             raise ValueError(
                 "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
                 f"tree without {format_path(head.hidden_path)}."
@@ -86,9 +122,9 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
 
 
 @functools.lru_cache(maxsize=16)  # the same object for each state of a sweep, so that a jitted step compiles once
-def rated_backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.GradientTransformation:
-    """``tx`` for the backbone, at a rate that the guard sets."""
-    return backbone_only(at_backbone_rate(tx), head)
+def alternating(tx: optax.GradientTransformation, head: Head, moving: bool) -> optax.GradientTransformation:
+    """``tx`` at the rates of an alternation; between solves the head moves with the backbone, or stands still."""
+    return rated(tx, head.paths) if moving else backbone_only(rated(tx), head)
 
 
 def check_optimizer(where: str, tx: Any) -> None:

@@ -1,54 +1,120 @@
-"""The defaults of an alternation, which solves again and again and needs less of each solve than a single fit does."""
+"""The parts of an alternation, and its defaults: it solves again and again, and needs less of a solve than one fit."""
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from cronos_flax._head.head import Head
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import choice, positive_integer
 from cronos_flax._solver.cronos import Cronos
 
+HEADS = ("moving", "frozen")
+# The factor on the rate, as a function of the share of the run that is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "wsd": lambda done: min(0.05 + 19 * done, 1, 3 * (1 - done)),
+}
 _MAX_ITERS = 3
-_BETA_RATIO = 0.005
+_BETA_RATIO = {"moving": 0.02, "frozen": 0.005}
+# The first epoch with a solve before it, how many have one each, and one in how many after these.
+_SOLVES = {"moving": (1, 1, 5), "frozen": (0, 5, 3)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SolveSchedule:
-    """The epochs that a head solve comes before: each of the first few, then every few.
+class Alternation:
+    """The parts of CRONOS-AM, given as ``alternation=`` to ``CronosTrainState.create`` or ``CronosOptimizer``.
+
+    All parts lower one objective, ``F = loss + (β/2) (‖kernel1‖² + ‖kernel2‖²)``, with the head's two kernels (a solve
+    also counts the hidden bias, see :class:`cronos_flax.Cronos`). Gradient steps lower it along the gradient. A solve
+    lowers it in the head, where it is convex. ``Alternation(head="frozen", decay=None)`` is the alternation of the
+    paper, in which only solves move the head.
 
     Args:
-        dense_epochs: the number of first epochs, ``≥ 0``, that each have a solve before them.
-        then_every: after these, one solve in so many epochs, ``≥ 1``.
+        head: what gradient steps do to the head between solves. ``"moving"``: they move it with the backbone, on F, so
+            the optimizer sees the gradient of its weight decay too; a solve begins the optimizer's moments for the head
+            anew. ``"frozen"``: it stands still. Then a weaker β does better: the default of ``beta_ratio`` is .02 for a
+            moving head and .005 for a frozen one.
+        first_epoch: of :func:`cronos_flax.train`: the epoch, from 0, before which the head is first solved for. None
+            takes 1 for a moving head: one that is solved on features of random weights fits them so well that these
+            features hardly change any more. None takes 0 for a frozen head. For a pretrained backbone call
+            ``state.solve_head(data)`` before training.
+        dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
+            None takes 1 for a moving head and 5 for a frozen one.
+        then_every: after these, one solve in so many epochs, ``≥ 1``. None takes 5 for a moving head and 3 for a frozen
+            one.
+        decay: of :func:`cronos_flax.train`: how the rate of gradient steps falls to zero at the end of the run:
+            ``"cosine"``, ``"linear"``, or ``"wsd"``, which warms up over the first twentieth, stays, and falls over the
+            last third; None keeps the rate. It is left out for optimizers with a schedule of their own, and for
+            schedule-free ones. In a loop of your own give the optimizer an Optax schedule.
+
+    Raises:
+        ValueError: for a setting outside its range.
+
+    Example:
+        >>> import cronos_flax as cf
+        >>> cf.Alternation(head="frozen")
+        Alternation(head='frozen', ...)
+
+    References:
+        Feng, Frangella, Pilanci, arXiv:2411.01088, section 5, for the frozen head.
     """
 
-    dense_epochs: int = 5
-    then_every: int = 3
+    head: str = "moving"
+    first_epoch: int | None = None
+    dense_epochs: int | None = None
+    then_every: int | None = None
+    decay: str | None = "cosine"
 
     def __post_init__(self) -> None:
-        positive_integer("SolveSchedule", "dense_epochs", self.dense_epochs, least=0)
-        positive_integer("SolveSchedule", "then_every", self.then_every)
+        choice("head", self.head, HEADS, where="Alternation")
+        for name, least in (("first_epoch", 0), ("dense_epochs", 1), ("then_every", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                positive_integer("Alternation", name, value, least=least)
+        if self.decay is not None:
+            choice("decay", self.decay, DECAYS, "None", where="Alternation")
 
-    def is_due(self, epoch: int) -> bool:
+    def moves(self, head: Head) -> bool:
+        """Whether gradient steps move this head; one without a backbone is only solved for."""
+        return self.head == "moving" and head.frozen > 0
+
+    def solve_is_due(self, epoch: int) -> bool:
         """Whether a solve comes before this epoch; the first is number 0."""
-        later = epoch - self.dense_epochs
-        return later < 0 or later % self.then_every == self.then_every - 1
+        given = self.first_epoch, self.dense_epochs, self.then_every
+        first, dense, every = (
+            usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
+        )
+        later = epoch - first - (dense - 1)  # than the last of the dense epochs
+        return epoch >= first and (later <= 0 or later % every == 0)
 
 
-def alternation_defaults(solver: Cronos, head: Head) -> Cronos:
+def alternation_settings(where: str, alternation: Alternation | None) -> Alternation:
+    """The parts that a user asked for by ``alternation=``; None for the default ones."""
+    alternation = Alternation() if alternation is None else alternation
+    if not isinstance(alternation, Alternation):
+        raise ValueError(f"{where}: `alternation` must be a cf.Alternation, got {type(alternation).__name__}.")
+    return alternation
+
+
+def alternation_defaults(solver: Cronos, head: Head, alternation: Alternation) -> Cronos:
     """Fill in the settings of ``solver`` that are None.
 
-    | setting                             | alternation | single fit |
-    |-------------------------------------|-------------|------------|
-    | ``max_iters``, iterations per solve | 3           | 500        |
-    | ``beta_ratio``, β / β_max           | .005        | .001       |
+    | setting                             | head moving | head frozen | single fit |
+    |-------------------------------------|-------------|-------------|------------|
+    | ``max_iters``, iterations per solve | 3           | 3           | 500        |
+    | ``beta_ratio``, β / β_max           | .02         | .005        | .001       |
 
     A module that is nothing but its head has no backbone to alternate with: its solver stays as it is.
 
     Args:
         solver: the user's solver.
         head: the head that it solves for.
+        alternation: the parts of the alternation.
 
     Returns:
         The solver of the alternation; ``print(state.solver)`` shows its settings.
@@ -58,7 +124,7 @@ def alternation_defaults(solver: Cronos, head: Head) -> Cronos:
     return dataclasses.replace(
         solver,
         max_iters=_MAX_ITERS if solver.max_iters is None else solver.max_iters,
-        beta_ratio=_BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio,
+        beta_ratio=_BETA_RATIO[alternation.head] if solver.beta_ratio is None else solver.beta_ratio,
     )
 
 

@@ -20,7 +20,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -173,12 +172,14 @@ class GuardState:
         rise, allowed = objective - best - rounding, settings.tolerance * max(float(on_host(stats.null_loss)), _TINY)
         accepted = math.isfinite(objective) and rise <= allowed * settings.drift_factor ** self._tries()
         comparable = rise <= allowed  # with the losses before, which drift does not explain
-        before = on_host(optax.tree.get(parts["opt_state"], "backbone_rate"))
+        before = on_host(parts["opt_state"].backbone_rate)
         rate = self._new_rate(before, accepted, comparable)
         if not accepted:
+            head_decay = parts["opt_state"].head_decay
             opt_state = gone_back(self.kept["opt_state"], parts["opt_state"])
-            parts = {**self.kept, "opt_state": opt_state}
-        parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=on_device(rate))}
+            parts = {**self.kept, "opt_state": opt_state._replace(head_decay=head_decay)}
+        opt_state = parts["opt_state"]._replace(backbone_rate=on_device(rate))
+        parts = {**parts, "opt_state": opt_state}
         if accepted:
             best = min(objective, best) if comparable else objective
         in_a_row = 0 if accepted else int(on_host(self.consecutive_rejections)) + 1
@@ -231,7 +232,7 @@ class GuardState:
         """The decisions so far, as flat Python numbers for a logger."""
         return {
             "accepted": bool(on_host(self.accepted)),
-            "backbone_rate": float(on_host(optax.tree.get(self.kept["opt_state"], "backbone_rate"))),
+            "backbone_rate": float(on_host(self.kept["opt_state"].backbone_rate)),
             "best_objective": float(on_host(self.best)),
             "solves": int(on_host(self.solves)),
             "rejections": int(on_host(self.rejections)),
@@ -293,6 +294,9 @@ def solve_guarded(
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
         raise FloatingPointError(f"solve_head: {solution.status.message}")
     changed = parts(new)
+    if np.isfinite(on_host(beta)):  # gradient steps of the head have the same weight decay
+        head_decay = copied(on_device(beta, jnp.float32))
+        changed["opt_state"] = changed["opt_state"]._replace(head_decay=head_decay)
     if guard is None:
         return None, beta, changed, solution
     guard, changed = guard.judge(changed, solution.stats, _rounding(rows))

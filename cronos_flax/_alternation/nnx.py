@@ -1,4 +1,4 @@
-"""CRONOS-AM for Flax NNX: an ``nnx.Optimizer`` for the backbone, solves for the head."""
+"""CRONOS-AM for Flax NNX: an ``nnx.Optimizer``, and solves for the head."""
 
 import dataclasses
 import functools
@@ -10,9 +10,15 @@ import optax
 from flax import nnx
 from jax import Array
 
-from cronos_flax._alternation.backbone import at_backbone_rate, check_optimizer
-from cronos_flax._alternation.defaults import alternation_defaults, warn_of_running_statistics
+from cronos_flax._alternation.backbone import check_optimizer, rated
+from cronos_flax._alternation.defaults import (
+    Alternation,
+    alternation_defaults,
+    alternation_settings,
+    warn_of_running_statistics,
+)
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
+from cronos_flax._alternation.optimizer_state import begun_anew
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, Path, check_head
 from cronos_flax._head.nnx import NnxModule
@@ -39,6 +45,7 @@ class _Solving:
 
     head: Head
     solver: Cronos
+    alternation: Alternation
 
 
 class GuardVariable(nnx.Variable):
@@ -50,24 +57,27 @@ class BetaVariable(nnx.Variable):
 
 
 class CronosOptimizer(nnx.Optimizer):
-    """CRONOS-AM for NNX: gradient steps move the backbone, solves move the head.
+    """CRONOS-AM for NNX: between gradient steps, solves replace the head.
 
-    ``update(model, grads)`` is that of ``nnx.Optimizer``, and the head does not move in it. :meth:`solve_head` replaces
-    the head, and restores an earlier state if the optimizer's steps since the last solve have done harm.
+    ``update(model, grads)`` is that of ``nnx.Optimizer``, for gradients of the mean loss. To those of the head it adds
+    the weight decay that solves use; or, with a frozen head, it leaves the head where it is (see
+    :class:`cronos_flax.Alternation`). :meth:`solve_head` replaces the head, and restores an earlier state if the
+    optimizer's steps since the last solve have done harm.
 
     Args:
         model: the model.
         tx: any Optax optimizer.
         head: from :func:`find_head`.
         solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. Settings that are
-            None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio`` .005,
-            unless the model is nothing but its head.
+            None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio`` .02 (.005
+            with a frozen head), unless the model is nothing but its head.
         guard: as for :meth:`cronos_flax.CronosTrainState.create`; ``optimizer.figures`` shows the decisions. All
             Variables of the model are guarded, except the state of its random streams.
-        wrt: the Variables that the optimizer moves, as for ``nnx.Optimizer``; the head's are left out.
+        alternation: what moves the head between solves; None means ``cf.Alternation()``.
+        wrt: the Variables that the optimizer moves, as for ``nnx.Optimizer``; those of a frozen head are left out.
 
     Raises:
-        ValueError: for a ``tx``, ``head``, ``solver`` or ``guard`` of the wrong kind.
+        ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind.
     """
 
     def __init__(
@@ -78,15 +88,20 @@ class CronosOptimizer(nnx.Optimizer):
         head: Head,
         solver: Cronos | None = None,
         guard: Guard | bool | None = True,
+        alternation: Alternation | None = None,
         wrt: Any = nnx.Param,
     ) -> None:
         check_optimizer("CronosOptimizer", tx)
         check_head("CronosOptimizer", head, NnxModule)
-        solver = alternation_defaults(solver_or_default("CronosOptimizer", solver), head)
+        alternation = alternation_settings("CronosOptimizer", alternation)
+        solver = alternation_defaults(solver_or_default("CronosOptimizer", solver), head, alternation)
         settings = guard_settings("CronosOptimizer", guard)
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
-            super().__init__(model, at_backbone_rate(tx), wrt=_OutsideHead(wrt, head.paths))
-        self.solving = nnx.static(_Solving(head, solver))
+            if alternation.moves(head):
+                super().__init__(model, rated(tx, head.paths), wrt=wrt)
+            else:
+                super().__init__(model, rated(tx), wrt=_OutsideHead(wrt, head.paths))
+        self.solving = nnx.static(_Solving(head, solver, alternation))
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         drifts = bool(jax.tree.leaves(statistics)) and not head.in_training
@@ -108,9 +123,14 @@ class CronosOptimizer(nnx.Optimizer):
         """The guarded parts with this head and these statistics, as plain arrays; None stands for the present ones."""
         head: Head = self.solving.head
         state = head.module.recalibrated(nnx.state(model, nnx.Not(nnx.RngState)), moments or {})
+        opt_state = nnx.as_pure(self.opt_state)
         if network is not None:
             state = head.module.write(state, head.paths, network)
-        return {"model": nnx.as_pure(state), "opt_state": nnx.as_pure(self.opt_state)}
+            if self.solving.alternation.moves(head):
+                with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+                    at_start = self.tx.init(nnx.as_pure(nnx.filter_state(state, self.wrt)))
+                opt_state = begun_anew(opt_state, at_start, head.paths)
+        return {"model": nnx.as_pure(state), "opt_state": opt_state}
 
     def solve_head(
         self,

@@ -1,4 +1,4 @@
-"""States of Optax optimizers as trees: what goes back with rejected steps, and what a user of the optimizer sees."""
+"""States of Optax optimizers as trees: what goes back, what begins anew with a new head, and what users see."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +60,49 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
         return jax.tree.unflatten(_children(node)[1], found)
 
     return filled(optimizer_state, ())
+
+
+def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
+    """The state of an optimizer, with that of a new optimizer for the parameters of a head that was solved for.
+
+    Moments of the old head say nothing about the new one; and what an optimizer keeps of the parameters themselves
+    (schedule-free ones do, and Prodigy) must be of the new one.
+
+    Args:
+        present: the state now.
+        new: what the optimizer's ``init`` gives for the parameters with the new head.
+        paths: of the head's two layers.
+    """
+
+    def chosen(path: tuple, now: Any, at_start: Any) -> Any:
+        # A copy, as some optimizers begin with the parameters themselves, and a user's step may donate both.
+        return at_start.copy() if _is_inside(path, paths) else now
+
+    return jax.tree_util.tree_map_with_path(chosen, present, new)
+
+
+def sets_its_rate(optimizer_state: Any) -> bool:
+    """Whether an optimizer follows a schedule of its own, or is one of those that must have none."""
+    kinds = (
+        optax.ScaleByScheduleState,
+        optax.contrib.ReduceLROnPlateauState,
+        optax.contrib.ScheduleFreeState,
+    )
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kinds) or bool(getattr(node, "hyperparams_states", ()))
+
+    return any(map(is_one, jax.tree.leaves(optimizer_state, is_leaf=is_one)))
+
+
+def _is_inside(path: tuple, paths: tuple[Path, Path]) -> bool:
+    """Whether a leaf of a state belongs to a parameter of these layers."""
+    keys: Path = ()  # of dicts since the last field of a state
+    for entry in path:
+        keys = (*keys, entry.key) if hasattr(entry, "key") else ()
+        if keys in paths:
+            return True
+    return False
 
 
 def _at(tree: Any, keys: Path) -> Any:

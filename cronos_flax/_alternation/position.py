@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flax.training.train_state import TrainState
 
 from cronos_flax._alternation.checkpoint import restored, save_held
-from cronos_flax._alternation.defaults import SolveSchedule
+from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.sources import Fingerprint, difference
 from cronos_flax._head.files import held
 from cronos_flax._solver.transfer import on_host
@@ -26,7 +26,8 @@ class Position:
         step: gradient steps done.
         epoch: epochs done.
         batch: batches done of the epoch under way.
-        loss_sum: the sum of their losses.
+        batches: batches of an epoch, as of the last one; 0 before it is known.
+        loss_sum: the sum of the losses of the epoch under way.
         last_solve_step: the step before which the head was last solved for.
         seconds: training time, with solves.
         solve_seconds: time of the last solve.
@@ -37,6 +38,7 @@ class Position:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    batches: int = 0
     loss_sum: float = 0.0
     last_solve_step: int = -1
     seconds: float = 0.0
@@ -44,11 +46,16 @@ class Position:
     epoch_seconds: float = 0.0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def solve_is_due(self, schedule: int | SolveSchedule) -> bool:
+    def solve_is_due(self, schedule: int | Alternation) -> bool:
         """Whether a solve comes before the next step."""
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        return self.batch == 0 and schedule.is_due(self.epoch)
+        return self.batch == 0 and schedule.solve_is_due(self.epoch)
+
+    def share_done(self, epochs: int) -> float:
+        """How much of a run of so many epochs is done, from 0 to 1."""
+        of_epoch = min(self.batch / self.batches, 1.0) if self.batches else 0.0
+        return min((self.epoch + of_epoch) / epochs, 1.0)
 
 
 @dataclasses.dataclass

@@ -122,7 +122,8 @@ def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
     return np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 1.0).astype("float32")
 
 
-# Of `state`, `batch` (as a Door gives it), `streams` (keys) and `class_weight`: the new state and the mean loss.
+# Of `state`, `batch` (as a Door gives it), `run_decay` (None for a state without), `streams` (keys) and `class_weight`:
+# the new state and the mean loss.
 Step = Callable[..., tuple[Any, Array]]
 
 
@@ -142,7 +143,16 @@ def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
 @functools.lru_cache(maxsize=_KEPT_COMPILED)  # so that a sweep compiles once
 def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, batch: Batch, streams: Mapping[str, Array], class_weight: Array | None) -> tuple[Any, Array]:
+    def step(
+        state: Any,
+        batch: Batch,
+        run_decay: Array | None,
+        *,
+        streams: Mapping[str, Array],
+        class_weight: Array | None,
+    ) -> tuple[Any, Array]:
+        if run_decay is not None:
+            state = state.replace(opt_state=state.opt_state._replace(run_decay=run_decay))
         collections = _collections(state)
         mutable = list(collections)
 

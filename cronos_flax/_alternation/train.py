@@ -1,14 +1,8 @@
 """``cf.train``: the loop around a train state, with head solves, validation, callbacks and checkpoints."""
 
-import contextlib
-import dataclasses
 import functools
-import itertools
-import math
-import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +11,22 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.defaults import SolveSchedule
+from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax._alternation.guard import copied
-from cronos_flax._alternation.position import Checkpoints, Position
+from cronos_flax._alternation.loop import Clock, Loop, Row
+from cronos_flax._alternation.optimizer_state import sets_its_rate
+from cronos_flax._alternation.position import Checkpoints
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState
-from cronos_flax._head.data import Batch, at, batches, check_repeatable
+from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._solver.arrays import is_array
-from cronos_flax._solver.checks import all_finite, positive_integer
+from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
-from cronos_flax._solver.solution import Solution
-from cronos_flax._solver.transfer import batch_on_device, default_key, folded, on_device, on_host
+from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
 
 State = TypeVar("State", bound=TrainState)
-Row = dict[str, float]
 
 
 def train(
@@ -42,7 +36,7 @@ def train(
     epochs: int,
     batch_size: int = 128,
     steps_per_epoch: int | None = None,
-    solve_every: int | SolveSchedule | None = None,
+    solve_every: int | None = None,
     solve_rows: int | None = None,
     solve_data: Any = None,
     loss: str | Loss | None = None,
@@ -58,9 +52,12 @@ def train(
     save_every: int | None = None,
     compile_first: bool = False,
 ) -> tuple[State, list[Row]]:
-    """Train a module: gradient steps for the backbone, and head solves between them.
+    """Train a module: gradient steps, and head solves between them.
 
     An ordinary ``TrainState`` is trained by gradients alone, in the same loop: use it for comparisons.
+
+    The rate of a :class:`CronosTrainState`'s gradient steps falls to zero towards the end of the run, in epochs or in
+    ``seconds``, as ``state.alternation.decay`` says.
 
     With a ``directory`` the run is saved as it goes, and the same call resumes it; on CPU to the bit.
 
@@ -70,12 +67,13 @@ def train(
         data: whole arrays ``(x, y)``, in a new order for each epoch; or a re-iterable of batches, as for
             :func:`cronos_flax.fit_head`, in the order in which they come. Batches without a row of positive weight are
             passed over.
-        epochs: passes through the data, of the whole run.
+        epochs: passes through the data, of the whole run. A run that is resumed with more of them ends later; its rate
+            decays to the new end.
         batch_size: rows of a gradient step, for arrays; rows that do not fill a batch are left out of the epoch.
         steps_per_epoch: batches of an epoch, for loaders that do not end; None means one pass. An epoch goes on where
             the last one ended, and data that end begin again, arrays in a new order.
-        solve_every: steps between two head solves. None solves before each of the first five epochs, and then before
-            every third. There is also a solve at the end.
+        solve_every: steps between two head solves. None solves before the epochs that ``state.alternation`` says. There
+            is also a solve at the end.
         solve_rows: for arrays, the number of random rows of a solve. None means all rows; or, with ``solve_every``, as
             many as the steps between two solves take, at least 8,192. A solve takes at most 4 GB.
         solve_data: the rows of the solves, in the form of ``data``, if they are others: clean ones where ``data``
@@ -138,9 +136,16 @@ def train(
         True
     """
     loss = _loss_for(state, loss)
-    schedule: int | SolveSchedule | None = _schedule_for(solve_every)
     _check_counts(epochs=epochs, batch_size=batch_size)
-    _check_counts(optional=True, save_every=save_every, solve_rows=solve_rows, steps_per_epoch=steps_per_epoch)
+    _check_counts(
+        optional=True,
+        solve_every=solve_every,
+        save_every=save_every,
+        solve_rows=solve_rows,
+        steps_per_epoch=steps_per_epoch,
+    )
+    alternation = state.alternation if isinstance(state, CronosTrainState) else None
+    schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
     if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
     key = default_key() if key is None else key
@@ -150,10 +155,10 @@ def train(
     sets = _validation_sets(validation, unpack)
     settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
     settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
-    settings["solve_every"] = schedule if isinstance(schedule, int) else repr(schedule)
+    settings |= {"solve_every": solve_every, "alternation": repr(alternation)}
     settings["key"] = on_host(jax.random.key_data(key)).tolist()
     if not isinstance(state, CronosTrainState):
-        schedule = None
+        pass
     elif not isinstance(to_solve, Arrays):
         if solve_rows is not None:
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
@@ -170,13 +175,15 @@ def train(
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
             class_weight = on_device(balanced_weights(loss, map(door, source.once())))
-        loop = _Loop(
+        loop = Loop(
             state=copied(state),  # the loop donates its own
             position=position,
-            clock=_Clock(position.seconds),
+            clock=Clock(position.seconds),
             source=source,
             to_solve=to_solve,
             schedule=schedule,
+            decay=_decay_for(state),
+            epochs=epochs,
             solve_rows=solve_rows,
             door=door,
             step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
@@ -190,7 +197,7 @@ def train(
             loop.compile()
         over = position.epoch >= epochs or loop.time_is_up()
         while not over:
-            over = loop.do_epoch(epochs)
+            over = loop.do_epoch()
     return loop.state, position.history
 
 
@@ -207,12 +214,10 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
     return loss_of(loss)
 
 
-def _schedule_for(solve_every: Any) -> int | SolveSchedule:
-    """Steps between two solves, or the schedule by epochs; None means the default one."""
-    if solve_every is None or isinstance(solve_every, SolveSchedule):
-        return solve_every or SolveSchedule()
-    positive_integer("train", "solve_every", solve_every)
-    return int(solve_every)
+def _decay_for(state: Any) -> Callable[[float], float] | None:
+    """The factor on the rate as a function of the share of the run that is done; None for none."""
+    decay = getattr(state, "decay", None)
+    return None if decay is None or sets_its_rate(state.opt_state) else DECAYS[decay]
 
 
 def _check_counts(optional: bool = False, **counts: Any) -> None:
@@ -277,174 +282,3 @@ def _validation(sets: Mapping[str, tuple[str, Any]], score: Callable[..., Row]) 
         return {f"{prefix}_{figure}": value for prefix, row in scores.items() for figure, value in row.items()}
 
     return validate
-
-
-class _Clock:
-    """Seconds of training."""
-
-    def __init__(self, seconds: float) -> None:
-        self._start = time.perf_counter() - seconds
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """While something runs that is not training."""
-        since = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - since
-
-
-@dataclasses.dataclass
-class _Loop:
-    """A run of :func:`train` under way.
-
-    Args:
-        state: the train state.
-        position: how far the run is.
-        clock: of the training time.
-        source: of batches.
-        to_solve: of rows to solve on.
-        schedule: when to solve: every so many steps, or by epochs; None for a state without a head.
-        solve_rows: rows of a solve; None for all.
-        door: the check of a batch.
-        step: the gradient step, of a state and a batch.
-        validate: gives the figures of a state on the validation rows.
-        key: of solves.
-        callbacks: called with each row of the history.
-        seconds: training time to keep to.
-        checkpoints: of the run.
-        losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
-        lost: whether the parameters are no longer finite, and no guard goes back.
-    """
-
-    state: Any
-    position: Position
-    clock: _Clock
-    source: Arrays | Batches
-    to_solve: Arrays | Batches
-    schedule: int | SolveSchedule | None
-    solve_rows: int | None
-    door: Door
-    step: Callable[[Any, Batch], tuple[Any, Array]]
-    validate: Callable[[Any], Row]
-    key: Array
-    callbacks: tuple[Callable[[Row], Any], ...]
-    seconds: float | None
-    checkpoints: Checkpoints
-    losses: list[Array] = dataclasses.field(default_factory=list)
-    lost: bool = False
-
-    def compile(self) -> None:
-        """Compile by a step and a solve on copies, then restart the clock."""
-        began, position = time.perf_counter(), self.position
-        for batch in itertools.islice(self.source.epoch(position.epoch, position.batch), 1):
-            jax.block_until_ready(self.step(copied(self.state), batch_on_device(self.door(batch))))
-        if self.schedule is not None:
-            jax.block_until_ready(self.solved()[0].params)
-        compile_seconds = time.perf_counter() - began
-        self.clock = _Clock(position.seconds)
-        self.tell(compile_seconds=compile_seconds)
-
-    def do_epoch(self, epochs: int) -> bool:
-        """Run the rest of the epoch: gradient steps, due solves, validation, one history row.
-
-        Returns:
-            Whether it was the last epoch; the head is always solved for after that one.
-        """
-        position, began = self.position, self.clock.seconds
-        for batch in self.source.epoch(position.epoch, position.batch):
-            every = self.checkpoints.every
-            if every is not None and position.step % every == 0 and position.batch:
-                self.save()
-            self.solve_if_due()
-            self.state, value = self.step(self.state, batch_on_device(self.door(batch)))
-            self.losses.append(value)
-            position.step, position.batch = position.step + 1, position.batch + 1
-        self.sum_losses()
-        if not position.batch:
-            raise ValueError("train: `data` must have at least one batch with a row of positive weight, got none.")
-        jax.block_until_ready(self.state)
-        position.epoch_seconds = self.clock.seconds - began + position.solve_seconds
-        mean_loss = position.loss_sum / position.batch
-        position.epoch, position.batch, position.loss_sum = position.epoch + 1, 0, 0.0
-        # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
-        self.solve_if_due()
-        is_last = position.epoch >= epochs or self.time_is_up()
-        self.solve_if_due(anyway=is_last)
-        with self.clock.stopped():
-            figures = self.validate(self.state)
-        self.tell(loss=mean_loss, **figures)
-        self.save()
-        return is_last
-
-    def solved(self) -> tuple[Any, Solution]:
-        """The state with its head solved for, and the solution."""
-        step = self.position.step
-        rows, unpack = self.to_solve.rows(step, self.solve_rows)
-        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step))
-
-    def solve_if_due(self, anyway: bool = False) -> None:
-        """Solve for the head, with a row of the history; never twice at the same step."""
-        position = self.position
-        if self.schedule is None or position.last_solve_step == position.step:
-            return
-        if not (anyway or position.solve_is_due(self.schedule)):
-            return
-        jax.block_until_ready(self.state)  # steps under way are not the solve's time
-        began = self.clock.seconds
-        self.state, solution = self.solved()
-        before, after = (float(on_host(v)) for v in (solution.stats.initial_objective, solution.stats.objective))
-        position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
-        self.tell(initial_objective=before, objective=after, solve_seconds=position.solve_seconds, **self.state.figures)
-
-    def tell(self, **figures: float) -> None:
-        """Add a row to the history, and call the callbacks with it."""
-        jax.block_until_ready(self.state)
-        position = self.position
-        row = {"step": position.step, "epoch": position.epoch, "seconds": self.clock.seconds, **figures}
-        position.history.append(row)
-        with self.clock.stopped():
-            for callback in self.callbacks:
-                callback(row)
-
-    def save(self) -> None:
-        """A checkpoint, unless this step has one, or the run has no directory."""
-        if not self.checkpoints.is_missing(self.position.step):
-            return
-        self.sum_losses()
-        if self.lost:  # what is there is worth more
-            return
-        jax.block_until_ready(self.state)
-        self.position.seconds = self.clock.seconds
-        with self.clock.stopped():
-            self.checkpoints.save(self.state, self.position)
-
-    def sum_losses(self) -> None:
-        """Wait for the losses of this epoch; say it if one has taken the parameters with it."""
-        position, values = self.position, [float(value) for value in on_host(self.losses)]
-        self.losses.clear()
-        position.loss_sum = sum(values, position.loss_sum)
-        if self.lost or getattr(self.state, "guard", None) is not None:
-            return
-        self.lost = not all_finite(self.state.params)
-        if self.lost:
-            kept = "" if self.checkpoints.directory is None else " They are not saved: checkpoints stay as they are."
-            bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-            seen = f"after step {position.step}, whose own loss was finite"
-            if bad is not None:
-                number = position.batch - len(values) + bad
-                seen = f"the loss of batch {number} of epoch {position.epoch} was {values[bad]} (both from 0)"
-            warnings.warn(
-                f"train: the parameters are not finite any more: {seen}. Look for rows of that batch that are not "
-                f"finite, or lower the optimizer's rate.{kept}",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    def time_is_up(self) -> bool:
-        """Whether another epoch like the last would take too long."""
-        epoch_seconds = self.position.epoch_seconds
-        return self.seconds is not None and epoch_seconds > 0 and self.clock.seconds + epoch_seconds > self.seconds

@@ -1,4 +1,4 @@
-"""CRONOS-AM in a Flax train state: an Optax optimizer for the backbone, solves for the head."""
+"""CRONOS-AM in a Flax train state: an Optax optimizer, and solves for the head."""
 
 import dataclasses
 import functools
@@ -12,10 +12,15 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._alternation.backbone import check_optimizer, rated_backbone_only
-from cronos_flax._alternation.defaults import alternation_defaults, warn_of_running_statistics
+from cronos_flax._alternation.backbone import alternating, check_optimizer
+from cronos_flax._alternation.defaults import (
+    Alternation,
+    alternation_defaults,
+    alternation_settings,
+    warn_of_running_statistics,
+)
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
-from cronos_flax._alternation.optimizer_state import with_head
+from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import LinenModule
@@ -30,16 +35,19 @@ def module_params(params: Any) -> Any:
 
 
 class CronosTrainState(TrainState):
-    """Flax's ``TrainState`` for CRONOS-AM: gradient steps move the backbone, solves move the head.
+    """Flax's ``TrainState`` for CRONOS-AM: between gradient steps, solves replace the head.
 
-    ``apply_gradients`` is Flax's own, and the head does not move in it. :meth:`solve_head` replaces the head, and
-    restores an earlier state if the optimizer's steps since the last solve have done harm.
+    ``apply_gradients`` is Flax's own, for gradients of the mean loss. To those of the head it adds the weight decay
+    that solves use; or, with a frozen head, it leaves the head where it is (see :class:`cronos_flax.Alternation`).
+    :meth:`solve_head` replaces the head, and restores an earlier state if the optimizer's steps since the last solve
+    have done harm.
 
     A subclass with fields that follow the parameters (an average of them, say) adds their names to ``guarded``.
 
     Args:
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved, with the defaults of an alternation filled in.
+        alternation: the parts of the alternation.
         beta: weight decay of all solves, in the units of the mean loss; infinite until the first solve chooses it.
             Replace it by infinity to have it chosen anew.
         model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
@@ -48,6 +56,7 @@ class CronosTrainState(TrainState):
 
     head: Head = struct.field(pytree_node=False)
     solver: Cronos = struct.field(pytree_node=False)
+    alternation: Alternation = struct.field(pytree_node=False)
     beta: Float[Array, ""]
     model_state: Any = struct.field(default_factory=dict)
     guard: GuardState | None = None
@@ -64,9 +73,10 @@ class CronosTrainState(TrainState):
         head: Head,
         solver: Cronos | None = None,
         guard: Guard | bool | None = True,
+        alternation: Alternation | None = None,
         **kwargs: Any,
     ) -> Self:
-        """As ``TrainState.create``; ``tx`` is applied to the backbone only, at a rate that the guard sets.
+        """As ``TrainState.create``; ``tx`` is applied at a rate that the guard sets.
 
         Args:
             apply_fn: usually ``model.apply``.
@@ -75,15 +85,18 @@ class CronosTrainState(TrainState):
             head: from :func:`cronos_flax.find_head`.
             solver: how the head is solved, with the same loss as the gradients; None means ``Cronos()``. Settings that
                 are None take the defaults of an alternation, 3 iterations a solve (``max_iters``) and ``beta_ratio``
-                .005, unless the module is nothing but its head. ``print(state.solver)`` shows them.
+                .02 (.005 with a frozen head), unless the module is nothing but its head. ``print(state.solver)`` shows
+                them.
             guard: settings of the guard, which restores the last good state if a solve ends above the best loss so far,
                 and lowers the backbone's rate. It keeps a copy of parameters, collections and optimizer state. True
                 means ``cf.Guard()``; False or None means no guard: every solve is accepted.
+            alternation: what moves the head between solves, and when :func:`cronos_flax.train` solves; None means
+                ``cf.Alternation()``.
             **kwargs: ``model_state``, and the fields of subclasses.
 
         Raises:
-            ValueError: for a ``tx``, ``head``, ``solver`` or ``guard`` of the wrong kind, and for a keyword that is no
-                field, such as ``batch_stats``.
+            ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind, and for a
+                keyword that is no field, such as ``batch_stats``.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in kwargs.keys() - known:
@@ -94,10 +107,11 @@ class CronosTrainState(TrainState):
             )
         check_optimizer("CronosTrainState", tx)
         check_head("CronosTrainState", head, LinenModule)
-        solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head)
+        alternation = alternation_settings("CronosTrainState", alternation)
+        solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head, alternation)
         settings = guard_settings("CronosTrainState", guard)
-        tx = rated_backbone_only(tx, head)
-        kwargs |= {"head": head, "solver": solver, "beta": undecided_beta(solver)}
+        tx = alternating(tx, head, alternation.moves(head))
+        kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
@@ -110,6 +124,11 @@ class CronosTrainState(TrainState):
     def variables(self) -> dict[str, Any]:
         """The variables that the module is applied with."""
         return {"params": module_params(self.params), **self.model_state}
+
+    @property
+    def decay(self) -> str | None:
+        """How :func:`cronos_flax.train` lets the rate fall."""
+        return self.alternation.decay
 
     @property
     def figures(self) -> dict[str, float]:
@@ -135,7 +154,12 @@ class CronosTrainState(TrainState):
         ahead = isinstance(self.params, optax.LookaheadParams)
         old = self.params if ahead else (self.params,)
         new = [self.head.write({"params": params}, network)["params"] for params in old]
-        return parts | {"params": optax.LookaheadParams(*new) if ahead else new[0]}
+        parts["params"] = optax.LookaheadParams(*new) if ahead else new[0]
+        if self.alternation.moves(self.head):
+            with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+                at_start = self.tx.init(parts["params"])
+            parts["opt_state"] = begun_anew(self.opt_state, at_start, self.head.paths)
+        return parts
 
     def solve_head(
         self,

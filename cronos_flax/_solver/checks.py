@@ -24,11 +24,11 @@ from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
 
-def choice(name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
-    """A setting of :class:`cronos_flax.Cronos` that is one of a few words."""
+def choice(name: str, value: Any, choices: Iterable[str], other: str = "", where: str = "Cronos") -> None:
+    """A setting of :class:`cronos_flax.Cronos`, or of another class, that is one of a few words."""
     if not (isinstance(value, str) and value in choices):
         expected = " or ".join([repr(c) for c in choices] + [other] * bool(other))
-        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+        raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
 
 
 def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:

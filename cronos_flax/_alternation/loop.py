@@ -1,0 +1,212 @@
+"""A run of ``cf.train`` under way: its epochs, its clock, its solves and its history."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from cronos_flax._alternation.defaults import Alternation
+from cronos_flax._alternation.guard import copied
+from cronos_flax._alternation.position import Checkpoints, Position
+from cronos_flax._alternation.sources import Arrays, Batches
+from cronos_flax._alternation.steps import Door
+from cronos_flax._head.data import Batch
+from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.solution import Solution
+from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
+
+Row = dict[str, float]
+
+
+class Clock:
+    """Seconds of training."""
+
+    def __init__(self, seconds: float) -> None:
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While something runs that is not training."""
+        since = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - since
+
+
+@dataclasses.dataclass
+class Loop:
+    """A run of :func:`train` under way.
+
+    Args:
+        state: the train state.
+        position: how far the run is.
+        clock: of the training time.
+        source: of batches.
+        to_solve: of rows to solve on.
+        schedule: when to solve: every so many steps, or by epochs; None for a state without a head.
+        decay: the factor on the rate, of the share of the run that is done; None for none.
+        epochs: of the whole run.
+        solve_rows: rows of a solve; None for all.
+        door: the check of a batch.
+        step: the gradient step, of a state, a batch and the factor on the rate.
+        validate: gives the figures of a state on the validation rows.
+        key: of solves.
+        callbacks: called with each row of the history.
+        seconds: training time to keep to.
+        checkpoints: of the run.
+        losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
+        lost: whether the parameters are no longer finite, and no guard goes back.
+    """
+
+    state: Any
+    position: Position
+    clock: Clock
+    source: Arrays | Batches
+    to_solve: Arrays | Batches
+    schedule: int | Alternation | None
+    decay: Callable[[float], float] | None
+    epochs: int
+    solve_rows: int | None
+    door: Door
+    step: Callable[[Any, Batch, Array | None], tuple[Any, Array]]
+    validate: Callable[[Any], Row]
+    key: Array
+    callbacks: tuple[Callable[[Row], Any], ...]
+    seconds: float | None
+    checkpoints: Checkpoints
+    losses: list[Array] = dataclasses.field(default_factory=list)
+    lost: bool = False
+
+    def compile(self) -> None:
+        """Compile by a step and a solve on copies, then restart the clock."""
+        began, position = time.perf_counter(), self.position
+        for batch in itertools.islice(self.source.epoch(position.epoch, position.batch), 1):
+            jax.block_until_ready(self.stepped(copied(self.state), batch))
+        if self.schedule is not None:
+            jax.block_until_ready(self.solved()[0].params)
+        compile_seconds = time.perf_counter() - began
+        self.clock = Clock(position.seconds)
+        self.tell(compile_seconds=compile_seconds)
+
+    def stepped(self, state: Any, batch: Batch) -> tuple[Any, Array]:
+        """The state after a gradient step, and the loss."""
+        factor = None if self.decay is None else on_device(self.decay(self.share_done()), np.float32)
+        return self.step(state, batch_on_device(self.door(batch)), factor)
+
+    def share_done(self) -> float:
+        """How much of the run is done, of its epochs or of its seconds."""
+        done = self.position.share_done(self.epochs)
+        return done if self.seconds is None else max(done, min(self.clock.seconds / self.seconds, 1.0))
+
+    def do_epoch(self) -> bool:
+        """Run the rest of the epoch: gradient steps, due solves, validation, one history row.
+
+        Returns:
+            Whether it was the last epoch; the head is always solved for after that one.
+        """
+        position, began = self.position, self.clock.seconds
+        for batch in self.source.epoch(position.epoch, position.batch):
+            every = self.checkpoints.every
+            if every is not None and position.step % every == 0 and position.batch:
+                self.save()
+            self.solve_if_due()
+            self.state, value = self.stepped(self.state, batch)
+            self.losses.append(value)
+            position.step, position.batch = position.step + 1, position.batch + 1
+        self.sum_losses()
+        if not position.batch:
+            raise ValueError("train: `data` must have at least one batch with a row of positive weight, got none.")
+        jax.block_until_ready(self.state)
+        position.epoch_seconds = self.clock.seconds - began + position.solve_seconds
+        mean_loss = position.loss_sum / position.batch
+        position.epoch, position.batch, position.batches = position.epoch + 1, 0, position.batch
+        position.loss_sum = 0.0
+        # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
+        self.solve_if_due()
+        is_last = position.epoch >= self.epochs or self.time_is_up()
+        self.solve_if_due(anyway=is_last)
+        with self.clock.stopped():
+            figures = self.validate(self.state)
+        self.tell(loss=mean_loss, **figures)
+        self.save()
+        return is_last
+
+    def solved(self) -> tuple[Any, Solution]:
+        """The state with its head solved for, and the solution."""
+        step = self.position.step
+        rows, unpack = self.to_solve.rows(step, self.solve_rows)
+        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step))
+
+    def solve_if_due(self, anyway: bool = False) -> None:
+        """Solve for the head, with a row of the history; never twice at the same step."""
+        position = self.position
+        if self.schedule is None or position.last_solve_step == position.step:
+            return
+        if not (anyway or position.solve_is_due(self.schedule)):
+            return
+        jax.block_until_ready(self.state)  # steps under way are not the solve's time
+        began = self.clock.seconds
+        self.state, solution = self.solved()
+        before, after = (float(on_host(v)) for v in (solution.stats.initial_objective, solution.stats.objective))
+        position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
+        self.tell(initial_objective=before, objective=after, solve_seconds=position.solve_seconds, **self.state.figures)
+
+    def tell(self, **figures: float) -> None:
+        """Add a row to the history, and call the callbacks with it."""
+        jax.block_until_ready(self.state)
+        position = self.position
+        row = {"step": position.step, "epoch": position.epoch, "seconds": self.clock.seconds, **figures}
+        position.history.append(row)
+        with self.clock.stopped():
+            for callback in self.callbacks:
+                callback(row)
+
+    def save(self) -> None:
+        """A checkpoint, unless this step has one, or the run has no directory."""
+        if not self.checkpoints.is_missing(self.position.step):
+            return
+        self.sum_losses()
+        if self.lost:  # what is there is worth more
+            return
+        jax.block_until_ready(self.state)
+        self.position.seconds = self.clock.seconds
+        with self.clock.stopped():
+            self.checkpoints.save(self.state, self.position)
+
+    def sum_losses(self) -> None:
+        """Wait for the losses of this epoch; say it if one has taken the parameters with it."""
+        position, values = self.position, [float(value) for value in on_host(self.losses)]
+        self.losses.clear()
+        position.loss_sum = sum(values, position.loss_sum)
+        if self.lost or getattr(self.state, "guard", None) is not None:
+            return
+        self.lost = not all_finite(self.state.params)
+        if self.lost:
+            kept = "" if self.checkpoints.directory is None else " They are not saved: checkpoints stay as they are."
+            bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+            seen = f"after step {position.step}, whose own loss was finite"
+            if bad is not None:
+                number = position.batch - len(values) + bad
+                seen = f"the loss of batch {number} of epoch {position.epoch} was {values[bad]} (both from 0)"
+            warnings.warn(
+                f"train: the parameters are not finite any more: {seen}. Look for rows of that batch that are not "
+                f"finite, or lower the optimizer's rate.{kept}",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def time_is_up(self) -> bool:
+        """Whether another epoch like the last would take too long."""
+        epoch_seconds = self.position.epoch_seconds
+        return self.seconds is not None and epoch_seconds > 0 and self.clock.seconds + epoch_seconds > self.seconds
