@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax.compare import models, programs, summaries, tables
 from cronos_flax.compare.cli import main
 from cronos_flax.compare.data import EMBEDDED, Split, load
@@ -23,6 +24,7 @@ from cronos_flax.compare.methods import (
     BASELINES,
     check_method,
     grid,
+    has_head,
     linear_probe,
     rows_of,
 )
@@ -54,6 +56,7 @@ def untimed(rows):
 BY_HAND = {
     "adam": lambda rate: optax.adam(learning_rate=rate),
     "adamw": lambda rate: optax.adamw(learning_rate=rate, weight_decay=1e-4),
+    "nadamw": lambda rate: optax.nadamw(learning_rate=rate, weight_decay=1e-4),
     "sgd": lambda rate: optax.sgd(learning_rate=rate, momentum=0.9),
     "yogi": lambda rate: optax.yogi(learning_rate=rate),
     "muon": lambda rate: optax.contrib.muon(learning_rate=rate),
@@ -106,7 +109,7 @@ def test_the_linear_probe_is_scikit_learns_and_cannot_do_what_is_not_linear():
 
 
 def test_methods_that_solve_learn_and_say_what_they_did(task):
-    for method in ("cronos-am", "cronos", "linear-probe", "cronos-am:sgd"):
+    for method in ("cronos-am", "cronos-am-strict", "cronos", "linear-probe", "cronos-am:sgd"):
         run = Run(method, grid(method, 3)[len(grid(method, 3)) // 2], 0)
         rows = rows_of(task, run)
         assert rows[-1]["test_accuracy"] > 0.8, method
@@ -118,7 +121,8 @@ def test_methods_that_solve_learn_and_say_what_they_did(task):
 
 
 def test_seeds_share_what_is_compiled(task):
-    rows_of(task, Run("cronos-am", None, 1))
+    for seed in (1, 3):  # a step that revives neurons is compiled when one is needed
+        rows_of(task, Run("cronos-am", None, seed))
     compiled = []
 
     def listen(event, _, **kwargs):
@@ -149,8 +153,22 @@ def test_grids():
     assert drawn == sorted(drawn) == grid("sgd", 5, random=1) != grid("sgd", 5, random=2)
     assert all(10**-3.5 <= rate <= 10**-0.5 for rate in drawn)
     assert check_method("cronos-am:muon") == "cronos-am:muon"
-    with pytest.raises(ValueError, match=r"`methods` must be of cronos-am.*got 'lbfgs'"):
-        check_method("lbfgs")
+    assert check_method("cronos-am-strict:sgd") == "cronos-am-strict:sgd"
+    assert grid("adam+cosine", 3) == grid("adam", 3) == grid("cronos-am:adam", 3)
+    assert [has_head(name) for name in ("adam+wsd", "sgd", "cronos", "cronos-am:sgd")] == [False, False, True, True]
+    for bad in ("lbfgs", "adam+", "adam+step", "schedule_free_adamw+cosine", "cronos-am:adam+cosine", "other:adam", ""):
+        with pytest.raises(ValueError, match=r"`methods` must be of cronos-am.*got '" + re.escape(bad)):
+            check_method(bad)
+
+
+def test_an_optimizer_follows_the_decay_that_its_name_has(task, monkeypatch):
+    factors = []
+    monkeypatch.setitem(DECAYS, "cosine", lambda done: factors.append(done) or 0.0)
+    stays = rows_of(task, Run("sgd+cosine", 0.1, 0))
+    steps = len(factors) // 3  # of three epochs
+    np.testing.assert_allclose(factors[-steps:], 2 / 3 + np.arange(steps) / (3 * steps))
+    assert stays[0]["test_loss"] == stays[-1]["test_loss"]
+    assert rows_of(task, Run("sgd", 0.1, 0))[0]["test_loss"] != stays[0]["test_loss"]
 
 
 def test_a_run_that_fails_is_a_row_and_not_the_end(tmp_path):

@@ -189,17 +189,20 @@ def _add_output(group: Any) -> None:
 
 
 def _method_lines(names: Sequence[str]) -> list[str]:
-    from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE
+    from cronos_flax._alternation.defaults import DECAYS
+    from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE, STRICT
 
     said = {
-        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 1e-3 for the backbone",
+        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 1e-3",
+        STRICT: "the same with a head that only solves move, at a constant rate",
         FROZEN: "the head solved once, on the untrained backbone",
         PROBE: "a linear model on the features of the untrained backbone",
     }
     optimizers = ", ".join(name for name in names if name not in said)
     own = [f"  {name:<23}{text}" for name, text in said.items()]
     lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
-    return [*own, f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid", *lines]
+    own.append(f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid")
+    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(DECAYS)}"]
 
 
 def _positive(text: str) -> int:
@@ -257,7 +260,7 @@ def _settings(args: argparse.Namespace) -> Any:
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax._head.files import held, replace
     from cronos_flax.compare import plots, tables
-    from cronos_flax.compare.methods import BASELINES, check_method, grid
+    from cronos_flax.compare.methods import check_method, grid, has_head
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
     from cronos_flax.compare.summaries import summaries
@@ -283,7 +286,7 @@ def _compare(args: argparse.Namespace) -> int:
     ]
     task = Task.of(settings)
     task.split(seeds[0])
-    if not set(methods) <= set(BASELINES):
+    if any(map(has_head, methods)):
         _ = task.head
     if not args.quiet:
         _print_notes(task.dataset)

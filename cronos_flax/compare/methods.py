@@ -21,6 +21,8 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from cronos_flax._alternation.backbone import rated
+from cronos_flax._alternation.defaults import DECAYS, Alternation
 from cronos_flax._alternation.steps import scoring
 from cronos_flax._alternation.train import train
 from cronos_flax._alternation.train_state import CronosTrainState
@@ -29,7 +31,7 @@ from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.losses import loss_of
 from cronos_flax.compare.task import Row, Run, Task
 
-ALTERNATION, FROZEN, PROBE = "cronos-am", "cronos", "linear-probe"
+ALTERNATION, STRICT, FROZEN, PROBE = "cronos-am", "cronos-am-strict", "cronos", "linear-probe"
 
 _WEIGHT_DECAY = 1e-4
 _BACKBONE, _BACKBONE_RATE = "adam", 1e-3  # of CRONOS-AM without a search
@@ -56,6 +58,7 @@ class Baseline(NamedTuple):
 BASELINES = {
     "adam": Baseline(optax.adam, -4.5, -1.5, 1e-3),
     "adamw": Baseline(lambda rate: optax.adamw(rate, weight_decay=_WEIGHT_DECAY), -4.5, -1.5, 1e-3),
+    "nadamw": Baseline(lambda rate: optax.nadamw(rate, weight_decay=_WEIGHT_DECAY), -4.5, -1.5, 1e-3),
     "sgd": Baseline(lambda rate: optax.sgd(rate, momentum=0.9), -3.5, -0.5),
     "yogi": Baseline(optax.yogi, -4, -1),
     "muon": Baseline(optax.contrib.muon, -3.5, -0.5),
@@ -73,7 +76,25 @@ BASELINES = {
         optax.contrib.schedule_free_eval_params,
     ),
 }
-METHODS = (ALTERNATION, FROZEN, PROBE, *BASELINES)
+METHODS = (ALTERNATION, STRICT, FROZEN, PROBE, *BASELINES)
+_NO_DECAY = "schedule_free_adamw"  # averages in the place of a schedule
+
+
+class Parts(NamedTuple):
+    """What the name of a method says: ``KIND``, ``KIND:OPTIMIZER``, ``OPTIMIZER`` or ``OPTIMIZER+DECAY``."""
+
+    kind: str | None  # the alternation; None for an optimizer alone
+    optimizer: str | None  # None for the usual one
+    decay: str | None
+
+
+def parts_of(method: str) -> Parts:
+    """The parts of the name of a method that trains by gradient steps."""
+    kind, _, name = method.rpartition(":")
+    if method in (ALTERNATION, STRICT):
+        kind, name = method, ""
+    name, _, decay = name.partition("+")
+    return Parts(kind or None, name or None, decay or None)
 
 
 def check_method(method: str) -> str:
@@ -82,12 +103,24 @@ def check_method(method: str) -> str:
     Raises:
         ValueError: if it does not; the message lists those that do.
     """
-    if method not in METHODS and method.removeprefix(f"{ALTERNATION}:") not in BASELINES:
+    kind, name, decay = parts_of(method)
+    exists = method in METHODS or (
+        name in BASELINES
+        and kind in (None, ALTERNATION, STRICT)
+        and (decay is None or (kind is None and decay in DECAYS and name != _NO_DECAY))
+        and not method.endswith("+")
+    )
+    if not exists:
         raise ValueError(
-            f"`methods` must be of {', '.join(METHODS)}, or {ALTERNATION}:OPTIMIZER with one of the optimizers, got "
-            f"{method!r}."
+            f"`methods` must be of {', '.join(METHODS)}, or {ALTERNATION}:OPTIMIZER or {STRICT}:OPTIMIZER with one of "
+            f"the optimizers, or OPTIMIZER+DECAY with {', '.join(DECAYS)} (not for {_NO_DECAY}), got {method!r}."
         )
     return method
+
+
+def has_head(method: str) -> bool:
+    """Whether a method needs to know the head of the model; an optimizer alone does not."""
+    return method in (FROZEN, PROBE) or parts_of(method).kind is not None
 
 
 def grid(method: str, rates: int, span: tuple[float, float] | None = None, random: int | None = None) -> list[Any]:
@@ -102,8 +135,8 @@ def grid(method: str, rates: int, span: tuple[float, float] | None = None, rando
     Returns:
         Rates in increasing order; ``[None]`` for a method without a rate to search.
     """
-    name = method.removeprefix(f"{ALTERNATION}:")
-    if name in (ALTERNATION, FROZEN):
+    name = parts_of(method).optimizer
+    if name is None or name == FROZEN:
         return [None]
     low, high = _PROBE_DECADES if name == PROBE else BASELINES[name][1:3]
     if span is not None and name != PROBE:
@@ -116,21 +149,24 @@ def grid(method: str, rates: int, span: tuple[float, float] | None = None, rando
 
 
 @functools.lru_cache(maxsize=64)
-def optimizer(name: str, rate: float) -> optax.GradientTransformation:
+def optimizer(name: str, rate: float, decays: bool = False) -> optax.GradientTransformation:
     """The optimizer of this name; the same object each time, so that its step is compiled once."""
-    return BASELINES[name].make(rate)
+    tx = BASELINES[name].make(rate)
+    return rated(tx) if decays else tx
 
 
 class BaselineState(TrainState):
-    """Flax's ``TrainState`` with collections, and with parameters to evaluate that differ from those trained.
+    """Flax's ``TrainState`` with collections, parameters to evaluate that differ from those trained, and a decay.
 
     Args:
         model_state: the module's other collections.
         evaluate: gives the parameters to evaluate; None for those that are trained.
+        decay: how ``cf.train`` lets the rate fall, if ``tx`` is :func:`rated`; None for a rate that stays.
     """
 
     model_state: Any = struct.field(default_factory=dict)
     evaluate: Callable[[Any, Any], Any] | None = struct.field(pytree_node=False, default=None)
+    decay: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def eval_params(self) -> Any:
@@ -166,14 +202,18 @@ def _trained(task: Task, run: Run, watch: Callable[[Row], Any], directory: Path 
     settings, model, data = task.settings, task.model, task.split(run.seed)
     variables = model.init(run.seed, data.x[:1])
     common = {"apply_fn": model.module.apply, "params": variables["params"], "model_state": _collections(variables)}
-    name = run.method.removeprefix(f"{ALTERNATION}:")
+    kind, name, decay = parts_of(run.method)
     state: Any
-    if run.method.startswith(ALTERNATION):
-        backbone = (_BACKBONE, _BACKBONE_RATE) if name == ALTERNATION else (name, run.rate)
-        tx = optimizer(*backbone)
-        state = CronosTrainState.create(**common, tx=tx, head=task.head_in_training, solver=Cronos(loss=task.loss))
+    if kind is not None:
+        tx = optimizer(_BACKBONE, _BACKBONE_RATE) if name is None else optimizer(name, run.rate)
+        alternation = Alternation(head="frozen", decay=None) if kind == STRICT else Alternation()
+        state = CronosTrainState.create(
+            **common, tx=tx, head=task.head_in_training, solver=Cronos(loss=task.loss), alternation=alternation
+        )
     else:
-        state = BaselineState.create(**common, tx=optimizer(name, run.rate), evaluate=BASELINES[name].evaluate)
+        assert name is not None
+        tx = optimizer(name, run.rate, decay is not None)
+        state = BaselineState.create(**common, tx=tx, evaluate=BASELINES[name].evaluate, decay=decay)
     live = _Checks()
     with warnings.catch_warnings():
         # A rate that is too high for an optimizer is a cell of the grid, with its rows.
