@@ -12,6 +12,7 @@ cores, one core each, so their seconds compare with each other only. ``profile``
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -31,7 +32,6 @@ from rows import keep, kept, parser
 
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
-from cronos_flax._alternation.defaults import SolveSchedule
 from cronos_flax._solver import refreshed
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
@@ -92,6 +92,7 @@ def _stay(self: Any, parts: Any, stats: Any, rounding: float) -> Any:
 
 
 judge = cf.GuardState.judge
+STRICT = cf.Alternation(head="frozen", decay=None)  # what all rows are of
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no guard": {"create": {"guard": False}},
@@ -109,7 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "5 steps of ADMM on the gates that are there": {"solver": {"gates": "fixed", "max_iters": 5}},
     "solve every 10 steps": {"train": {"solve_every": 10}},
     "solve at the start and at the end only": {"train": {"solve_every": 10**9}},
-    "solve before every epoch": {"train": {"solve_every": SolveSchedule(dense_epochs=1000)}},
+    "solve before every epoch": {"create": {"alternation": dataclasses.replace(STRICT, dense_epochs=1000)}},
 }
 REMOVED = ("solve when stale",)  # a schedule that the package no longer has; its rows are kept
 CHOICES: dict[str, dict[str, Any]] = {
@@ -174,7 +175,8 @@ def _train(run: Run, how: dict[str, Any], data_dir: Path) -> dict[str, Any]:
     else:
         head = cf.find_head(model, variables, x[:64])
         solver = cf.Cronos(loss=loss, **how.get("solver", {}))
-        state = cf.CronosTrainState.create(**made, head=head, solver=solver, **how.get("create", {}))
+        how_made = {"alternation": STRICT, **how.get("create", {})}
+        state = cf.CronosTrainState.create(**made, head=head, solver=solver, **how_made)
         first, _ = state.solve_head((x, y), key=jax.random.fold_in(key, 0))
         outputs = np.asarray(model.apply({"params": first.params}, x_held))
         hit = outputs.argmax(axis=1) == y_held if is_cnn else np.sign(outputs[:, 0]) == y_held
@@ -204,7 +206,8 @@ def profile(data_dir: Path) -> Iterator[dict[str, Any]]:
     params = model.init(jax.random.key(0), x[:1])["params"]
     head = cf.find_head(model, {"params": params}, x[:64])
     for batch_size in (BATCH, 1024):
-        state = cf.CronosTrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3), head=head)
+        made = {"apply_fn": model.apply, "params": params, "tx": optax.adam(1e-3)}
+        state = cf.CronosTrainState.create(**made, head=head, alternation=STRICT)
         state, history = cf.train(
             state,
             (x, y),

@@ -33,6 +33,7 @@ from cronos_flax.compare.methods import BaselineState
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "loops"))
 from resnet import ResNet
 
+STRICT = cf.Alternation(head="frozen", decay=None)  # what all rows are of
 SEEDS = (31, 32, 33)
 TUTORIAL_SEEDS = (31, 32)
 MODES = {
@@ -62,7 +63,7 @@ def resnet(method: str, seed: int) -> dict[str, Any]:
         state: Any = BaselineState.create(**made)
     else:
         head = cf.find_head(model, variables, x[:64], train=False, **how)
-        state = cf.CronosTrainState.create(**made, head=head, solver=cf.Cronos(loss="softmax"))
+        state = cf.CronosTrainState.create(**made, head=head, solver=cf.Cronos(loss="softmax"), alternation=STRICT)
     _, history = cf.train(
         state,
         (x, digits.target[fit]),
@@ -91,7 +92,8 @@ def tutorial(data_dir: Path, method: str, seed: int) -> dict[str, Any]:
         optimizer: Any = nnx.Optimizer(model, optax.adamw(rate, 0.9), wrt=nnx.Param)
     else:
         head, solver = cf.nnx.find_head(model, x[:64], **how), cf.Cronos(loss="softmax")
-        optimizer = cf.nnx.CronosOptimizer(model, optax.adamw(rate, 0.9), head=head, solver=solver)
+        tx = optax.adamw(rate, 0.9)
+        optimizer = cf.nnx.CronosOptimizer(model, tx, head=head, solver=solver, alternation=STRICT)
 
     @nnx.jit
     def train_step(model: tutorial_example.CNN, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> None:
