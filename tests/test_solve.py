@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from types import SimpleNamespace
 
 import dense_twin
 import jax
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import coordinates, cronos, losses
+from cronos_flax._solver import coordinates, cronos, losses, refreshed, staging
 
 
 def optimum_of(solution, X, y, beta, weight=None, **biases):
@@ -375,3 +376,37 @@ def test_missing_biases_stay_missing():
     params = cf.Cronos().solve(X, y, init=init).params
     assert params.bias1 is None
     assert params.bias2 is None
+
+
+def ends_at(objectives, null, patience, tol=1e-3):
+    """The step after which a descent with these objectives ends; None if it goes on."""
+    control, refined = staging.OnHost, cf.Refreshed()
+    limits = refreshed.Limits(np.float32(tol), len(objectives), None if null is None else np.float32(null), patience)
+
+    def at(objective):
+        return SimpleNamespace(objective=np.float32(objective), has_dead=np.asarray(False))
+
+    descent = refreshed.begin(control, 4096, at(objectives[0]), None, limits, refined)
+    for step, objective in enumerate(objectives[1:], 1):
+        descent = refreshed.judged(control, descent, at(objective), None, limits, refined)
+        if not descent.goes_on:
+            assert descent.stagnated
+            return step
+    return None
+
+
+def test_without_a_tolerance_a_solve_ends_when_going_on_would_not_pay():
+    falling = 1.0 / np.arange(1, 61)  # ten steps bring a hundredth of the whole up to step 37
+    assert ends_at(falling, null=1.0, patience=10) == 37
+    assert ends_at(falling, null=1.0, patience=20) > 37
+    assert ends_at(falling, null=None, patience=0) is None  # a tolerance that was asked for
+    # From a good start what counts is what the network explains, not what this solve gained.
+    assert ends_at(0.1 * (1 + falling / 20), null=1.0, patience=10) == 10
+    # Not below what a constant gives, it goes on as long as the loss falls.
+    assert ends_at(2.0 + falling, null=1.0, patience=10) is None
+
+
+def test_iterations_that_cost_little_are_many_before_a_solve_ends():
+    small, large = (refreshed.patience(*shape, cf.Refreshed()) for shape in ((1000, 20, 32, 3), (10_000, 384, 512, 77)))
+    assert small > 500
+    assert large == cf.Refreshed().window

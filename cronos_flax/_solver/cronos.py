@@ -62,9 +62,11 @@ class Cronos:
             the network given has one.
         linear_solver: how ADMM solves its linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
         max_iters: most iterations of one solve. None takes 500, and in an alternation 3.
-        tol: stopping tolerance. Held gates stop when the relative gap and the relative constraint violation are below
-            it; ``"refreshed"`` stops when the loss fell by less than this fraction over the last ten iterations
-            (``refreshed.window``).
+        tol: stopping tolerance, ``≥ 0``. Held gates stop when the relative gap and the relative constraint violation
+            are below it; ``"refreshed"`` stops when the loss fell by less than this fraction over the last ten
+            iterations (``refreshed.window``). None takes .001, and ``"refreshed"`` then also stops when going on would
+            not pay: when ten iterations, or, if these are cheap, more of them, brought less than a hundredth of what
+            the network explains (the loss of the best constant minus the present one).
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``.
@@ -94,7 +96,7 @@ class Cronos:
     gates: str = "refreshed"
     linear_solver: Structured | NystromPCG = Structured()  # noqa: RUF009  (frozen)
     max_iters: int | None = None
-    tol: float | Array = 1e-3
+    tol: float | Array | None = None
     certify_iters: int = 0
     class_weight: str | None = None
     beta_ratio: float | Array | None = None
@@ -121,7 +123,7 @@ class Cronos:
             checks.number("beta", self.beta, 'a number ≥ 0, None for the default, or "path"', lambda v: v >= 0)
         checks.number("beta_ratio", self.beta_ratio, "a number ≥ 0, or None for the default", lambda v: v >= 0)
         checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
-        checks.number("tol", self.tol, "a number ≥ 0", lambda v: v >= 0)
+        checks.number("tol", self.tol, "a number ≥ 0, or None for the default", lambda v: v >= 0)
 
     def solve(
         self,
@@ -270,7 +272,8 @@ class Cronos:
             fit, chosen_on = data, betas.Data(betas.same_columns(X, data.X), y, weight)
 
         def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
-            tol, tell = (self.tol, callback) if final else (max(float(on_host(self.tol)), betas.TOL), None)
+            on_the_way = betas.TOL if self.tol is None else max(float(on_host(self.tol)), betas.TOL)
+            tol, tell = (self.tol, callback) if final else (on_the_way, None)
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)

@@ -8,7 +8,7 @@ needed twice a step: for the gradient, and for where the step leads.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,10 +183,19 @@ def step(
 
 
 class Limits(NamedTuple):
-    """When a descent ends: relative decrease over the window, most iterations."""
+    """When a descent ends.
+
+    Args:
+        tol: relative decrease over ``settings.window`` precise iterations, below which it ends.
+        max_iters: most iterations.
+        null: loss of the best constant output, in sums over rows; None where only ``tol`` and ``max_iters`` end it.
+        patience: iterations that must bring ``settings.least_gain`` of what the network explains, ``null − objective``.
+    """
 
     tol: Scalar
     max_iters: int
+    null: Scalar | None = None
+    patience: int = 0
 
 
 @partial(
@@ -221,6 +230,11 @@ class Descent:
     goes_on: Bool[Array, ""]
 
 
+def patience(n: int, d: int, m: int, C: int, settings: Refreshed) -> int:
+    """Iterations that must bring something: a window, or as many as have so many products that they cost something."""
+    return max(settings.window, -(-settings.window_products // (n * m * (d + C))))
+
+
 def begin(control: Control, n: int, iterate: Iterate, key: Array, limits: Limits, settings: Refreshed) -> Descent:
     """A descent on n rows that has not done a step; on very few it is precise from the start."""
     xp = control.xp
@@ -246,9 +260,16 @@ def judged(
     objective, has_dead = control.seen((iterate.objective, iterate.has_dead))
     done = now.done + xp.int32(1)
     trace = xp.where(xp.arange(len(now.trace), dtype=xp.int32) >= done, objective, now.trace)
-    fall = trace[xp.maximum(done - xp.int32(settings.window), xp.int32(0))] - objective
+
+    def fall_over(steps: int) -> Any:
+        return trace[xp.maximum(done - xp.int32(steps), xp.int32(0))] - objective
+
+    fall = fall_over(settings.window)
     is_due = done >= now.since + xp.int32(settings.window)
     stagnated = now.precise & is_due & (fall <= limits.tol * objective)
+    if limits.null is not None:
+        least = xp.asarray(settings.least_gain, objective.dtype) * (limits.null - objective)
+        stagnated = stagnated | ((done >= xp.int32(limits.patience)) & (fall_over(limits.patience) <= least))
     precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * objective))
     return Descent(
         iterate,

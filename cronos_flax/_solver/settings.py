@@ -63,6 +63,9 @@ class Refreshed(_Settings):
         warm_up_steps: number of these iterations.
         window: iterations over which the decrease of the loss is judged.
         sampled_tol: relative decrease over the window below which iterations turn from samples to all rows.
+        least_gain: without a ``tol``, the fraction of what the network explains that a longer window must bring.
+        window_products: multiplications with features and directions, ``n m (d + C)`` an iteration, that the longer
+            window has at least, so that a small problem, whose iterations cost little, goes on.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -92,6 +95,8 @@ class Refreshed(_Settings):
     warm_up_steps: int = 8
     window: int = 10
     sampled_tol: float = 0.01
+    least_gain: float = 0.01
+    window_products: int = 4_000_000_000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,8 @@ _MESSAGES = {
     ),
     Status.stationary: (
         "Stationary: the regularised loss of the network fell by less than `tol`, relatively, over the last "
-        "iterations. A smaller `tol` continues."
+        "iterations; or, where `tol` is None, by too little to pay for going on. `state=solution.state` and a small "
+        "`tol` continue."
     ),
     Status.max_iters: (
         "Stopped at `max_iters`. The result is the best network seen; pass `state=solution.state` to continue."

@@ -32,6 +32,7 @@ from cronos_flax._solver.types import Bias, Directions, Neurons, RowVector, Scal
 # Defaults of a single fit, where the setting is None.
 BETA_RATIO = 0.001
 RHO = 1.0
+TOL = 1e-3
 
 State = RefreshedState | HeldState
 
@@ -73,6 +74,7 @@ class Begun(NamedTuple):
         params: the network, in the user's units.
         network: its neurons, directions and mean output.
         user_beta: β in the user's units.
+        null: loss of the best constant output, in sums over rows.
         key: of the path.
     """
 
@@ -80,6 +82,7 @@ class Begun(NamedTuple):
     params: TwoLayer
     network: tuple[Neurons, Directions, Bias]
     user_beta: Scalar
+    null: Scalar
     key: Array
 
 
@@ -100,7 +103,7 @@ def _begin(asked: Asked, *, hidden: int) -> Begun:
         total,
         beta,
         jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype),
-        jnp.asarray(solver.tol),
+        jnp.asarray(TOL if solver.tol is None else solver.tol, rows.X.dtype),
         solver.gates,
         solver.certify_iters,
         solver.linear_solver,
@@ -117,7 +120,8 @@ def _begin(asked: Asked, *, hidden: int) -> Begun:
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(params, rows, basis)
-    return Begun(problem, params, (U, A, b), beta * basis.scale / total, run_key)
+    null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
+    return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
 
 
 def _begin_refreshed(asked: Asked, *, hidden: int) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
@@ -145,11 +149,10 @@ def _end(
     )
     params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, begun.params)
     lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
-    constant = rows.loss.constant(rows.Y, rows.weight)
     stats = Stats(
         objective=jnp.where(after <= before, after, before),
         initial_objective=before,
-        null_loss=rows.value(rows.constant(constant)) / problem.total_weight,
+        null_loss=begun.null / problem.total_weight,
         beta=begun.user_beta,
         active_neurons=jnp.sum(lives, dtype=jnp.int32),
         **ended.figures,
@@ -210,7 +213,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     begun, prepared, first, key = control.run(begin_refreshed, asked, hidden=hidden)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
-    tol, total_seen = control.seen((problem.tol, total))
+    tol, total_seen, null = control.seen((problem.tol, total, begun.null))
     if asked.start is None:
         first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
 
@@ -219,6 +222,9 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
             control.report(progress, control.run(figures_of, now.iterate, control.back(now.done), total))
 
     limits = Limits(tol, max_iters)
+    if asked.solver.tol is None:
+        (n, d), (m, C) = rows.X.shape, first.A.shape
+        limits = limits._replace(null=null, patience=refreshed.patience(n, d, m, C, settings))
     descent = refreshed.begin(control, len(asked.targets), first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
