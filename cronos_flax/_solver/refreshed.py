@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cronos_flax._solver import gauss_newton
+from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.gauss_newton import LocalModel, Prepared, direction, floored, gradient, places, sample_size
 from cronos_flax._solver.program import dead, network_objective, network_outputs, norms, random_neurons, unit_rows
@@ -189,13 +190,14 @@ class Limits(NamedTuple):
         tol: relative decrease over ``settings.window`` precise iterations, below which it ends.
         max_iters: most iterations.
         null: loss of the best constant output, in sums over rows; None where only ``tol`` and ``max_iters`` end it.
-        patience: iterations that must bring ``settings.least_gain`` of what the network explains, ``null − objective``.
+        patience: iterations, and precise iterations, that must bring ``settings.least_gain`` of what the network
+            explains, ``null − objective``.
     """
 
     tol: Scalar
     max_iters: int
     null: Scalar | None = None
-    patience: int = 0
+    patience: tuple[int, int] = (0, 0)
 
 
 @partial(
@@ -230,9 +232,12 @@ class Descent:
     goes_on: Bool[Array, ""]
 
 
-def patience(n: int, d: int, m: int, C: int, settings: Refreshed) -> int:
-    """Iterations that must bring something: a window, or as many as have so many products that they cost something."""
-    return max(settings.window, -(-settings.window_products // (n * m * (d + C))))
+def patience(n: int, d: int, m: int, C: int, settings: Refreshed) -> tuple[int, int]:
+    """Iterations, and precise iterations, that must bring something: a window, or as many as cost something."""
+    each = n * m * (d + C)
+    costs = (each, each * (1 + settings.precise_cg_steps))
+    some, precise = (max(settings.window, -(-settings.window_products // cost)) for cost in costs)
+    return some, precise
 
 
 def begin(control: Control, n: int, iterate: Iterate, key: Array, limits: Limits, settings: Refreshed) -> Descent:
@@ -261,15 +266,17 @@ def judged(
     done = now.done + xp.int32(1)
     trace = xp.where(xp.arange(len(now.trace), dtype=xp.int32) >= done, objective, now.trace)
 
-    def fall_over(steps: int) -> Any:
-        return trace[xp.maximum(done - xp.int32(steps), xp.int32(0))] - objective
+    def fall_over(steps: Any) -> Any:
+        return trace[xp.maximum(done - steps, xp.int32(0))] - objective
 
-    fall = fall_over(settings.window)
+    fall = fall_over(xp.int32(settings.window))
     is_due = done >= now.since + xp.int32(settings.window)
     stagnated = now.precise & is_due & (fall <= limits.tol * objective)
     if limits.null is not None:
         least = xp.asarray(settings.least_gain, objective.dtype) * (limits.null - objective)
-        stagnated = stagnated | ((done >= xp.int32(limits.patience)) & (fall_over(limits.patience) <= least))
+        some, precise = map(xp.int32, limits.patience)
+        steps = xp.where(now.precise, precise, some)
+        stagnated = stagnated | ((done >= now.since + steps) & (fall_over(steps) <= least))
     precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * objective))
     return Descent(
         iterate,
@@ -330,18 +337,32 @@ def descend(
     return control.while_loop(lambda now: now.goes_on, body, start)
 
 
-def _few(rows: Rows, now: Iterate, beta: Scalar, key: Array, *, size: int) -> tuple[Rows, Scalar, Iterate, Array]:
+class Point(NamedTuple):
+    """What of an iterate does not depend on the rows."""
+
+    U: Neurons
+    A: Directions
+    b: Bias
+    damping: Scalar
+
+
+def _few(rows: Rows, at: Point, beta: Scalar, key: Array, *, size: int) -> tuple[Rows, Scalar, Iterate, Array]:
     """Some of the rows, their share of β, the iterate on them, and the next key."""
     key, sample_key = jax.random.split(key)
     some = gauss_newton.sample(rows, sample_key, size)
     share = beta * size / rows.Y.shape[0]
-    return some, share, init(some, now.U, now.A, now.b, share, now.damping), key
+    return some, share, init(some, at.U, at.A, at.b, share, at.damping), key
 
 
-def _better(rows: Rows, beta: Scalar, start: Iterate, found: Iterate) -> Iterate:
-    """The better one of two iterates, the other of which comes from other rows."""
-    found = init(rows, found.U, found.A, found.b, beta, found.damping)
-    return jax.tree.map(lambda new, old: jnp.where(found.objective < start.objective, new, old), found, start)
+def point(now: Iterate) -> Point:
+    """Where an iterate is."""
+    return Point(now.U, now.A, now.b, now.damping)
+
+
+def _better(rows: Rows, beta: Scalar, start: Iterate, found: Point) -> Iterate:
+    """The better one of an iterate and what was found on other rows."""
+    there = init(rows, found.U, found.A, found.b, beta, found.damping)
+    return jax.tree.map(lambda new, old: jnp.where(there.objective < start.objective, new, old), there, start)
 
 
 few, better = Program(_few, once=True), Program(_better, once=True)
@@ -357,14 +378,26 @@ def warm_up(
     tol: Scalar,
     settings: Refreshed,
 ) -> tuple[Iterate, Array]:
-    """A few steps on few rows: from a random start these lead about as far as steps on all of them."""
+    """A few steps, each on few rows: from a random start these lead about as far as steps on all of them.
+
+    Every step draws its rows anew, for many classes have few rows each, and several steps on the same ones fit these
+    alone. Rows on disk are drawn once, as every draw reads the disk.
+    """
     n = rows.Y.shape[0]
     size = min(n // settings.warm_up_every, settings.most_sample)
     if size < settings.least_warm_up:
         return start, key
     settings = dataclasses.replace(settings, few_rows=1)  # the curvature of a few of these will do
-    some, share, first, key = control.run(few, rows, start, beta, key, size=size)
-    limits = Limits(tol, settings.warm_up_steps)
-    descent = begin(control, size, first, key, limits, settings)
-    last = descend(control, some, prepared, share, limits, descent, settings)
-    return control.run(better, rows, beta, start, last.iterate), last.key
+    draws, steps = (1, settings.warm_up_steps) if isinstance(rows.X, Blocks) else (settings.warm_up_steps, 1)
+    limits = Limits(tol, steps)
+
+    def body(now: tuple[Any, Point, Array]) -> tuple[Any, Point, Array]:
+        drawn, at, key = now
+        some, share, first, key = control.run(few, rows, at, beta, key, size=size)
+        descent = begin(control, size, first, key, limits, settings)
+        last = descend(control, some, prepared, share, limits, descent, settings)
+        return drawn + control.xp.int32(1), point(last.iterate), last.key
+
+    begun = control.xp.int32(0), point(start), key
+    _, found, key = control.while_loop(lambda now: now[0] < draws, body, begun)
+    return control.run(better, rows, beta, start, found), key

@@ -58,14 +58,14 @@ class Refreshed(_Settings):
         sample_every: a sample has one row in this many.
         least_sample: the fewest rows of a sample; up to ``few_rows`` rows, those that step lengths are compared on.
         most_sample: the most rows of a sample.
-        warm_up_every: the first iterations from a random start use one row in this many.
+        warm_up_every: each of the first iterations from a random start uses one row in this many, drawn anew.
         least_warm_up: no warm-up if that leaves fewer rows.
         warm_up_steps: number of these iterations.
         window: iterations over which the decrease of the loss is judged.
         sampled_tol: relative decrease over the window below which iterations turn from samples to all rows.
         least_gain: without a ``tol``, the fraction of what the network explains that a longer window must bring.
-        window_products: multiplications with features and directions, ``n m (d + C)`` an iteration, that the longer
-            window has at least, so that a small problem, whose iterations cost little, goes on.
+        window_products: multiplications that the longer window has at least, ``n m (d + C)`` for an iteration and
+            ``1 + precise_cg_steps`` times as many for a precise one, so that a small problem goes on.
 
     Raises:
         ValueError: for a setting outside its range.

@@ -224,7 +224,9 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     limits = Limits(tol, max_iters)
     if asked.solver.tol is None:
         (n, d), (m, C) = rows.X.shape, first.A.shape
-        limits = limits._replace(null=null, patience=refreshed.patience(n, d, m, C, settings))
+        patience = refreshed.patience(n, d, m, C, settings)
+        if min(patience) <= max_iters:
+            limits = limits._replace(null=null, patience=patience)
     descent = refreshed.begin(control, len(asked.targets), first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
