@@ -387,7 +387,18 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
     lowest = dataclasses.replace(before, objective=jnp.asarray(-1.0), damping=jnp.asarray(1.0))
     stayed = step(rows, prepared, beta, lowest, lowest, None, None, False, settings=tried)
     assert float(stayed.damping) == 4.0
-    warm, _ = refreshed.warm_up(OnHost, rows, prepared, beta, lowest, key, np.float64(1e-3), tried)
+    drawn = []
+
+    class Watched(OnHost):
+        @staticmethod
+        def run(program, *arguments, **static):
+            result = OnHost.run(program, *arguments, **static)
+            if program is refreshed.few:
+                drawn.append(np.asarray(result[0].X).tobytes())
+            return result
+
+    warm, _ = refreshed.warm_up(Watched, rows, prepared, beta, lowest, key, np.float64(1e-3), tried)
+    assert len(set(drawn)) == tried.warm_up_steps  # each of its steps is on other rows
     for left in (stayed, warm):
         jax.tree.map(
             np.testing.assert_array_equal, (left.U, left.A, left.b, left.Z), (before.U, before.A, before.b, before.Z)
