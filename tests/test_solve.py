@@ -382,7 +382,7 @@ def ends_at(objectives, null, patience, tol=1e-3):
     """The step after which a descent with these objectives ends; None if it goes on."""
     control, refined = staging.OnHost, cf.Refreshed()
     null = None if null is None else np.float32(null)
-    limits = refreshed.Limits(np.float32(tol), len(objectives), null, (patience, patience))
+    limits = refreshed.Limits(np.float32(tol), len(objectives), null, patience)
 
     def at(objective):
         return SimpleNamespace(objective=np.float32(objective), has_dead=np.asarray(False))
@@ -409,6 +409,5 @@ def test_without_a_tolerance_a_solve_ends_when_going_on_would_not_pay():
 
 def test_iterations_that_cost_little_are_many_before_a_solve_ends():
     small, large = (refreshed.patience(*shape, cf.Refreshed()) for shape in ((1000, 20, 32, 3), (10_000, 384, 512, 77)))
-    assert small[0] > 500
-    assert small[1] > 150
-    assert large == (cf.Refreshed().window,) * 2
+    assert small > 500
+    assert large == cf.Refreshed().window

@@ -190,14 +190,14 @@ class Limits(NamedTuple):
         tol: relative decrease over ``settings.window`` precise iterations, below which it ends.
         max_iters: most iterations.
         null: loss of the best constant output, in sums over rows; None where only ``tol`` and ``max_iters`` end it.
-        patience: iterations, and precise iterations, that must bring ``settings.least_gain`` of what the network
-            explains, ``null − objective``.
+        patience: iterations that must bring ``settings.least_gain`` of what the network explains, ``null − objective``;
+            precise ones are counted from their first on.
     """
 
     tol: Scalar
     max_iters: int
     null: Scalar | None = None
-    patience: tuple[int, int] = (0, 0)
+    patience: int = 0
 
 
 @partial(
@@ -232,12 +232,9 @@ class Descent:
     goes_on: Bool[Array, ""]
 
 
-def patience(n: int, d: int, m: int, C: int, settings: Refreshed) -> tuple[int, int]:
-    """Iterations, and precise iterations, that must bring something: a window, or as many as cost something."""
-    each = n * m * (d + C)
-    costs = (each, each * (1 + settings.precise_cg_steps))
-    some, precise = (max(settings.window, -(-settings.window_products // cost)) for cost in costs)
-    return some, precise
+def patience(n: int, d: int, m: int, C: int, settings: Refreshed) -> int:
+    """Iterations that must bring something: a window, or as many as have so many products that they cost something."""
+    return max(settings.window, -(-settings.window_products // (n * m * (d + C))))
 
 
 def begin(control: Control, n: int, iterate: Iterate, key: Array, limits: Limits, settings: Refreshed) -> Descent:
@@ -266,17 +263,16 @@ def judged(
     done = now.done + xp.int32(1)
     trace = xp.where(xp.arange(len(now.trace), dtype=xp.int32) >= done, objective, now.trace)
 
-    def fall_over(steps: Any) -> Any:
-        return trace[xp.maximum(done - steps, xp.int32(0))] - objective
+    def fall_over(steps: int) -> Any:
+        return trace[xp.maximum(done - xp.int32(steps), xp.int32(0))] - objective
 
-    fall = fall_over(xp.int32(settings.window))
+    fall = fall_over(settings.window)
     is_due = done >= now.since + xp.int32(settings.window)
     stagnated = now.precise & is_due & (fall <= limits.tol * objective)
     if limits.null is not None:
         least = xp.asarray(settings.least_gain, objective.dtype) * (limits.null - objective)
-        some, precise = map(xp.int32, limits.patience)
-        steps = xp.where(now.precise, precise, some)
-        stagnated = stagnated | ((done >= now.since + steps) & (fall_over(steps) <= least))
+        is_over = done >= now.since + xp.int32(limits.patience)
+        stagnated = stagnated | (is_over & (fall_over(limits.patience) <= least))
     precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * objective))
     return Descent(
         iterate,

@@ -64,8 +64,8 @@ class Refreshed(_Settings):
         window: iterations over which the decrease of the loss is judged.
         sampled_tol: relative decrease over the window below which iterations turn from samples to all rows.
         least_gain: without a ``tol``, the fraction of what the network explains that a longer window must bring.
-        window_products: multiplications that the longer window has at least, ``n m (d + C)`` for an iteration and
-            ``1 + precise_cg_steps`` times as many for a precise one, so that a small problem goes on.
+        window_products: multiplications with features and directions, ``n m (d + C)`` an iteration, that the longer
+            window has at least, so that a small problem, whose iterations cost little, goes on.
 
     Raises:
         ValueError: for a setting outside its range.

@@ -225,7 +225,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     if asked.solver.tol is None:
         (n, d), (m, C) = rows.X.shape, first.A.shape
         patience = refreshed.patience(n, d, m, C, settings)
-        if min(patience) <= max_iters:
+        if patience <= max_iters:
             limits = limits._replace(null=null, patience=patience)
     descent = refreshed.begin(control, len(asked.targets), first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
