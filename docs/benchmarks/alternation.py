@@ -8,6 +8,7 @@ decay at five rates. Every run is a row of the file, written when it is done; ro
 Ends with the table; ``--out docs/benchmarks/alternation.jsonl.gz`` prints those of the kept rows.
 """
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -24,7 +25,7 @@ from rows import Row, missing, parser
 import cronos_flax as cf
 from cronos_flax.compare.data import load_tfds
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -93,13 +94,13 @@ CASES = {
     "teacher, MLP": Case("teacher", (), 5000, (0, 5000), Body("mlp", (128, 64), 6), 64, 25),
     "clothes, ViT": Case(FASHION, (), 2000, (30_000, 50_000), Body("vit", (96, 96), 10), 64, 12),
 }
-STRICT = cf.Alternation(head="frozen", decay=None)
+FROZEN = cf.Alternation(head="frozen", then_every=5)
 # By name: the rate of Adam, the parts, and settings of the solver.
 VARIANTS: dict[str, tuple[float, cf.Alternation, dict[str, Any]]] = {
     "default": (1e-3, cf.Alternation(), {}),
     **{f"default, rate {rate:g}": (rate, cf.Alternation(), {}) for rate in RATES if rate != 1e-3},
-    "frozen head": (1e-3, cf.Alternation(head="frozen"), {}),
-    "frozen head, no decay": (1e-3, STRICT, {}),
+    "frozen head": (1e-3, FROZEN, {}),
+    "frozen head, no decay": (1e-3, dataclasses.replace(FROZEN, decay=None), {}),
     "no decay": (1e-3, cf.Alternation(decay=None), {}),
     "linear decay": (1e-3, cf.Alternation(decay="linear"), {}),
     "solved at the start": (1e-3, cf.Alternation(first_epoch=0), {}),
@@ -211,12 +212,8 @@ def table(rows: list[Row]) -> str:
         cells.append(f"{sum(row['rejections'] for row in each):.0f}")
         cells.append(f"{100 * np.mean([row['solving'] for row in each]):.0f} %")
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    best = [
-        np.mean([max(by[task, m, s]["end"] for m in ADAM if (task, m, s) in by) for s in SEEDS])
-        for task in CASES
-        if all(any((task, m, s) in by for m in ADAM) for s in SEEDS)
-    ]
-    if len(best) == len(CASES):
+    if all((task, method, seed) in by for task in CASES for method in ADAM for seed in SEEDS):
+        best = [np.mean([max(by[task, m, s]["end"] for m in ADAM) for s in SEEDS]) for task in CASES]
         cells = [f"{value:.2f}" for value in best]
         lines.append(f"| Adam, the best of ten on these rows | {' | '.join(cells)} | | | |")
     return "\n".join(lines)
