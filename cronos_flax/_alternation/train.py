@@ -131,7 +131,7 @@ def train(
         ... )
         >>> state, history = cf.train(state, (x[:500], y[:500]), epochs=3, validation=(x[500:], y[500:]))
         >>> [row["epoch"] for row in history if "objective" in row]  # solves
-        [0, 1, 2, 3]
+        [1, 3]
         >>> history[-1]["validation_accuracy"] > 0.7
         True
     """
