@@ -76,7 +76,7 @@ def test_a_moving_head_takes_steps_on_the_objective_that_solves_lower(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "schedule_free", "partition"])
-def test_a_solve_begins_the_optimizer_anew_for_the_head_only(name):
+def test_after_a_solve_the_optimizer_has_no_direction_for_the_head(name):
     tx = OPTIMIZERS[name]
     before = made(tx)
     for _ in range(3):
@@ -84,18 +84,51 @@ def test_a_solve_begins_the_optimizer_anew_for_the_head_only(name):
     after, solution = before.solve_head((X, Y))
     assert solution.status != cf.Status.rejected
     at_start = tx.init(after.params)
-    counted = {"head": 0, "backbone": 0}
+    seen = set()
 
     def check(path, now, old, new):
-        names = {str(getattr(key, "key", "")) for key in path}
-        is_head = bool(names & set(KERNELS))
-        np.testing.assert_array_equal(now, new if is_head else old)
-        counted["head" if is_head else "backbone"] += now.ndim > 0
+        is_head = any(getattr(key, "key", "") in KERNELS for key in path)
+        field = next((key.name for key in reversed(path) if hasattr(key, "name")), None)
+        np.testing.assert_array_equal(now, new if is_head and field in ("mu", "z") else old)
+        seen.add((is_head, field))
 
     jax.tree_util.tree_map_with_path(check, after.optimizer_state, before.optimizer_state, at_start)
-    assert counted["head"] >= 8 > 0 < counted["backbone"]
+    assert {(True, "nu"), (False, "nu"), (True, "z" if name == "schedule_free" else "mu")} <= seen
     donated = jax.jit(lambda state: step(state), donate_argnums=0)
     assert np.isfinite(loss(donated(after).params))  # no buffer is there twice
+
+
+def test_a_late_solve_does_not_speed_up_the_head():
+    state, rate = made(optax.adam(1e-3), guard=False), 1e-3
+    for _ in range(500):
+        state = step(state)
+    state, _ = state.solve_head((X, Y))
+    for _ in range(30):
+        before, state = state, step(state)
+        for name in KERNELS:
+            moved = jnp.max(jnp.abs(state.params[name]["kernel"] - before.params[name]["kernel"]))
+            assert float(moved) < 1.5 * rate
+
+
+def test_lookahead_goes_through_the_loop():
+    tx = optax.lookahead(optax.sgd(0.1), 2, 0.5)
+    state = cf.CronosTrainState.create(
+        apply_fn=MODEL.apply,
+        params=optax.LookaheadParams.init_synced(PARAMS),
+        tx=tx,
+        head=HEAD,
+        solver=cf.Cronos(loss="softmax"),
+    )
+    state, history = cf.train(state, (X, Y), epochs=3, batch_size=64)
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_what_the_user_sees_of_the_optimizer_is_its_own_state():
+    labels = lambda params: {name: "head" if name in KERNELS else "body" for name in params}  # noqa: E731
+    tx = optax.partition({"head": optax.sgd(0.1), "body": optax.adam(1e-2)}, labels)
+    state, _ = made(tx).solve_head((X, Y))
+    assert jax.tree.structure(state.optimizer_state) == jax.tree.structure(tx.init(PARAMS))
 
 
 def test_before_the_first_solve_the_head_has_no_weight_decay():
@@ -151,28 +184,68 @@ def test_nnx_moves_as_linen_does():
 
 
 ENDS = {
-    "cosine": (optax.adam(1e-2), "cosine", (1 + math.cos(math.pi * 11 / 12)) / 2),
-    "linear": (optax.sgd(0.1), "linear", 1 / 12),
-    "none": (optax.adam(1e-2), None, 1.0),
-    "a schedule of its own": (optax.adam(optax.cosine_decay_schedule(1e-2, 9)), "cosine", 1.0),
-    "an injected schedule": (optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1e-2, 0, 9)), "cosine", 1.0),
-    "schedule-free": (optax.contrib.schedule_free_adamw(1e-2), "cosine", 1.0),
+    "cosine": (optax.adam(1e-2), "cosine", [(1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]),
+    "linear": (optax.sgd(0.1), "linear", [1 - i / 12 for i in range(12)]),
+    "wsd": (optax.sgd(0.1), "wsd", [0.05, *[1] * 8, 3 / 4, 2 / 4, 1 / 4]),
+    "none": (optax.adam(1e-2), None, [1] * 12),
+    "a schedule of its own": (optax.adam(optax.cosine_decay_schedule(1e-2, 9)), "cosine", [1] * 12),
+    "an injected schedule": (
+        optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1e-2, 0, 9)),
+        "cosine",
+        [1] * 12,
+    ),
+    "schedule-free": (optax.contrib.schedule_free_adamw(1e-2), "cosine", [1] * 12),
 }
+
+
+class Watched(cf.CronosTrainState):
+    """Keeps the factor of each of twelve steps."""
+
+    factors: jax.Array | None = None
+    decay: float = 0.99  # of some average: a field of the user's
+
+    def apply_gradients(self, **kwargs):
+        factors = self.factors.at[self.step].set(self.opt_state.run_decay)
+        return super().apply_gradients(factors=factors, **kwargs)
+
+
+def watched(tx, decay):
+    return Watched.create(
+        apply_fn=MODEL.apply,
+        params=PARAMS,
+        tx=tx,
+        head=HEAD,
+        solver=cf.Cronos(loss="softmax"),
+        alternation=cf.Alternation(decay=decay),
+        factors=jnp.full(12, jnp.nan),
+    )
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_the_rate_falls_to_the_end_of_a_run_unless_the_optimizer_sees_to_it(name):
-    tx, decay, last = ENDS[name]
-    state = made(tx, alternation=cf.Alternation(decay=decay))
-    state, _ = cf.train(state, (X, Y), epochs=3, batch_size=64)
-    assert float(state.opt_state.run_decay) == pytest.approx(last, rel=1e-4)
+    tx, decay, expected = ENDS[name]
+    state, _ = cf.train(watched(tx, decay), (X, Y), epochs=3, batch_size=64)
+    np.testing.assert_allclose(state.factors, expected, rtol=1e-5)
+    assert float(state.opt_state.run_decay) == 1  # for whoever goes on with it
+
+
+def test_of_a_loader_without_a_length_the_first_epoch_has_the_full_rate():
+    class Loader:
+        def __iter__(self):
+            return iter([(X[i : i + 64], Y[i : i + 64]) for i in range(0, 256, 64)])
+
+    state, _ = cf.train(watched(optax.sgd(0.1), "linear"), Loader(), epochs=3)
+    np.testing.assert_allclose(state.factors, [1] * 4 + [1 - i / 12 for i in range(4, 12)], rtol=1e-5)
+    state, _ = cf.train(watched(optax.sgd(0.1), "linear"), list(Loader()), epochs=3)
+    np.testing.assert_allclose(state.factors, [1 - i / 12 for i in range(12)], rtol=1e-5)
 
 
 def test_the_rate_falls_with_the_seconds_of_a_run_that_they_end():
-    seen = []
-    state, history = cf.train(made(), (X, Y), epochs=10**6, batch_size=64, seconds=0.5, callbacks=[seen.append])
+    state = watched(optax.adam(1e-2), "linear").replace(factors=jnp.full(10**5, jnp.nan))
+    state, history = cf.train(state, (X, Y), epochs=10**6, batch_size=64, seconds=0.5)
     assert history[-1]["seconds"] < 2
-    assert float(state.opt_state.run_decay) < 0.5
+    assert float(state.factors[int(state.step) - 1]) < 0.5
+    assert np.all(np.diff(state.factors[: int(state.step)]) <= 0)
 
 
 def test_updates_are_those_of_the_optimizer_times_the_decay():

@@ -166,7 +166,7 @@ def test_an_optimizer_follows_the_decay_that_its_name_has(task, monkeypatch):
     monkeypatch.setitem(DECAYS, "cosine", lambda done: factors.append(done) or 0.0)
     stays = rows_of(task, Run("sgd+cosine", 0.1, 0))
     steps = len(factors) // 3  # of three epochs
-    np.testing.assert_allclose(factors[-steps:], 2 / 3 + np.arange(steps) / (3 * steps))
+    np.testing.assert_allclose(factors[1:], np.arange(3 * steps) / (3 * steps))  # the first is of compilation
     assert stays[0]["test_loss"] == stays[-1]["test_loss"]
     assert rows_of(task, Run("sgd", 0.1, 0))[0]["test_loss"] != stays[0]["test_loss"]
 

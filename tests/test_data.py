@@ -395,3 +395,15 @@ def test_models_of_nnx_take_the_same_data():
         optimizer.solve_head(model, (X[:64], WIDE[:64]))
     with pytest.raises(ValueError, match=r"labels in \[0, 2\), got values from 0 to 2"):
         optimizer.solve_head(model, (X[:64], Y[:64] + np.arange(64) % 2))
+
+
+def test_what_a_mask_adds_to_scores_stays_and_tokens_that_are_not_finite_do_not():
+    weight = np.array([[1, 1, 0], [1, 0, 0]])
+    added = np.where(weight > 0, 0, -np.inf).astype("float32")
+    tokens = np.where(weight[..., None] > 0, np.ones((2, 3, 4)), np.inf).astype("float32")
+    for kind in (np.asarray, jnp.asarray):
+        batch = door.Batch.of((kind(tokens), kind(added)), {}, np.zeros((2, 3), int), weight, "here")
+        np.testing.assert_array_equal(batch.args[1], added)
+        np.testing.assert_array_equal(batch.args[0], np.ones((2, 3, 4)))
+    missing = door.Batch.of((np.where(weight > 0, 2.0, np.nan),), {}, np.zeros((2, 3), int), weight, "here")
+    np.testing.assert_array_equal(missing.args[0], np.full((2, 3), 2.0))

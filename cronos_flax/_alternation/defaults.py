@@ -14,7 +14,8 @@ from cronos_flax._solver.cronos import Cronos
 
 HEADS = ("moving", "frozen")
 # The factor on the rate, as a function of the share of the run that is done.
-DECAYS: dict[str, Callable[[float], float]] = {
+DECAYS: dict[str | None, Callable[[float], float]] = {
+    None: lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done: 1 - done,
     "wsd": lambda done: min(0.05 + 19 * done, 1, 3 * (1 - done)),
@@ -50,7 +51,8 @@ class Alternation:
         decay: of :func:`cronos_flax.train`: how the rate of gradient steps falls to zero at the end of the run:
             ``"cosine"``, ``"linear"``, or ``"wsd"``, which warms up over the first twentieth, stays, and falls over the
             last third; None keeps the rate. It is left out for optimizers with a schedule of their own, and for
-            schedule-free ones. In a loop of your own give the optimizer an Optax schedule.
+            schedule-free ones. (A schedule within ``optax.contrib``'s prodigy, dadapt_adamw and momo is not seen: say
+            None.) In a loop of your own give the optimizer an Optax schedule.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -77,7 +79,7 @@ class Alternation:
             if value is not None:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
-            choice("decay", self.decay, DECAYS, "None", where="Alternation")
+            choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
 
     def moves(self, head: Head) -> bool:
         """Whether gradient steps move this head; one without a backbone is only solved for."""

@@ -116,7 +116,7 @@ class CronosOptimizer(nnx.Optimizer):
 
     @property
     def optimizer_state(self) -> optax.OptState:
-        """The state of ``tx``; ``opt_state`` holds it with the backbone's rate. There is nothing in it for the head."""
+        """The state of ``tx``; ``opt_state`` holds it with the guard's rate. It has nothing for a frozen head."""
         return self.opt_state.optimizer_state
 
     def _parts(self, model: nnx.Module, network: TwoLayer | None = None, moments: Any = None) -> dict[str, Any]:

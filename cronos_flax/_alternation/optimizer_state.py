@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from cronos_flax._head.head import Path
+from cronos_flax._solver.transfer import on_host
 
+# Fields of Optax's states that hold the direction of the next updates.
+_DIRECTIONS = ("mu", "trace", "m", "exp_avg", "acc_grads", "ema", "momentum")
 # Fields of Optax's states that schedules and users read, whatever stands beside them.
 _GO_ON = ("hyperparams", "hyperparams_states", "step_count", "gradient_step")
 
@@ -63,10 +66,11 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
 
 
 def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
-    """The state of an optimizer, with that of a new optimizer for the parameters of a head that was solved for.
+    """The state of an optimizer after a solve: it does not drag the new head where the old one was going.
 
-    Moments of the old head say nothing about the new one; and what an optimizer keeps of the parameters themselves
-    (schedule-free ones do, and Prodigy) must be of the new one.
+    For the head, directions (first moments, gathered gradients) begin anew, and what an optimizer keeps of the
+    parameters themselves (schedule-free ones do, and Prodigy) is of the new ones. Sizes of gradients (second moments)
+    stay: with none, an optimizer that shares one count with the backbone would take steps several times its rate.
 
     Args:
         present: the state now.
@@ -75,8 +79,12 @@ def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
     """
 
     def chosen(path: tuple, now: Any, at_start: Any) -> Any:
-        # A copy, as some optimizers begin with the parameters themselves, and a user's step may donate both.
-        return at_start.copy() if _is_inside(path, paths) else now
+        if not _is_inside(path, paths):
+            return now
+        is_direction = any(getattr(entry, "name", None) in _DIRECTIONS for entry in path)
+        of_parameters = not is_direction and bool(on_host(jnp.any(at_start != 0)))
+        # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
+        return at_start.copy() if is_direction or of_parameters else now
 
     return jax.tree_util.tree_map_with_path(chosen, present, new)
 

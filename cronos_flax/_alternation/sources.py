@@ -88,6 +88,10 @@ class Arrays:
             x, y = self._take(order[place * self.batch_size : (place + 1) * self.batch_size])
             yield Batch.of((x,), {}, y, None, "train")
 
+    def known_batches(self) -> int:
+        """Batches of an epoch."""
+        return len(self.y) // self.batch_size if self.steps is None else self.steps
+
     def once(self) -> Iterator[Batch]:
         """All rows."""
         return batches((self.x, self.y), None, "train")
@@ -147,6 +151,15 @@ class Batches:
         for batch in itertools.islice(self._stream, self.steps - start):
             self._next += 1
             yield batch
+
+    def known_batches(self) -> int:
+        """Batches of an epoch, as far as it is known before one has been read; else 0."""
+        if self.steps is not None:
+            return self.steps
+        try:
+            return len(self.data)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
 
     def once(self) -> Iterator[Batch]:
         """The batches of one pass; of ``steps`` batches, where an epoch has so many."""

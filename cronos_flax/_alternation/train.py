@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
+from cronos_flax._alternation.backbone import RatedState
 from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
@@ -59,7 +61,8 @@ def train(
     The rate of a :class:`CronosTrainState`'s gradient steps falls to zero towards the end of the run, in epochs or in
     ``seconds``, as ``state.alternation.decay`` says.
 
-    With a ``directory`` the run is saved as it goes, and the same call resumes it; on CPU to the bit.
+    With a ``directory`` the run is saved as it goes, and the same call resumes it; on CPU to the bit, unless it is
+    ended by ``seconds``, as its rate then falls by the clock.
 
     Args:
         state: a :class:`CronosTrainState`, or any ``flax.training.train_state.TrainState``; it is not changed, and its
@@ -73,7 +76,7 @@ def train(
         steps_per_epoch: batches of an epoch, for loaders that do not end; None means one pass. An epoch goes on where
             the last one ended, and data that end begin again, arrays in a new order.
         solve_every: steps between two head solves. None solves before the epochs that ``state.alternation`` says. There
-            is also a solve at the end.
+            is also a solve at the end. With a number the first solve is before the first step.
         solve_rows: for arrays, the number of random rows of a solve. None means all rows; or, with ``solve_every``, as
             many as the steps between two solves take, at least 8,192. A solve takes at most 4 GB.
         solve_data: the rows of the solves, in the form of ``data``, if they are others: clean ones where ``data``
@@ -170,6 +173,7 @@ def train(
     checkpoints = Checkpoints(directory, settings, marks, save_every)
     with checkpoints.held():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
+        position.batches = position.batches or source.known_batches()
         door = Door(state, loss, train_kwargs or {}, streams)
         _check_what_is_in_memory(door, source, to_solve, sets, unpack)
         class_weight = None
@@ -198,7 +202,10 @@ def train(
         over = position.epoch >= epochs or loop.time_is_up()
         while not over:
             over = loop.do_epoch()
-    return loop.state, position.history
+    state = loop.state
+    if isinstance(state.opt_state, RatedState):  # whoever goes on with it has a rate of his own
+        state = state.replace(opt_state=state.opt_state._replace(run_decay=on_device(1, jnp.float32)))
+    return state, position.history
 
 
 def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
@@ -216,8 +223,10 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
 
 def _decay_for(state: Any) -> Callable[[float], float] | None:
     """The factor on the rate as a function of the share of the run that is done; None for none."""
-    decay = getattr(state, "decay", None)
-    return None if decay is None or sets_its_rate(state.opt_state) else DECAYS[decay]
+    if not isinstance(state.opt_state, RatedState):
+        return None
+    decay = state.alternation.decay if isinstance(state, CronosTrainState) else state.run_decay
+    return DECAYS[None if sets_its_rate(state.opt_state) else decay]
 
 
 def _check_counts(optional: bool = False, **counts: Any) -> None:

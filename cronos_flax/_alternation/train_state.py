@@ -19,7 +19,7 @@ from cronos_flax._alternation.defaults import (
     alternation_settings,
     warn_of_running_statistics,
 )
-from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
+from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded, undecided_beta
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, check_head
@@ -126,23 +126,20 @@ class CronosTrainState(TrainState):
         return {"params": module_params(self.params), **self.model_state}
 
     @property
-    def decay(self) -> str | None:
-        """How :func:`cronos_flax.train` lets the rate fall."""
-        return self.alternation.decay
-
-    @property
     def figures(self) -> dict[str, float]:
         """The guard's decisions so far, as flat Python numbers; empty without a guard."""
         return {} if self.guard is None else self.guard.figures
 
     @property
     def optimizer_state(self) -> optax.OptState:
-        """The state of ``tx`` as it would be without the wrapper; ``opt_state`` holds it with the backbone's rate.
+        """The state of ``tx`` as it would be without the wrapper; ``opt_state`` holds it with the guard's rate.
 
         For functions that take the state of one kind of optimizer: ``state.optimizer_state.hyperparams`` of
         ``optax.inject_hyperparams`` can be read and set, and ``optax.contrib.schedule_free_eval_params`` takes it with
-        ``state.params``. ``tx`` keeps nothing for the head: there the head's parameters stand.
+        ``state.params``. For a frozen head ``tx`` keeps nothing: there the head's parameters stand.
         """
+        if self.alternation.moves(self.head):
+            return self.opt_state.optimizer_state
         return with_head(self.opt_state.optimizer_state, self.head.paths, module_params(self.params))
 
     def _parts_with(self, network: TwoLayer | None, moments: Any = None) -> dict[str, Any]:
@@ -153,7 +150,8 @@ class CronosTrainState(TrainState):
             return parts
         ahead = isinstance(self.params, optax.LookaheadParams)
         old = self.params if ahead else (self.params,)
-        new = [self.head.write({"params": params}, network)["params"] for params in old]
+        # Copies: a user's step may donate the fast and the slow ones.
+        new = [self.head.write({"params": params}, copied(network))["params"] for params in old]
         parts["params"] = optax.LookaheadParams(*new) if ahead else new[0]
         if self.alternation.moves(self.head):
             with jax.transfer_guard("allow"):  # Optax makes its zeros on the host

@@ -111,7 +111,8 @@ def _filled(leaf: Any, weight: np.ndarray) -> Any:
     """An input of the module in which rows of weight zero that are not finite are replaced by rows that count, in turn.
 
     Copies, and not zeros: batch norms then see no values that are foreign to the data. Finite rows stay as they are,
-    for they may be seen by rows that count: other tokens of a sequence, neighbours in a graph.
+    for they may be seen by rows that count: other tokens of a sequence, neighbours in a graph. So do infinities of an
+    array with one number for each token: that is what a mask adds to the scores of attention.
 
     Args:
         leaf: an array whose leading axes are those of ``weight``, or the first of them; all else is returned as it is.
@@ -128,7 +129,7 @@ def _filled(leaf: Any, weight: np.ndarray) -> Any:
     sources = tuple(axis[place] for axis in np.nonzero(counts))
     if isinstance(leaf, Array):  # which stays where it is, and is not waited for
         return _filled_on_device(leaf, on_device(counts), tuple(map(on_device, sources)))
-    holes = ~counts & ~np.all(np.isfinite(leaf), axis=tuple(range(leading, leaf.ndim)))
+    holes = ~counts & np.any(_unfit(leaf, leading), axis=tuple(range(leading, leaf.ndim)))
     if not np.any(holes):
         return leaf
     filled = leaf.copy()
@@ -136,10 +137,17 @@ def _filled(leaf: Any, weight: np.ndarray) -> Any:
     return filled
 
 
+def _unfit(leaf: Any, leading: int) -> Any:
+    """Which entries a row of weight zero must not have."""
+    is_mask = leading > 1 and leaf.ndim == leading
+    xp = jnp if isinstance(leaf, Array) else np
+    return xp.isnan(leaf) if is_mask else ~xp.isfinite(leaf)
+
+
 @jax.jit
 def _filled_on_device(leaf: Array, counts: Array, sources: tuple[Array, ...]) -> Array:
     axes = tuple(range(counts.ndim, leaf.ndim))
-    holes = ~counts & ~jnp.all(jnp.isfinite(leaf), axis=axes)
+    holes = ~counts & jnp.any(_unfit(leaf, counts.ndim), axis=axes)
     rows = leaf.at[sources].get(out_sharding=jax.typeof(leaf).sharding)  # explicit meshes want it said
     return jnp.where(jnp.expand_dims(holes, axes), rows, leaf)
 

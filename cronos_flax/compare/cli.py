@@ -202,7 +202,7 @@ def _method_lines(names: Sequence[str]) -> list[str]:
     own = [f"  {name:<23}{text}" for name, text in said.items()]
     lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
     own.append(f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid")
-    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(DECAYS)}"]
+    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(filter(None, DECAYS))}"]
 
 
 def _positive(text: str) -> int:

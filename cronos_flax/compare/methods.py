@@ -107,13 +107,14 @@ def check_method(method: str) -> str:
     exists = method in METHODS or (
         name in BASELINES
         and kind in (None, ALTERNATION, STRICT)
-        and (decay is None or (kind is None and decay in DECAYS and name != _NO_DECAY))
+        and (decay is None or (kind is None and decay in filter(None, DECAYS) and name != _NO_DECAY))
         and not method.endswith("+")
     )
     if not exists:
         raise ValueError(
             f"`methods` must be of {', '.join(METHODS)}, or {ALTERNATION}:OPTIMIZER or {STRICT}:OPTIMIZER with one of "
-            f"the optimizers, or OPTIMIZER+DECAY with {', '.join(DECAYS)} (not for {_NO_DECAY}), got {method!r}."
+            f"the optimizers, or OPTIMIZER+DECAY with {', '.join(filter(None, DECAYS))} (not for {_NO_DECAY}), got "
+            f"{method!r}."
         )
     return method
 
@@ -161,12 +162,12 @@ class BaselineState(TrainState):
     Args:
         model_state: the module's other collections.
         evaluate: gives the parameters to evaluate; None for those that are trained.
-        decay: how ``cf.train`` lets the rate fall, if ``tx`` is :func:`rated`; None for a rate that stays.
+        run_decay: how ``cf.train`` lets the rate fall, if ``tx`` is :func:`rated`; None for a rate that stays.
     """
 
     model_state: Any = struct.field(default_factory=dict)
     evaluate: Callable[[Any, Any], Any] | None = struct.field(pytree_node=False, default=None)
-    decay: str | None = struct.field(pytree_node=False, default=None)
+    run_decay: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def eval_params(self) -> Any:
@@ -213,7 +214,7 @@ def _trained(task: Task, run: Run, watch: Callable[[Row], Any], directory: Path 
     else:
         assert name is not None
         tx = optimizer(name, run.rate, decay is not None)
-        state = BaselineState.create(**common, tx=tx, evaluate=BASELINES[name].evaluate, decay=decay)
+        state = BaselineState.create(**common, tx=tx, evaluate=BASELINES[name].evaluate, run_decay=decay)
     live = _Checks()
     with warnings.catch_warnings():
         # A rate that is too high for an optimizer is a cell of the grid, with its rows.
