@@ -37,7 +37,7 @@ class Alternation:
 
     Args:
         head: what gradient steps do to the head between solves. ``"moving"``: they move it with the backbone, on F, so
-            the optimizer sees the gradient of its weight decay too; a solve begins the optimizer's moments for the head
+            the optimizer sees the gradient of its weight decay too; after a solve its first moments for the head begin
             anew. ``"frozen"``: it stands still. Then a weaker β does better: the default of ``beta_ratio`` is .02 for a
             moving head and .005 for a frozen one.
         first_epoch: of :func:`cronos_flax.train`: the epoch, from 0, before which the head is first solved for. None
