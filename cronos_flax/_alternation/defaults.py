@@ -41,9 +41,8 @@ class Alternation:
             anew. ``"frozen"``: it stands still. Then a weaker β does better: the default of ``beta_ratio`` is .02 for a
             moving head and .005 for a frozen one.
         first_epoch: of :func:`cronos_flax.train`: the epoch, from 0, before which the head is first solved for. None
-            takes 1 for a moving head: one that is solved on features of random weights fits them so well that these
-            features hardly change any more. None takes 0 for a frozen head. For a pretrained backbone call
-            ``state.solve_head(data)`` before training.
+            takes 1 for a moving head, so that it is not solved on features of random weights, and 0 for a frozen one.
+            For a pretrained backbone call ``state.solve_head(data)`` before training.
         dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
             None takes 1 for a moving head and 5 for a frozen one.
         then_every: after these, one solve in so many epochs, ``≥ 1``. None takes 5 for a moving head and 3 for a frozen

@@ -1,11 +1,11 @@
-"""The parts of CRONOS-AM on development tasks: the table that the defaults of ``cf.Alternation`` were chosen on.
+"""The parts of CRONOS-AM on development tasks: a table that confirms the defaults of ``cf.Alternation``.
 
     python docs/benchmarks/alternation.py --data-dir tfds --out alternation.jsonl
 
 Six tasks, none of which a comparison in these pages reports: rows, classes, widths or networks are others, and all rows
-are of training splits. Every method has the same epochs and batches; Adam alone is tried with and without a cosine
-decay at five rates. Every run is a row of the file, written when it is done; rows that are there are not run again.
-Ends with the table; ``--out docs/benchmarks/alternation.jsonl.gz`` prints those of the kept rows.
+are of training splits. Every method has the same epochs and batches. Adam alone can be run with and without a cosine
+decay at five rates; the kept rows have two. Every run is a row of the file, written when it is done; rows that are
+there are not run again. Ends with the table; ``--out docs/benchmarks/alternation.jsonl.gz`` prints that of kept rows.
 """
 
 import dataclasses
