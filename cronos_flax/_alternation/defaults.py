@@ -62,7 +62,7 @@ class Alternation:
         Alternation(head='frozen', ...)
 
     References:
-        Feng, Frangella, Pilanci, arXiv:2411.01088, section 5, for the frozen head.
+        Feng, Frangella, Pilanci, arXiv:2411.01088, for the frozen head.
     """
 
     head: str = "moving"

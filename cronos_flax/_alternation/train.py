@@ -160,14 +160,12 @@ def train(
     settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
     settings |= {"solve_every": solve_every, "alternation": repr(alternation)}
     settings["key"] = on_host(jax.random.key_data(key)).tolist()
-    if not isinstance(state, CronosTrainState):
-        pass
-    elif not isinstance(to_solve, Arrays):
-        if solve_rows is not None:
+    if isinstance(state, CronosTrainState):
+        if solve_rows is not None and not isinstance(to_solve, Arrays):
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
-    elif solve_rows is None:
-        between = schedule * batch_size if isinstance(schedule, int) else None
-        solve_rows = to_solve.affordable(between, state.head)
+        if solve_rows is None and isinstance(to_solve, Arrays):
+            between = schedule * batch_size if isinstance(schedule, int) else None
+            solve_rows = to_solve.affordable(between, state.head)
 
     marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
     checkpoints = Checkpoints(directory, settings, marks, save_every)
