@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cronos_flax._head.head import Path
+from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.transfer import on_host
 
 # Fields of Optax's states that hold the direction of the next updates.
@@ -84,7 +85,7 @@ def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
         is_direction = any(getattr(entry, "name", None) in _DIRECTIONS for entry in path)
         of_parameters = not is_direction and bool(on_host(jnp.any(at_start != 0)))
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
-        return at_start.copy() if is_direction or of_parameters else now
+        return in_place_of(at_start.copy(), now) if is_direction or of_parameters else now
 
     return jax.tree_util.tree_map_with_path(chosen, present, new)
 

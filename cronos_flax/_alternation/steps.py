@@ -19,6 +19,7 @@ from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import Places, at_places, automatically, evaluated, mesh_of, places_of, shapes_of
 from cronos_flax._solver.transfer import batch_on_device, on_device, on_host
 
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
@@ -58,7 +59,7 @@ class Door:
         self._known: dict[Any, tuple[int, ...]] = {}
         collections = _collections(state)
         variables = {"params": module_params(state.params), **collections}
-        self._variables = jax.eval_shape(lambda v: v, variables)
+        self._variables, self._mesh = shapes_of(variables), mesh_of(variables)
         mutable = list(collections) if streams is not None else []
         apply_fn = state.apply_fn  # the state itself must not be kept alive
 
@@ -87,7 +88,7 @@ class Door:
         key = structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         if key not in self._known:
             try:
-                self._known[key] = jax.eval_shape(self._outputs, self._variables, *given).shape
+                self._known[key] = evaluated(self._outputs, self._mesh, self._variables, *given).shape
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 shapes = jax.tree.map(np.shape, given[0] or given[1])
                 raise ValueError(
@@ -142,14 +143,14 @@ def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
 
 @functools.lru_cache(maxsize=_KEPT_COMPILED)  # so that a sweep compiles once
 def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=5)
+    def jitted(
         state: Any,
         batch: Batch,
         run_decay: Array | None,
-        *,
         streams: Mapping[str, Array],
         class_weight: Array | None,
+        places: Places,
     ) -> tuple[Any, Array]:
         if run_decay is not None:
             state = state.replace(opt_state=state.opt_state._replace(run_decay=run_decay))
@@ -174,7 +175,13 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
         structure = jax.tree.structure(collections)
         changed = {"model_state": jax.tree.unflatten(structure, jax.tree.leaves(updates))} if mutable else {}
-        return state.apply_gradients(grads=grads, **changed), value
+        return at_places(state.apply_gradients(grads=grads, **changed), places), value
+
+    def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
+        def run(state: Any, *arguments: Any) -> tuple[Any, Array]:
+            return jitted(state, *arguments, places_of(state))  # JAX would shard the new state as it likes
+
+        return automatically(run, state, batch, run_decay, others["streams"], others["class_weight"])
 
     return step
 
@@ -208,7 +215,7 @@ def scoring(
     def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
         params, collections = _params_to_score(state), _collections(state)
         checked = (door(batch, at("train", name)) for batch in batches(rows, unpack, "train", name))
-        each = [sums(params, collections, batch_on_device(batch), class_weight) for batch in checked]
+        each = [automatically(sums, params, collections, batch_on_device(batch), class_weight) for batch in checked]
         if not each:
             raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")
         total, weights, hits, count, labelled = map(np.asarray, zip(*on_host(each), strict=True))

@@ -28,6 +28,7 @@ from cronos_flax._head.head import (
     relative_difference,
 )
 from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.transfer import on_device
 
@@ -244,7 +245,7 @@ def _redrawn(variables: Any, spread: float) -> Any:
     floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     rng = np.random.default_rng(0)
     draws = [on_device(rng.normal(size=jnp.shape(leaves[i])[-1:]), jnp.float32) for i in floats]
-    new = _scaled([on_device(leaves[i]) for i in floats], draws, on_device(spread, jnp.float32))
+    new = automatically(_scaled, [on_device(leaves[i]) for i in floats], draws, on_device(spread, jnp.float32))
     for i, leaf in zip(floats, new, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
@@ -326,7 +327,7 @@ def _scaled_to(draw: TwoLayer, features: Array, size: Array) -> TwoLayer:
 def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
     rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
     draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
-    return _scaled_to(draw, features, on_device(size, jnp.float32))
+    return automatically(_scaled_to, draw, features, on_device(size, jnp.float32))
 
 
 def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:

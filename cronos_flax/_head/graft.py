@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.meshes import automatically
 
 Pool = Callable[..., Any]
 
@@ -154,7 +155,8 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     if not isinstance(pretrained, Mapping):
         raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
     with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
+        made = automatically(lambda _, args, kwargs: grafted.init(rngs, *args, **kwargs), pretrained, args, kwargs)
+        fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(made))
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     replaced = grafted.at
 

@@ -20,6 +20,7 @@ from cronos_flax._head.features import Features, Gathered, GatheredRows, Store, 
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.norms import Moments
 from cronos_flax._solver.arrays import is_array
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -350,7 +351,7 @@ class Head:
 
 def relative_difference(a: Array, b: Array) -> float:
     """Largest difference, relative to the largest entry of b."""
-    return math.inf if a.shape != b.shape else float(on_host(_relative_difference(a, b)))
+    return math.inf if a.shape != b.shape else float(on_host(automatically(_relative_difference, a, b)))
 
 
 @jax.jit
@@ -359,9 +360,13 @@ def _relative_difference(a: Array, b: Array) -> Array:
     return jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny)
 
 
-@jax.jit
 def predicted(network: TwoLayer, features: Array) -> Array:
     """``relu(features kernel1 + bias1) kernel2 + bias2`` in float32."""
+    return automatically(_predicted, network, features)
+
+
+@jax.jit
+def _predicted(network: TwoLayer, features: Array) -> Array:
     return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
 
 
@@ -443,6 +448,6 @@ def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, 
         return call(variables, *static.join(arrays))
 
     def split(variables: Any, args: tuple, kwargs: Mapping) -> Any:
-        return run(variables, *_Static.split((args, dict(kwargs))))
+        return automatically(run, variables, *_Static.split((args, dict(kwargs))))
 
     return split

@@ -18,8 +18,8 @@ from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, selected
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import on_device
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
 _STATS = "batch_stats"  # Flax's collection of running statistics
@@ -197,7 +197,7 @@ class LinenModule:
         for path, (kernel, bias) in zip(paths, layers, strict=True):
             new = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
             old = dict(functools.reduce(lambda tree, name: tree[name], path, params))
-            new = jax.tree.map(lambda o, v: on_device(v, o.dtype), nn.meta.unbox(old), new)
+            new = {name: in_place_of(value, jax.tree.leaves(old[name])[0]) for name, value in new.items()}
             params = _replace(params, path, nn.meta.replace_boxed(old, new))
         return _replace(variables, ("params",), params)
 
@@ -211,8 +211,8 @@ class LinenModule:
                 continue
             unboxed = nn.meta.unbox(old)
             new = unboxed | {
-                "mean": on_device(mean, unboxed["mean"].dtype),
-                "var": on_device(var, unboxed["var"].dtype),
+                "mean": in_place_of(mean, unboxed["mean"]),
+                "var": in_place_of(var, unboxed["var"]),
             }
             given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
         return given

@@ -22,8 +22,8 @@ from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, format_path, selected
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import on_device
 
 LAYERS = nnx.Linear, nnx.LinearGeneral
 _trace = threading.local()  # .calls: dtypes of results by path, while a watched copy is traced
@@ -214,8 +214,8 @@ class NnxModule:
         new = given if isinstance(given, nnx.Module) else jax.tree.map(lambda leaf: leaf, given)
         for path, (mean, var) in moments.items():
             layer = _weights(new, path)
-            layer["mean"].set_value(on_device(mean, layer["mean"].dtype))
-            layer["var"].set_value(on_device(var, layer["var"].dtype))
+            layer["mean"].set_value(in_place_of(mean, layer["mean"].get_value()))
+            layer["var"].set_value(in_place_of(var, layer["var"].get_value()))
         return new
 
     def count(self, variables: Any) -> int:
@@ -238,9 +238,9 @@ def _assign(layers: list[Mapping[str, nnx.Variable]], network: TwoLayer) -> None
     values = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
     changes = []
     for layer, (kernel, bias) in zip(layers, values, strict=True):
-        changes.append((layer["kernel"], on_device(kernel, layer["kernel"].dtype)))
+        changes.append((layer["kernel"], in_place_of(kernel, layer["kernel"].get_value())))
         if bias is not None:
-            changes.append((layer["bias"], on_device(bias, layer["bias"].dtype)))
+            changes.append((layer["bias"], in_place_of(bias, layer["bias"].get_value())))
     for param, value in changes:
         param.set_value(value)
 

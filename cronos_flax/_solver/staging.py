@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
 
 from cronos_flax._solver import host
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host
 
 # The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it.
@@ -49,15 +49,8 @@ class Program:
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it by itself."""
-        mesh = _explicit_mesh(arguments)
-        if mesh is None:
-            return self.compiled(arguments)(arguments, tuple(sorted(static.items())))
-        # JAX is to find out how products of sharded arrays are sharded; in the caller's mesh it asks the caller.
-        automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        with jax.set_mesh(automatic):
-            arguments = _on_mesh(arguments, automatic)
-            result = self.compiled(arguments)(arguments, tuple(sorted(static.items())))
-        return _on_mesh(result, mesh)
+        names = tuple(sorted(static.items()))
+        return automatically(lambda *given: self.compiled(given)(given, names), *arguments)
 
     def inside(self, *arguments: Any, **static: Any) -> Any:
         """Run it as part of a program that is being traced."""
@@ -76,27 +69,6 @@ class Program:
 def _entries(tree: Any) -> int:
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Blocks))
     return sum(leaf.rows * leaf.columns if isinstance(leaf, Blocks) else np.size(leaf) for leaf in leaves)
-
-
-def _explicit_mesh(tree: Any) -> Mesh | None:
-    """The mesh with explicit axes that arrays lie on; None where there is none."""
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
-            return sharding.mesh  # type: ignore[return-value]  # an array's mesh has devices
-    return None
-
-
-def _on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The arrays that lie on a mesh of the same devices, on this one; nothing moves."""
-
-    def moved(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or sharding.mesh == mesh:
-            return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
-
-    return jax.tree.map(moved, tree)
 
 
 def _options(fast: bool) -> dict[str, Any] | None:

@@ -1,0 +1,118 @@
+"""Arrays on meshes of devices: run on automatic axes, whatever the caller's are, and put back as they lay.
+
+On a mesh of explicit axes, as ``jax.make_mesh`` makes it, JAX asks how each product of sharded arrays is sharded. A
+module, an optimizer or a solve cannot know. So they run on a mesh of the same devices with automatic axes, where JAX
+finds out by itself.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from cronos_flax._solver.transfer import on_device
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh of more than one device that arrays lie on, one with explicit axes first; None where there is none."""
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_on_mesh(leaf)]
+    return next(filter(_is_explicit, meshes), meshes[0] if meshes else None)
+
+
+def automatic(mesh: Mesh | None) -> Mesh | None:
+    """The mesh of the same devices with automatic axes, for one with explicit axes; None for all else."""
+    if mesh is None or not _is_explicit(mesh):
+        return None
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def automatically(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` on automatic axes; results on a mesh are on the caller's again. No array moves."""
+    mesh = mesh_of(arguments)
+    auto = automatic(mesh)
+    if mesh is None or auto is None:
+        return function(*arguments)
+    with jax.set_mesh(auto):
+        result = function(*_on_mesh(arguments, auto))
+    return _on_mesh(result, mesh)
+
+
+def evaluated(function: Callable[..., Any], mesh: Mesh | None, *arguments: Any) -> Any:
+    """``jax.eval_shape`` of a function of arrays and of what else there is, wherever the arrays lie.
+
+    Args:
+        function: the function.
+        mesh: that of its arrays, as :func:`mesh_of` gives it.
+        *arguments: of the function.
+    """
+    auto = automatic(mesh)
+    with contextlib.nullcontext() if auto is None else jax.set_mesh(auto):
+        return jax.eval_shape(function, *shapes_of(arguments))
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with JAX's arrays as shapes and dtypes."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype) if isinstance(v, Array) else v, tree)
+
+
+def in_place_of(new: ArrayLike, old: Array) -> Array:
+    """An array in the dtype of the one whose place it takes and, if that one is committed to devices, sharded alike.
+
+    One of another shape, which that sharding does not divide, is replicated on the same devices.
+    """
+    new = on_device(new, old.dtype)
+    if isinstance(new, Tracer) or isinstance(old, Tracer) or not getattr(old, "committed", False):
+        return new
+    place = old.sharding
+    try:
+        place.shard_shape(new.shape)
+    except ValueError:
+        assert isinstance(place, NamedSharding)
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(new, place)
+
+
+Places = tuple[NamedSharding | None, ...]
+
+
+def places_of(tree: Any) -> Places:
+    """How the arrays of a tree are sharded over more than one device; None for those that are not."""
+    return tuple(leaf.sharding if _is_on_mesh(leaf) else None for leaf in jax.tree.leaves(tree))
+
+
+def at_places(tree: Any, places: Places) -> Any:
+    """In a jitted function on automatic axes: the tree, sharded like this."""
+    leaves, treedef = jax.tree.flatten(tree)
+    put = [
+        leaf if place is None else jax.lax.with_sharding_constraint(leaf, place)
+        for leaf, place in zip(leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, put)
+
+
+def _is_named(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding) and isinstance(leaf.sharding.mesh, Mesh)
+
+
+def _is_on_mesh(leaf: Any) -> bool:
+    return _is_named(leaf) and leaf.sharding.mesh.size > 1
+
+
+def _is_explicit(mesh: Mesh) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The arrays that lie on a mesh of the same devices, on this one."""
+
+    def moved(leaf: Any) -> Any:
+        if not _is_named(leaf) or leaf.sharding.mesh == mesh:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+
+    return jax.tree.map(moved, tree)
