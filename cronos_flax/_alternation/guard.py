@@ -25,8 +25,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._alternation.optimizer_state import gone_back
-from cronos_flax._head.features import GatheredRows
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
+from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
@@ -309,8 +309,10 @@ def solve_guarded(
 
 def _rounding(rows: GatheredRows) -> float:
     """Rounding of a mean loss: of the loss at zero outputs, which is about the square of real targets, or one."""
-    is_real = jnp.issubdtype(rows.y.dtype, jnp.floating)
-    return _ROUNDING * (float(np.mean(np.square(rows.y), dtype=float)) if is_real else 1.0)
+    if not jnp.issubdtype(rows.y.dtype, jnp.floating):
+        return _ROUNDING
+    y = on_host(rows.y)
+    return _ROUNDING * float(np.mean(np.square(y if rows.order is None else y[rows.order]), dtype=float))
 
 
 def copied(tree: Any) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from cronos_flax._head.data import Batch
-from cronos_flax._head.features import Gathered, GatheredRows, Piece, sorted_by_target
 from cronos_flax._head.files import append, held, named
 from cronos_flax._head.fingerprint import Fingerprint, checksum, crc, difference
 from cronos_flax._head.norms import Population
+from cronos_flax._head.rows import Gathered, GatheredRows, Piece, sorted_by_target
 
 _VERSION = 1
 _LOG = "log.jsonl"
@@ -213,7 +213,7 @@ class Cache:
                 "gather_features: with a `cache`, features and targets must have one dtype and shape in all batches, "
                 f"got {piece.form} after {self._form}."
             )
-        X, y, weight, finite = piece.rows
+        X, y, weight, finite, *_ = piece.rows
         kept = 0
         for name, array in {"X": X, "y": y, "weight": weight}.items():
             if array is None:

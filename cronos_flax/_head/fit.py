@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.features import GatheredRows, in_blocks
+from cronos_flax._head.features import in_blocks
 from cronos_flax._head.head import Head
+from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.meshes import on_automatic_axes_of
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -78,11 +80,27 @@ def fit_rows(
     Raises:
         FloatingPointError: if the loss of ``network`` is not finite, and ``throw``.
     """
+
+    def fit(network: TwoLayer, solver: Cronos, key: Array | None) -> tuple[TwoLayer | None, Solution]:
+        return _fit_rows(network, rows, solver, key, callback, throw)
+
+    return on_automatic_axes_of(rows.mesh, fit, network, solver, key)
+
+
+def _fit_rows(
+    network: TwoLayer,
+    rows: GatheredRows,
+    solver: Cronos,
+    key: Array | None,
+    callback: Callable[[dict[str, float]], Any] | None,
+    throw: bool,
+) -> tuple[TwoLayer | None, Solution]:
     arguments: dict[str, Any] = {"init": network, "sample_weight": rows.weight, "key": key, "callback": callback}
     if isinstance(rows.X, np.memmap) and rows.X.nbytes > _IN_MEMORY:
         solution = solver.solve(in_blocks(rows.X), rows.y, **arguments)
     else:
-        solution = solver.solve_features(rows.X, rows.y, **arguments)
+        order = None if rows.order is None else on_device(rows.order)
+        solution = solver.solve_features(rows.X, rows.y, order=order, **arguments)
     if throw and solution.status == Status.nonfinite:
         raise FloatingPointError(f"fit_head: {solution.status.message}")
 

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cronos_flax._head.cache import from_cache
 from cronos_flax._head.data import check_repeatable
 from cronos_flax._head.features import Features
 from cronos_flax._head.head import Head
+from cronos_flax._head.rows import InMemory
 
 
 def gather_features(
@@ -62,9 +65,14 @@ def gather_features(
         raise ValueError(f"{where}: `head` must come from cf.find_head or cf.nnx.find_head, got {type(head).__name__}.")
     if isinstance(data, Features):
         raise ValueError(f"{where}: `data` are features already. Give them to fit_head.")
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{where}: there must be one process, which keeps the features, got {jax.process_count()}. Give the data "
+            "to fit_head or solve_head, where each process keeps the rows of its own devices."
+        )
     backbone = head.backbone(variables, where)
     if cache is None:
-        rows, order, moments = head.passed(variables, data, unpack, callback, where)
+        rows, order, moments = head.passed(variables, data, unpack, callback, where, InMemory())
     else:
         check_repeatable(data, unpack, where)
         rows, order, moments = from_cache(

@@ -155,7 +155,9 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     if not isinstance(pretrained, Mapping):
         raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
     with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        made = automatically(lambda _, args, kwargs: grafted.init(rngs, *args, **kwargs), pretrained, args, kwargs)
+        made = automatically(
+            lambda _, rngs, args, kwargs: grafted.init(rngs, *args, **kwargs), pretrained, rngs, args, kwargs
+        )
         fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(made))
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     replaced = grafted.at
@@ -176,4 +178,4 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    return jnp.shape(nn.meta.unbox(leaf))
+    return jnp.shape(*jax.tree.leaves(leaf))  # not unboxed: an explicit mesh would compare it with its annotation

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from cronos_flax._head.data import as_arrays
-from cronos_flax._head.features import Features, Gathered, GatheredRows, Store, gather
+from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.norms import Moments
+from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.checks import concrete
@@ -80,12 +80,12 @@ def starts(rows: Rows) -> Neurons:
     those whose place has the highest hash, among the rows of positive weight: not regular, for rows can be sorted or
     come in turns, and not changed by rows of weight zero at the end.
     """
-    n = len(rows.root)
+    n, root = rows.count, rows.root if rows.order is None else rows.root[rows.order]
     place = jnp.arange(1, n + 1, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     place = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B)
     score = (place ^ (place >> 13)) >> 8  # 24 bits, which a float32 holds
-    _, index = jax.lax.top_k(jnp.where(rows.root > 0, score.astype(jnp.float32), -1), min(_STARTS, n))
-    x = rows.X[index].T
+    _, index = jax.lax.top_k(jnp.where(root > 0, score.astype(jnp.float32), -1), min(_STARTS, n))
+    x = rows.X[index if rows.order is None else rows.order[index]].T
     x = jnp.pad(x / _or_one(norms(x)), ((0, 0), (0, _STARTS - len(index))))
     return x - jnp.where(np.arange(_STARTS)[None, :] % 8 == 0, 0, jnp.roll(x, 1, axis=1))
 
@@ -105,6 +105,7 @@ def _user_beta_max(
     X: Float[Array, "n p"],
     y: Float[Array, "n C"],
     weight: RowVector,
+    order: Int[Array, " k"] | None = None,
     *,
     loss: Loss,
     hidden_bias: bool,
@@ -112,7 +113,7 @@ def _user_beta_max(
 ) -> Scalar:
     """:func:`beta_max` of features in the user's units, as a weight decay in the user's units."""
     weight = normalised(weight)
-    rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
+    rows, basis = scaled(X, y, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias, order=order)
     return beta_max(rows) * basis.scale / jnp.sum(weight)
 
 
@@ -128,24 +129,33 @@ class Data(NamedTuple):
 
     def take(self, index: Bool[np.ndarray, " n"]) -> "Data":
         """Some of the rows."""
-        there = on_device(np.flatnonzero(index))
+        return self.at(np.flatnonzero(index))
+
+    def at(self, places: Int[np.ndarray, " k"]) -> "Data":
+        """The rows at these places."""
+        there = on_device(places)
         return Data(*(taken(rows, there) for rows in self))
 
 
-def choosable(X: Array | Source, y: Outputs, weight: RowVector) -> Data:
-    """The rows that a path can choose from: in memory, not traced, and of positive weight.
+def choosable(X: Array | Source, y: Outputs, weight: RowVector, order: Array | None = None) -> Data:
+    """The rows that a path can choose from: in memory of one process, not traced, and of positive weight, in order.
 
     Raises:
-        ValueError: if they are in blocks, traced, or fewer than ten.
+        ValueError: if they are in blocks, traced, on several processes, or fewer than ten.
     """
     if isinstance(X, Source):
         raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
     if not all(concrete(value) for value in (X, y, weight)):
         raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
+    if not X.is_fully_addressable:
+        raise ValueError(
+            'solve: beta="path" holds rows out, which must lie on one process, got rows on several. Give a number, or '
+            "None."
+        )
     there = on_host(weight) > 0
     if there.sum() < 10:
         raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {there.sum()}.')
-    return Data(X, y, weight).take(there)
+    return Data(X, y, weight).at(np.flatnonzero(there) if order is None else on_host(order))
 
 
 @functools.partial(jax.jit, static_argnames="loss")

@@ -158,15 +158,18 @@ def data(
     return X, targets.astype(X.dtype)
 
 
-def balanced(loss: Loss, targets: Array) -> Array:
-    """Weights ``n / (classes · rows of the class)``: every class that is there counts the same."""
+def balanced(loss: Loss, targets: Array, order: Array | None = None) -> Array:
+    """Weights ``n / (classes · rows of the class)``: every class that is there counts the same.
+
+    ``order`` says which n rows count; None for all.
+    """
     known = is_labelled(loss, targets) if concrete(targets) else loss.is_labelled(targets)
     if (isinstance(known, bool) or concrete(known)) and not on_host(known):
         raise ValueError(
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
         )
-    return _balanced(loss, targets)
+    return _balanced(loss, targets, order)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -182,10 +185,11 @@ def labels_of(loss: Loss, targets: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _balanced(loss: Loss, targets: Array) -> Array:
+def _balanced(loss: Loss, targets: Array, order: Array | None) -> Array:
     labels = loss.labels(targets)
-    counts = jnp.bincount(labels, length=max(targets.shape[1], 2)).astype(targets.dtype)
-    return len(targets) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
+    counted = labels if order is None else labels[order]
+    counts = jnp.bincount(counted, length=max(targets.shape[1], 2)).astype(targets.dtype)
+    return len(counted) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
 
 
 def sample_weight(value: ArrayLike | None, y: Array) -> Array:

@@ -17,7 +17,7 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root"], meta_fields=["loss", "output_bias"])
+@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root", "order"], meta_fields=["loss", "output_bias"])
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.
@@ -30,6 +30,8 @@ class Rows:
         root: √w; what the output bias is multiplied by.
         loss: the loss of one row.
         output_bias: whether the network has an output bias.
+        order: the places of the rows that samples are drawn from, in the order of the draws: all rows of positive
+            weight, where they lie on several devices; None for all places in their own order.
     """
 
     X: Features | Blocks
@@ -37,10 +39,16 @@ class Rows:
     root: RowVector
     loss: Loss
     output_bias: bool
+    order: Int[Array, " k"] | None = None
 
     def take(self, index: Int[Array, " k"]) -> "Rows":
-        """Some of the rows."""
-        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index])
+        """The rows at these places."""
+        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index], order=None)
+
+    @property
+    def count(self) -> int:
+        """How many rows samples are drawn from."""
+        return len(self.Y) if self.order is None else len(self.order)
 
     @property
     def weight(self) -> RowVector:
@@ -161,6 +169,7 @@ def scaled(
     *,
     hidden_bias: bool,
     output_bias: bool,
+    order: Int[Array, " k"] | None = None,
 ) -> tuple[Rows, Basis]:
     """Rows in the coordinates of this module without rotation, and the change of coordinates.
 
@@ -171,6 +180,7 @@ def scaled(
         loss: of one row.
         hidden_bias: add the constant column that carries the hidden bias.
         output_bias: whether the network has an output bias.
+        order: as in :class:`Rows`.
     """
     root = jnp.sqrt(weight)
     scale = root_mean_square_norm(features, weight)
@@ -180,7 +190,7 @@ def scaled(
     else:
         X = features * (root / scale)[:, None]
         X = jnp.pad(X, ((0, 0), (0, 1))).at[:, -1].set(root) if hidden_bias else X
-    return Rows(X, targets, root, loss, output_bias), Basis(scale, hidden_bias)
+    return Rows(X, targets, root, loss, output_bias, order), Basis(scale, hidden_bias)
 
 
 def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:

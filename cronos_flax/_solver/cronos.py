@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
+from cronos_flax._solver.meshes import mesh_of
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -184,19 +186,21 @@ class Cronos:
         sample_weight: ArrayLike | None,
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
+        order: Array | None = None,
     ) -> Solution:
         """:meth:`solve` from ``init``, with the same arguments, for features that are known to be finite.
 
         Their values are not checked again. The ``beta`` that None stands for is found by a small program of its own, so
-        that a solve with this ``beta`` runs the same program.
+        that a solve with this ``beta`` runs the same program. ``order`` says where the rows are that samples are drawn
+        from, if they lie on several devices; None for all, as they stand.
         """
         solver, key = self, default_key() if key is None else key
         if self.beta is None:
-            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
+            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True, order=order)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
-            beta_max = self._user_beta_max(data, init)
+            beta_max = self._user_beta_max(data, init, order)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
-        return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, known_finite=True)
+        return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, order, known_finite=True)
 
     def _solve(
         self,
@@ -210,10 +214,12 @@ class Cronos:
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
         validation: tuple[ArrayLike, ArrayLike] | None,
+        order: Array | None = None,
         *,
         known_finite: bool,
     ) -> Solution:
-        features, targets, weight = self._data(X, y, num_classes, _outputs_of(init, state), sample_weight, known_finite)
+        outputs = _outputs_of(init, state)
+        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite, order)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         if validation is not None and not isinstance(self.beta, str):
@@ -222,13 +228,16 @@ class Cronos:
         key = default_key() if key is None else key
         if isinstance(self.beta, str):
             first: Any = getattr(start, "params", start)
-            return self._solve_on_path(betas.choosable(features, targets, weight), first, m, key, callback, validation)
+            rows = betas.choosable(features, targets, weight, order)
+            return self._solve_on_path(rows, first, m, key, callback, validation)
         is_weighted = sample_weight is not None and checks.concrete(weight)
-        if self.gates == "refreshed" and is_weighted and isinstance(features, Array):
+        if self.gates == "refreshed" and is_weighted and isinstance(features, Array) and order is None:
             counts = on_host(weight) > 0  # a row of no weight must not take a sample's place
-            if not counts.all():
+            if not counts.all() and mesh_of(features) is None:
                 features, targets, weight = betas.Data(features, targets, weight).take(counts)
-        return self._solve_checked(features, targets, weight, start, m, key, callback)
+            elif not counts.all():  # rows stay on their devices
+                order = on_device(np.flatnonzero(counts), np.int32)
+        return self._solve_checked(features, targets, weight, start, m, key, callback, order)
 
     def _solve_checked(
         self,
@@ -239,6 +248,7 @@ class Cronos:
         hidden: int,
         key: Array,
         callback: Callable[[dict[str, float]], Any] | None,
+        order: Array | None = None,
     ) -> Solution:
         """Run the compiled solve on arguments that fit together."""
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
@@ -247,11 +257,11 @@ class Cronos:
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
         limits = {"hidden": hidden, "max_iters": max_iters}
         if callback is None and not isinstance(features, Source):
-            return solve(Asked(solver, features, y, weight, start, key, None), **limits)
+            return solve(Asked(solver, features, y, weight, start, key, None, order), **limits)
         source = features if isinstance(features, Source) else None
         with host.opened(source, callback and host.Reporter(callback)) as (number, progress):
             rows: Any = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            return jax.block_until_ready(solve(Asked(solver, rows, y, weight, start, key, progress), **limits))
+            return jax.block_until_ready(solve(Asked(solver, rows, y, weight, start, key, progress, order), **limits))
 
     def _solve_on_path(
         self,
@@ -284,10 +294,12 @@ class Cronos:
         stats = dataclasses.replace(solution.stats, path_betas=on_device(tried), path_losses=on_device(losses))
         return dataclasses.replace(solution, stats=stats)
 
-    def _user_beta_max(self, data: tuple[Any, Array, Array], network: TwoLayer | None) -> Array:
+    def _user_beta_max(
+        self, data: tuple[Any, Array, Array], network: TwoLayer | None, order: Array | None = None
+    ) -> Array:
         hidden_bias, output_bias = biases(self.gates, network)
         static = {"loss": loss_of(self.loss), "hidden_bias": hidden_bias, "output_bias": output_bias}
-        return control_of(data).run(betas.user_beta_max, *data, **static)
+        return control_of(data).run(betas.user_beta_max, *data, order, **static)
 
     def objective(
         self,
@@ -326,12 +338,13 @@ class Cronos:
         outputs: int | None,
         sample_weight: ArrayLike | None,
         known_finite: bool = False,
+        order: Array | None = None,
     ) -> tuple[Array | Source, Array, Array]:
         """Features, targets and weights, checked."""
         loss = loss_of(self.loss)
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
-        return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y)
+        return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, order)
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:

@@ -37,20 +37,28 @@ def sample_size(n: int, settings: Refreshed, least: int | None = None) -> int:
     return min(n, max(n // settings.sample_every, least), settings.most_sample)
 
 
-def places(n: int, size: int, key: Array) -> Int[Array, " k"] | None:
-    """Which rows a sample of n has: one at random out of each stretch of equal length; None for all of them."""
+def places(n: int, size: int, key: Array, order: Int[Array, " n"] | None = None) -> Int[Array, " k"] | None:
+    """Where the rows of a sample of n are: one at random out of each stretch of equal length; None for all of them.
+
+    Args:
+        n: rows that are drawn from.
+        size: of the sample.
+        key: of the draw.
+        order: where the n rows are; None for 0 … n − 1.
+    """
     if size == n:
         return None
     stretch = n // size
     first_key, place_key = jax.random.split(key)
     first = jax.random.randint(first_key, (), 0, n, jnp.int32)
     place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)
-    return (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+    drawn = (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+    return drawn if order is None else order[drawn]
 
 
 def sample(rows: Rows, key: Array, size: int) -> Rows:
     """Some rows, one at random out of each stretch of equal length."""
-    index = places(rows.Y.shape[0], size, key)
+    index = places(rows.count, size, key, rows.order)
     return rows if index is None else rows.take(index)
 
 
@@ -89,9 +97,9 @@ class Prepared:
 def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     """For networks of m neurons; the spectrum is that of a sample of the rows."""
     sample_key, feature_key, neuron_key = jax.random.split(key, 3)
-    n, d = rows.X.shape
-    X = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d)).X
-    k = X.shape[0]
+    d = rows.X.shape[1]
+    some = sample(rows, sample_key, sample_size(rows.count, settings, settings.rows_per_feature * d))
+    X, k = some.X, some.count
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
     features = Spectrum.of(lambda V: X.T @ (X @ V) / k, trace, test)
@@ -138,7 +146,7 @@ class LocalModel:
         H = None if self.H is None else self.H[index]
         D, outputs = self.D[index], self.outputs[index]
         return dataclasses.replace(
-            self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=self.stretch * len(self.D) / len(D)
+            self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=self.stretch * self.rows.count / len(D)
         )
 
     def forward(self, Z: Activations, delta: Step) -> Outputs:
@@ -209,7 +217,7 @@ class Preconditioner:
     def of(cls, prepared: Prepared, model: LocalModel, N: Float[Array, " m"], damping: Scalar) -> Self:
         """For the curvature that a model has."""
         D, A, rows, root = model.D.astype(N.dtype), model.A, model.rows, 1 / jnp.sqrt(N)
-        h, n = rows.mean_curvature(model.outputs), model.stretch * len(D)
+        h, n = rows.mean_curvature(model.outputs), model.stretch * rows.count
 
         def spectrum(K: Float[Array, "m m"]) -> Spectrum:
             K = root[:, None] * K * root[None, :]

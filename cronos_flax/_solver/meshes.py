@@ -34,9 +34,14 @@ def automatic(mesh: Mesh | None) -> Mesh | None:
 def automatically(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)`` on automatic axes; results on a mesh are on the caller's again. No array moves."""
     mesh = mesh_of(arguments)
-    auto = automatic(mesh)
-    if mesh is None or auto is None:
+    return function(*arguments) if automatic(mesh) is None else on_automatic_axes_of(mesh, function, *arguments)
+
+
+def on_automatic_axes_of(mesh: Mesh | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The same where the mesh is known, and the function has arrays of its own that lie on its automatic axes."""
+    if mesh is None:
         return function(*arguments)
+    auto = automatic(mesh) or mesh
     with jax.set_mesh(auto):
         result = function(*_on_mesh(arguments, auto))
     return _on_mesh(result, mesh)
@@ -96,7 +101,9 @@ def at_places(tree: Any, places: Places) -> Any:
 
 
 def _is_named(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "sharding", None), NamedSharding) and isinstance(leaf.sharding.mesh, Mesh)
+    if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
+        return False
+    return isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh)
 
 
 def _is_on_mesh(leaf: Any) -> bool:
@@ -108,10 +115,10 @@ def _is_explicit(mesh: Mesh) -> bool:
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The arrays that lie on a mesh of the same devices, on this one."""
+    """The arrays that lie on this mesh with axes of another type, on this one."""
 
     def moved(leaf: Any) -> Any:
-        if not _is_named(leaf) or leaf.sharding.mesh == mesh:
+        if not _is_named(leaf) or leaf.sharding.mesh == mesh or leaf.sharding.mesh.axis_names != mesh.axis_names:
             return leaf
         return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 

@@ -156,7 +156,7 @@ def step(
 
     estimate = None
     if tried is not None:
-        some, share = rows.take(tried), beta * (len(tried) / len(Z))
+        some, share = rows.take(tried), beta * (len(tried) / rows.count)
         Z_some, Z_delta_some = Z[tried], Z_delta[tried]
 
         def estimate(length: Scalar) -> Scalar:
@@ -288,12 +288,12 @@ def judged(
 
 
 def _drawn(
-    key: Array, *, n: int, settings: Refreshed
+    key: Array, order: Int[Array, " n"] | None, *, n: int, settings: Refreshed
 ) -> tuple[Array, Array, Int[Array, " k"] | None, Int[Array, " l"] | None]:
     """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all."""
     key, probe_key, sample_key = jax.random.split(key, 3)
-    index = places(n, sample_size(n, settings), sample_key)
-    tried = places(n, min(n, settings.least_sample), sample_key) if index is None else index
+    index = places(n, sample_size(n, settings), sample_key, order)
+    tried = places(n, min(n, settings.least_sample), sample_key, order) if index is None else index
     return key, probe_key, index, tried
 
 
@@ -316,7 +316,7 @@ def descend(
     """
 
     def body(now: Descent) -> Descent:
-        key, probe_key, index, tried = control.run(drawn, now.key, n=rows.Y.shape[0], settings=settings)
+        key, probe_key, index, tried = control.run(drawn, now.key, rows.order, n=rows.count, settings=settings)
         alive = control.cond(
             now.has_dead, lambda: control.run(revived, rows, now.iterate, probe_key), lambda: now.iterate
         )
@@ -346,7 +346,7 @@ def _few(rows: Rows, at: Point, beta: Scalar, key: Array, *, size: int) -> tuple
     """Some of the rows, their share of β, the iterate on them, and the next key."""
     key, sample_key = jax.random.split(key)
     some = gauss_newton.sample(rows, sample_key, size)
-    share = beta * size / rows.Y.shape[0]
+    share = beta * size / rows.count
     return some, share, init(some, at.U, at.A, at.b, share, at.damping), key
 
 
@@ -379,7 +379,7 @@ def warm_up(
     Every step draws its rows anew, for many classes have few rows each, and several steps on the same ones fit these
     alone. Rows on disk are drawn once, as every draw reads the disk.
     """
-    n = rows.Y.shape[0]
+    n = rows.count
     size = min(n // settings.warm_up_every, settings.most_sample)
     if size < settings.least_warm_up:
         return start, key

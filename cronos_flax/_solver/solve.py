@@ -55,6 +55,7 @@ class Asked(NamedTuple):
         start: a network or a state to start from; None for a random network.
         key: of all that is random.
         progress: the number of the callback, None for none.
+        order: of the rows, as in :class:`cronos_flax._solver.coordinates.Rows`.
     """
 
     solver: Any
@@ -64,6 +65,7 @@ class Asked(NamedTuple):
     start: TwoLayer | State | None
     key: Array
     progress: Int[Array, ""] | None
+    order: Int[Array, " k"] | None = None
 
 
 class Begun(NamedTuple):
@@ -87,12 +89,13 @@ class Begun(NamedTuple):
 
 
 def _begin(asked: Asked, *, hidden: int) -> Begun:
-    solver, features, targets, weight, start, key, progress = asked
+    solver, features, targets, weight, start, key, progress, order = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     params = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
-    rows, basis = scaled(features, targets, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
+    biased = {"hidden_bias": hidden_bias, "output_bias": output_bias}
+    rows, basis = scaled(features, targets, weight, loss, **biased, order=order)
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
@@ -223,11 +226,11 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
 
     limits = Limits(tol, max_iters)
     if asked.solver.tol is None:
-        (n, d), (m, C) = rows.X.shape, first.A.shape
-        patience = refreshed.patience(n, d, m, C, settings)
+        d, (m, C) = rows.X.shape[1], first.A.shape
+        patience = refreshed.patience(rows.count, d, m, C, settings)
         if patience <= max_iters:
             limits = limits._replace(null=null, patience=patience)
-    descent = refreshed.begin(control, len(asked.targets), first, key, limits, settings)
+    descent = refreshed.begin(control, rows.count, first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
     data = asked.features, asked.targets, asked.weight

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
@@ -26,8 +27,20 @@ def batch_on_device(tree: Any) -> Any:
 
 
 def on_host(value: Any) -> Any:
-    """A pytree with its arrays in host memory, as NumPy's."""
-    return jax.device_get(value)
+    """A pytree with its arrays in host memory, as NumPy's.
+
+    Of arrays on several processes each process gets the whole, so all must ask: for weights and targets, not for rows
+    of features.
+    """
+    return jax.device_get(jax.tree.map(_replicated, value))
+
+
+def _replicated(leaf: Any) -> Any:
+    """An array of which each process has the whole."""
+    if not isinstance(leaf, Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    assert isinstance(leaf.sharding, NamedSharding)
+    return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
 
 
 @jax.jit
