@@ -26,8 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from cronos_flax._head.files import held, named
+from cronos_flax._head.files import held_by_all, named
 from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
 
 State = TypeVar("State")
@@ -71,7 +72,7 @@ def save_checkpoint(
     """
     content = _content(state, step, extra, keep)
     directory = Path(directory).absolute()
-    with held(directory, "save_checkpoint: `directory`"):
+    with held_by_all(directory, "save_checkpoint: `directory`"):
         _write(directory, step, content, keep)
 
 
@@ -102,7 +103,7 @@ def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None
         try:
             _read(directory, step)
         except _DamagedError:
-            taken.rename(_free(directory, f"{step}.{_ASIDE}"))
+            by_first(lambda: taken.rename(_free(directory, f"{step}.{_ASIDE}")))
         else:
             raise ValueError(
                 f"save_checkpoint: `step` {step} is in {directory} already. Give a later step, or another directory."
@@ -267,9 +268,15 @@ def _named(tree: Any) -> dict[str, Any]:
     """All leaves by their path, as arrays; a key as its data."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
-    return {
+    arrays = {
         name: jax.random.key_data(leaf) if _is_key(leaf) else leaf if isinstance(leaf, Array) else np.asarray(leaf)
         for name, leaf in leaves.items()
+    }
+    if jax.process_count() == 1:
+        return arrays
+    # What each process has for itself is the same in all: Orbax takes it from the first, as an array of NumPy.
+    return {
+        name: on_host(leaf) if getattr(leaf, "is_fully_addressable", False) else leaf for name, leaf in arrays.items()
     }
 
 
@@ -287,8 +294,8 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
     """
     with _late_answers.ignored():
         leaves, described, damage = _by_orbax(directory, step, like)
-        if damage:
-            raise _DamagedError(damage)
+        if not everywhere(not damage):
+            raise _DamagedError(damage or "another process could not read it")
     wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
     if wrong:
         raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")

@@ -29,6 +29,7 @@ from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.processes import agreed, on_first
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -168,7 +169,7 @@ class GuardState:
             The new state of the guard, and the parts to continue with: those given if the solve is accepted, otherwise
             copies of the kept ones; with the new rate of the backbone in both cases.
         """
-        settings, objective, best = self.settings, float(on_host(stats.objective)), float(on_host(self.best))
+        settings, objective, best = self.settings, agreed(float(on_host(stats.objective))), float(on_host(self.best))
         rise, allowed = objective - best - rounding, settings.tolerance * max(float(on_host(stats.null_loss)), _TINY)
         accepted = math.isfinite(objective) and rise <= allowed * settings.drift_factor ** self._tries()
         comparable = rise <= allowed  # with the losses before, which drift does not explain
@@ -280,6 +281,7 @@ def solve_guarded(
     Raises:
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
+    callback = on_first(callback)
     if rows.finite:
         decided = bool(np.isfinite(on_host(beta)))
         if decided:

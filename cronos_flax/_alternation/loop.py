@@ -20,6 +20,7 @@ from cronos_flax._alternation.sources import Arrays, Batches
 from cronos_flax._alternation.steps import Door
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Solution
 from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
 
@@ -107,7 +108,7 @@ class Loop:
     def share_done(self) -> float:
         """How much of the run is done, of its epochs or of its seconds."""
         done = self.position.share_done(self.epochs)
-        return done if self.seconds is None else max(done, min(self.clock.seconds / self.seconds, 1.0))
+        return done if self.seconds is None else max(done, min(agreed(self.clock.seconds) / self.seconds, 1.0))
 
     def do_epoch(self) -> bool:
         """Run the rest of the epoch: gradient steps, due solves, validation, one history row.
@@ -209,4 +210,6 @@ class Loop:
     def time_is_up(self) -> bool:
         """Whether another epoch like the last would take too long."""
         epoch_seconds = self.position.epoch_seconds
-        return self.seconds is not None and epoch_seconds > 0 and self.clock.seconds + epoch_seconds > self.seconds
+        if self.seconds is None:
+            return False
+        return agreed(self.clock.seconds + epoch_seconds if epoch_seconds > 0 else 0.0) > self.seconds

@@ -10,7 +10,7 @@ from flax.training.train_state import TrainState
 from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.sources import Fingerprint, difference
-from cronos_flax._head.files import held
+from cronos_flax._head.files import held_by_all
 from cronos_flax._solver.transfer import on_host
 
 State = TypeVar("State", bound=TrainState)
@@ -80,7 +80,7 @@ class Checkpoints:
         """Keep other runs from the directory."""
         if self.directory is None:
             return contextlib.nullcontext()
-        return held(Path(self.directory).absolute(), "train: `directory`")
+        return held_by_all(Path(self.directory).absolute(), "train: `directory`")
 
     def resumed(self, state: State) -> tuple[State, Position]:
         """The saved state and its position, or, if there is none, the state given."""

@@ -71,9 +71,14 @@ class Arrays:
         """Rows of equal number, as NumPy arrays.
 
         Raises:
-            ValueError: if they are not arrays, or the numbers of rows differ or are zero.
+            ValueError: if they are not arrays of one process, or the numbers of rows differ or are zero.
         """
         x, y = whole_arrays(x, y, "train", name)
+        if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves((x, y)) if isinstance(leaf, Array)):
+            raise ValueError(
+                f"train: `{name}` = (x, y) must lie in one process, whose rows are shuffled, got arrays on several. "
+                "Give an iterable of batches, each an array on several processes."
+            )
         x, y = jax.tree.map(np.asarray, on_host((x, native(y, "train: the targets"))))
         return cls(x, y, min(batch_size, len(y)), steps, int(on_host(_bits(key))))
 
@@ -213,7 +218,7 @@ def _description(leaf: Any) -> list[Any]:
         taken = leaf[np.linspace(0, len(leaf) - 1, min(_READ_ROWS, len(leaf))).astype(int)]
     else:
         taken = leaf
-    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(np.asarray(taken).tobytes())]
+    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(np.asarray(on_host(taken)).tobytes())]
 
 
 def difference(saved: Fingerprint, now: Fingerprint) -> str | None:

@@ -26,6 +26,7 @@ from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
+from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
 
 State = TypeVar("State", bound=TrainState)
@@ -191,7 +192,7 @@ def train(
             step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
             validate=_validation(sets, scoring(state, loss, eval_kwargs, unpack, class_weight)),
             key=key,
-            callbacks=tuple(callbacks),
+            callbacks=tuple(map(on_first, callbacks)),
             seconds=seconds,
             checkpoints=checkpoints,
         )

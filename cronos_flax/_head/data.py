@@ -8,6 +8,7 @@ weight zero: where their inputs are not finite, they are those of rows that coun
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -17,6 +18,7 @@ from jax import Array
 
 from cronos_flax._solver.arrays import is_array, native, numbers, opened
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host, taken
 
 _CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
@@ -299,12 +301,40 @@ def _chunks(x: Any, y: Any, where: str, shuffled: bool) -> Iterator[Batch]:
     """Whole arrays in pieces of equal size, so that a pass through the backbone needs little memory."""
     y, leaves, n = on_host(native(y, f"{where}: the targets")), jax.tree.leaves(x), len(y)
     size = int(np.clip(_CHUNK_BYTES * n / sum(leaf.nbytes for leaf in leaves), _LEAST_CHUNK, _MOST_CHUNK))
+    pieces, parts = -(-n // size), _parts(leaves)
+    if parts > 1:  # each piece has rows of every device, which stay there
+        yield from _chunks_of_parts(x, y, parts, pieces, where, shuffled)
+        return
     order = np.random.default_rng(0).permutation(n) if shuffled else None
-    pieces = -(-n // size)
     for i in range(pieces):
         part = slice(i * n // pieces, (i + 1) * n // pieces)
         rows = part if order is None else order[part]
         yield Batch.of((jax.tree.map(lambda leaf, rows=rows: _rows_of(leaf, rows), x),), {}, y[rows], None, where)
+
+
+def _parts(leaves: list[Any]) -> int:
+    """The number of parts that all arrays have their rows in, on as many devices; 1 unless it is the same for all."""
+    parts = {len(leaf) // leaf.sharding.shard_shape(leaf.shape)[0] if isinstance(leaf, Array) else 1 for leaf in leaves}
+    return parts.pop() if len(parts) == 1 else 1
+
+
+def _chunks_of_parts(x: Any, y: Any, parts: int, pieces: int, where: str, shuffled: bool) -> Iterator[Batch]:
+    """:func:`_chunks` of rows on several devices."""
+    each = len(y) // parts
+    order, pieces = np.random.default_rng(0).permutation(each) if shuffled else np.arange(each), min(pieces, each)
+    for i in range(pieces):
+        rows = order[i * each // pieces : (i + 1) * each // pieces]
+        index = on_device(rows.astype(np.int32))
+        part = jax.tree.map(lambda leaf, index=index: automatically(partial(_of_parts, parts=parts), leaf, index), x)
+        of_all = (np.arange(parts)[:, None] * each + rows).reshape(-1)
+        yield Batch.of((part,), {}, y[of_all], None, where)
+
+
+@partial(jax.jit, static_argnames="parts")
+def _of_parts(leaf: Array, index: Array, parts: int) -> Array:
+    """These rows of each part."""
+    taken = leaf.reshape(parts, -1, *leaf.shape[1:])[:, index]
+    return taken.reshape(-1, *leaf.shape[1:])
 
 
 def _rows_of(leaf: Any, rows: slice | np.ndarray) -> Any:

@@ -22,6 +22,7 @@ from cronos_flax._head.rows import Gathered, GatheredRows, InMemory, Piece, Stor
 from cronos_flax._head.spread import OverDevices
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.meshes import mesh_of
+from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import on_host
 
 # From positional and keyword arguments to the head's input (..., p) and the statistics of batch norms.
@@ -131,6 +132,7 @@ def gather(
     """
     if callback is not None and not callable(callback):
         raise ValueError(f"{where}: `callback` must be a function of one dict, got {callback!r}.")
+    callback = on_first(callback)
     start, rows, count = time.perf_counter(), 0, 0
     pending: tuple[tuple[Array, tuple[Moments, ...]], Batch] | None = None
     form: dict[str, Any] | None = None

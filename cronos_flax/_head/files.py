@@ -5,8 +5,10 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from cronos_flax._solver.processes import by_first, is_first
 
 try:
     import fcntl
@@ -52,6 +54,21 @@ def held(directory: Path, name: str = "`out`") -> Iterator[None]:
         os.ftruncate(lock, 0)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def held_by_all(directory: Path, name: str) -> Iterator[None]:
+    """:func:`held`, by the first of several processes for all of them; they see the same directory."""
+    with ExitStack() as stack:
+        try:
+            by_first(lambda: stack.enter_context(held(directory, name)))
+        except OSError as error:
+            if is_first():
+                raise
+            raise BlockingIOError(
+                f"{name} {directory} could not be held by process 0, whose error says why."
+            ) from error
+        yield
 
 
 def _lock(descriptor: int) -> None:

@@ -19,6 +19,7 @@ from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.meshes import mesh_of
+from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -222,6 +223,7 @@ class Cronos:
         features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite, order)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
+        callback = on_first(callback)
         if validation is not None and not isinstance(self.beta, str):
             raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), targets, hidden, init, state)

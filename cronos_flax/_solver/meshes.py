@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -120,6 +121,13 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
     def moved(leaf: Any) -> Any:
         if not _is_named(leaf) or leaf.sharding.mesh == mesh or leaf.sharding.mesh.axis_names != mesh.axis_names:
             return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+        place = NamedSharding(mesh, leaf.sharding.spec)
+        if leaf.is_fully_addressable or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, place)
+        # JAX moves no keys of several processes, only what they consist of; each is made in the mesh where it lies.
+        with jax.set_mesh(leaf.sharding.mesh):
+            data = jax.random.key_data(leaf)
+        with jax.set_mesh(mesh):
+            return jax.random.wrap_key_data(jax.device_put(data, place), impl=jax.random.key_impl(leaf))
 
     return jax.tree.map(moved, tree)
