@@ -1,7 +1,6 @@
-"""Rows and parameters sharded over two devices. Run in a process of its own.
+"""Rows and parameters sharded over four devices, on automatic and explicit axes. Run in a process of its own.
 
-Parameters: solved, stepped, saved, restored, stepped again. Rows, on a mesh of explicit axes as jax.make_mesh makes it:
-a solve and an alternation give what one device gives. The directory of the checkpoint is the argument.
+All in float64, so that what one device gives is met to rounding. The directory of a checkpoint is the argument.
 """
 
 import sys
@@ -10,75 +9,155 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
 
+ROWS, BATCH = 130, 44
+FLOAT = {"param_dtype": "float64"}
+# Samples are drawn, of rows that do not divide the devices.
+SOLVER = cf.Cronos(loss="softmax", max_iters=3, refreshed=cf.Refreshed(few_rows=32, least_sample=48))
 
-def rows_over_devices():
-    """What one device gives, to rounding; in float64, as few rows and steps make much of rounding in float32."""
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
-    over_rows = NamedSharding(mesh, PartitionSpec("devices"))
-    x = np.random.default_rng(0).normal(size=(64, 8))  # as wide as the head's input: one shape for all solves
-    y = np.argmax(x[:, :2], axis=1)
-    data = jax.device_put((x, y), over_rows)
-    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
-    head = cf.find_head(model, {"params": params}, x)
-    solver = cf.Cronos(loss="softmax", max_iters=3)
 
-    def alternated(params, x, y):
-        made = {"apply_fn": model.apply, "params": params, "tx": optax.sgd(1e-2)}
-        state, _ = cf.CronosTrainState.create(**made, head=head, solver=solver).solve_head((x, y))
+def batches():
+    """Batches of equal length; the last one is filled up with rows of weight zero."""
+    rng, count = np.random.default_rng(0), -(-ROWS // BATCH) * BATCH
+    x = rng.normal(size=(count, 8))
+    y, weight = np.argmax(x[:, :2], axis=1), 1.0 * (np.arange(count) < ROWS)
+    return [tuple(array[i : i + BATCH] for array in (x, y, weight)) for i in range(0, count, BATCH)]
 
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params}, x), y).mean()
 
-        state, solution = state.apply_gradients(grads=jax.grad(loss)(state.params)).solve_head((x, y))
-        return solution.stats.objective
+def unpack(batch):
+    x, y, weight = batch
+    return (x,), y, weight
 
-    alone = solver.solve(x, y, hidden=6).stats.objective, alternated(params, x, y)
-    everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    outside = solver.solve(*data, hidden=6).stats.objective
+
+def meshes():
+    """One and two axes, automatic and explicit; with how kernels are sharded."""
+    for axes in (AxisType.Auto, AxisType.Explicit):
+        yield jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data")
+        yield jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")
+
+
+def put(tree, mesh, spec):
+    """Arrays of ``tree`` that have so many axes, sharded like this; the others on all devices."""
+
+    def place(leaf):
+        return NamedSharding(mesh, spec if np.ndim(leaf) >= len(spec) else PartitionSpec())
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), tree)
+
+
+def shardings(tree):
+    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
+
+
+def assert_as_before(new, old):
+    for got, expected, leaf in zip(shardings(new), shardings(old), jax.tree.leaves(old), strict=True):
+        assert getattr(got, "mesh", None) == getattr(expected, "mesh", None)
+        assert got.is_equivalent_to(expected, leaf.ndim), (got, expected)
+
+
+def layers(dense, kernel_init=None):
+    of_kernel = {} if kernel_init is None else {"kernel_init": kernel_init}
+    return [dense(8, **FLOAT, **of_kernel), nn.tanh, dense(12, **FLOAT, **of_kernel), nn.relu, dense(4, **FLOAT)]
+
+
+MODEL = nn.Sequential(layers(nn.Dense))
+
+
+def alternated(params, head, data, directory):
+    """Losses of a run of two epochs; a checkpoint is written and read."""
+
+    def fresh():
+        made = {"apply_fn": MODEL.apply, "params": params, "tx": optax.adam(1e-2)}
+        return cf.CronosTrainState.create(**made, head=head, solver=SOLVER)
+
+    state, history = cf.train(fresh(), data, unpack=unpack, epochs=2, validation=data)
+    if directory is not None:
+        cf.save_checkpoint(directory, state, 1)
+        restored = cf.restore_checkpoint(directory, fresh())
+        jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+        assert_as_before(restored.params, params)
+        state = restored
+        assert_as_before(state.params, params)
+    return [row.get("validation_loss", row.get("objective")) for row in history]
+
+
+def fitted(params, head, data):
+    """The loss after a fit."""
+    variables, solution = cf.fit_head(head, {"params": params}, data, unpack=unpack, solver=SOLVER)
+    assert_as_before(variables["params"], params)
+    return float(solution.stats.objective)
+
+
+def nnx_alternated(mesh=None):
+    """The loss after two solves with a step between; kernels are annotated, and made where a mesh is set."""
+    annotated = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("model", None))
+    init = {} if mesh is None else {"kernel_init": annotated}
+    rngs = nnx.Rngs(0)
+    first, last = nnx.Linear(8, 12, rngs=rngs, **FLOAT, **init), nnx.Linear(12, 4, rngs=rngs, **FLOAT, **init)
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs, **FLOAT, **init), nnx.tanh, first, nnx.relu, last)
+    data = batches() if mesh is None else [put(batch, mesh, PartitionSpec("data")) for batch in batches()]
+    optimizer = cf.nnx.CronosOptimizer(model, optax.sgd(1e-2), head=cf.nnx.find_head(model, data[0][0]), solver=SOLVER)
+    optimizer.solve_head(model, data, unpack=unpack)
+    x, y, _ = data[0]
+    optimizer.update(
+        model,
+        nnx.grad(lambda net: optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean())(model),
+    )
+    before = nnx.state(model)
+    solution = optimizer.solve_head(model, data, unpack=unpack)
+    if mesh is not None:
+        assert_as_before(nnx.state(model), before)
+        assert first.kernel.sharding.spec[0] == "model"
+    return float(solution.stats.objective)
+
+
+def grafted(mesh):
+    """Linen's annotations stay, with their shardings, beside a new head, which is solved for."""
+    model = nn.Sequential(layers(nn.Dense, nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))))
+    x, *_ = batches()[0]
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    specs = nn.get_partition_spec(variables)
+    is_spec = {"is_leaf": lambda node: isinstance(node, PartitionSpec)}
+    variables = jax.device_put(variables, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, **is_spec))
+    module = cf.graft(model, at="layers_4", hidden=12)
     with jax.set_mesh(mesh):
-        inside = alternated(everywhere, *data)
-    np.testing.assert_allclose((float(outside), float(inside)), [*map(float, alone)], rtol=1e-6)
+        new = cf.graft_variables(module, variables, jax.random.key(2), x)
+        fitted, _ = cf.fit_head(cf.find_head(module, new, x), new, batches(), unpack=unpack, solver=SOLVER)
+    assert jax.tree.structure(fitted) == jax.tree.structure(new)
+    for name in ("layers_0", "layers_2"):
+        assert_as_before(fitted["params"]["backbone"][name], variables["params"][name])
 
 
 def main(directory):
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
-    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
-    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-    y = (x[:, 0] > 0).astype(int)
-    params = model.init(jax.random.key(0), x)["params"]
-    head = cf.find_head(model, {"params": params}, x)
-    split = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "devices")), params)
-    params = jax.device_put(params, split)
-
-    @jax.jit
-    def step(state):
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(state.apply_fn({"params": params}, x), y).mean()
-
-        return state.apply_gradients(grads=jax.grad(loss)(state.params))
-
-    def fresh():
-        solver = cf.Cronos(loss="softmax", max_iters=2)
-        made = {"apply_fn": model.apply, "params": params, "tx": optax.adam(1e-2)}
-        return cf.CronosTrainState.create(**made, head=head, solver=solver)
-
-    saved = step(fresh().solve_head((x, y))[0])
-    cf.save_checkpoint(directory, saved, 1)
-    restored = step(cf.restore_checkpoint(directory, fresh()))
-    expected = step(saved)
-    assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == [
-        leaf.sharding for leaf in jax.tree.leaves(expected)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, restored.params, expected.params)
-    restored.solve_head((x, y))
-    jax.config.update("jax_enable_x64", True)
-    rows_over_devices()
+    data = batches()
+    params = jax.jit(MODEL.init)(jax.random.key(0), data[0][0])["params"]
+    head = cf.find_head(MODEL, {"params": params}, data[0][0])
+    expected, alone = alternated(params, head, data, None), fitted(params, head, data)
+    rows = [np.concatenate(arrays) for arrays in zip(*data, strict=True)]
+    solved = float(SOLVER.solve(rows[0], rows[1], hidden=12, sample_weight=rows[2]).stats.objective)
+    for number, (mesh, spec) in enumerate(meshes()):
+        sharded = put(params, mesh, PartitionSpec(*spec, *[None] * (2 - len(spec))))
+        given = [put(batch, mesh, PartitionSpec("data")) for batch in data]
+        np.testing.assert_allclose(fitted(sharded, head, given), alone, rtol=1e-7)
+        if len(spec) == 1:  # which programs are compiled for is the number of axes, not of which type they are
+            x, y, weight = put(rows, mesh, PartitionSpec("data"))
+            with_mesh = SOLVER.solve(x, y, hidden=12, sample_weight=weight).stats.objective
+            np.testing.assert_allclose(with_mesh, solved, rtol=1e-7)
+        else:
+            cf.find_head(MODEL, {"params": sharded}, given[0][0])
+            got = alternated(sharded, head, given, f"{directory}/{number}")
+            np.testing.assert_allclose(got, expected, rtol=1e-7)
+    with jax.set_mesh(mesh):
+        inside = nnx_alternated(mesh)
+    np.testing.assert_allclose(inside, nnx_alternated(), rtol=1e-7)
+    grafted(mesh)
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_enable_x64", True)
     main(sys.argv[1])

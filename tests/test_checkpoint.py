@@ -4,9 +4,7 @@ import contextlib
 import functools
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -90,14 +88,6 @@ def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
     cf.save_checkpoint(tmp_path, nnx.state(saved), 0)
     nnx.update(other, cf.restore_checkpoint(tmp_path, nnx.state(other)))
     assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(saved)))
-
-
-def test_sharded_parameters_come_back_as_they_were_and_go_on(tmp_path):
-    """A state over two devices is restored, and its next step runs: scalars are not left on the first device."""
-    command = [sys.executable, "tests/sharded.py", str(tmp_path)]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stderr
 
 
 def test_where_there_is_nothing_the_state_comes_back(tmp_path):

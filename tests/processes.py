@@ -1,0 +1,66 @@
+"""A fit and a run of ``cf.train`` on four devices of one process or of two: ``processes.py PORT ID COUNT DIRECTORY``.
+
+With ``kill`` behind these the run ends in the middle, as if the machine had been taken away; it is resumed if it is
+called again. Process 0 writes what it found, as JSON.
+"""
+
+import json
+import os
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import cronos_flax as cf
+
+FLOAT = {"param_dtype": "float64"}
+
+
+def main(directory, dies):
+    mesh = jax.make_mesh((4,), ("data",))
+
+    def put(array, *axes):
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    model = nn.Sequential([nn.Dense(8, **FLOAT), nn.tanh, nn.Dense(12, **FLOAT), nn.relu, nn.Dense(4, **FLOAT)])
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(96, 8))
+    y, weight = np.argmax(x[:, :2], axis=1), 1.0 * (np.arange(96) < 90)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 3, shapes)
+    params = jax.tree.map(lambda leaf: put(leaf, *["data"][: leaf.ndim - 1]), params)
+    batches = [tuple(put(a[i : i + 32], "data") for a in (x, y, weight)) for i in range(0, 96, 32)]
+    solver = cf.Cronos(loss="softmax", max_iters=3, refreshed=cf.Refreshed(few_rows=32, least_sample=48))
+    arguments = {"unpack": lambda batch: ((batch[0],), *batch[1:])}
+
+    head = cf.find_head(model, {"params": params}, batches[0][0])
+    told = []
+    fitted, solution = cf.fit_head(head, {"params": params}, batches, solver=solver, callback=told.append, **arguments)
+    assert bool(told) == (jax.process_index() == 0)
+    assert all(a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (fitted["params"], params)), strict=True))
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply, params=params, tx=optax.adam(1e-2), head=head, solver=solver
+    )
+
+    def die(row):
+        if dies and "loss" in row and row["epoch"] == 2:
+            os._exit(9)
+
+    _, history = cf.train(state, batches, epochs=3, solve_every=3, directory=directory, callbacks=[die], **arguments)
+    if jax.process_index() == 0:
+        objectives = [row["objective"] for row in history if "objective" in row]
+        sys.stdout.write(json.dumps([float(solution.stats.objective), *objectives, history[-1]["loss"]]))
+
+
+if __name__ == "__main__":
+    port, number, count = map(int, sys.argv[1:4])
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", 4 // count)
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
+    main(sys.argv[4], sys.argv[5:] == ["kill"])
