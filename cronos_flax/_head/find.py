@@ -23,10 +23,10 @@ from cronos_flax._head.head import (
     Path,
     as_path,
     format_path,
-    jitted,
     predicted,
     relative_difference,
 )
+from cronos_flax._head.jitted import jitted
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer

@@ -8,22 +8,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cronos_flax._head.data import as_arrays
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
+from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
-from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import on_host
 
 Path = tuple[Hashable, ...]
 
@@ -417,38 +416,3 @@ def selected(out: Any, output: Any) -> Any:
         raise ValueError(
             f"`output` must be a key or an index of the outputs, or a function, got {output!r}; the outputs: {there}"
         ) from None
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """The arguments of a call that are not arrays, and the places of those that are."""
-
-    treedef: Any
-    rest: tuple
-
-    @classmethod
-    def split(cls, arguments: Any) -> tuple[list[Any], Self]:
-        leaves, treedef = jax.tree.flatten(arguments)
-        traced = [is_array(leaf) for leaf in leaves]
-        # With the type: 1 and True are equal, but a module may tell them apart.
-        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, traced, strict=True))
-        arrays = [leaf for leaf, is_one in zip(leaves, traced, strict=True) if is_one]
-        return [on_device(array) for array in as_arrays(arrays, "the module's arguments")], cls(treedef, rest)
-
-    def join(self, arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        return jax.tree.unflatten(self.treedef, [next(remaining) if r is None else r[0] for r in self.rest])
-
-
-def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, Mapping], Any]:
-    """``jax.jit`` of a function of variables, positional and keyword arguments; only arrays are traced."""
-
-    @jax.jit
-    def run(variables: Any, arrays: list[Any], static: _Static) -> Any:
-        return call(variables, *static.join(arrays))
-
-    def split(variables: Any, args: tuple, kwargs: Mapping) -> Any:
-        return automatically(run, variables, *_Static.split((args, dict(kwargs))))
-
-    return split

@@ -1,0 +1,47 @@
+"""Calls of a module, compiled: arrays are traced, and all other arguments are part of the program."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+
+from cronos_flax._head.data import as_arrays
+from cronos_flax._solver.arrays import is_array
+from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.transfer import on_device
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The arguments of a call that are not arrays, and the places of those that are."""
+
+    treedef: Any
+    rest: tuple
+
+    @classmethod
+    def split(cls, arguments: Any) -> tuple[list[Any], Self]:
+        leaves, treedef = jax.tree.flatten(arguments)
+        traced = [is_array(leaf) for leaf in leaves]
+        # With the type: 1 and True are equal, but a module may tell them apart.
+        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, traced, strict=True))
+        arrays = [leaf for leaf, is_one in zip(leaves, traced, strict=True) if is_one]
+        return [on_device(array) for array in as_arrays(arrays, "the module's arguments")], cls(treedef, rest)
+
+    def join(self, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(remaining) if r is None else r[0] for r in self.rest])
+
+
+def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, Mapping], Any]:
+    """``jax.jit`` of a function of variables, positional and keyword arguments; only arrays are traced."""
+
+    @jax.jit
+    def run(variables: Any, arrays: list[Any], static: _Static) -> Any:
+        return call(variables, *static.join(arrays))
+
+    def split(variables: Any, args: tuple, kwargs: Mapping) -> Any:
+        return automatically(run, variables, *_Static.split((args, dict(kwargs))))
+
+    return split
