@@ -25,26 +25,26 @@ def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp
 
 
 def _run(count, directory, *extra):
-    """What process 0 printed, of so many processes that together have four devices; None if they are killed."""
+    """What process 0 printed, of so many processes, which together have two devices; None if they are killed."""
     port = str(_free_port())
     arguments = [[port, str(number), str(count), str(directory), *extra] for number in range(count)]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     started = [subprocess.Popen([sys.executable, "tests/processes.py", *each], **quiet) for each in arguments]
     try:
-        if extra:
-            started[0].wait(timeout=120)
+        said = [started[0].communicate(timeout=120)]
+        if extra:  # the others wait for process 0
             return None
-        said = [process.communicate(timeout=120) for process in started]
+        said += [process.communicate(timeout=120) for process in started[1:]]
     finally:
         for process in started:
-            process.kill()
-            process.wait()
+            with process:
+                process.kill()
     assert not any(process.returncode for process in started), [err[-2000:] for _, err in said]
     return json.loads(said[0][0].splitlines()[-1])
 
 
 def test_two_processes_that_are_killed_and_started_again_give_what_one_gives(tmp_path):
-    """Each has two devices and the rows of these; callbacks are called in the first, where the run is killed."""
+    """Each has a device and its rows; callbacks are called in the first, where the run is killed."""
     expected = _run(1, tmp_path / "one")
     _run(2, tmp_path / "two", "kill")
     assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.name.isdecimal()) == ["3"]
