@@ -20,9 +20,10 @@ from cronos_flax._solver.transfer import on_device
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh of more than one device that arrays lie on, one with explicit axes first; None where there is none."""
-    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_on_mesh(leaf)]
-    return next(filter(_is_explicit, meshes), meshes[0] if meshes else None)
+    """The mesh that arrays lie on, one with explicit axes first; None where it is one device without these."""
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_named(leaf)]
+    large = (mesh for mesh in meshes if mesh.size > 1)
+    return next(filter(_is_explicit, meshes), next(large, None))
 
 
 def automatic(mesh: Mesh | None) -> Mesh | None:
