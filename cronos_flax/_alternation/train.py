@@ -97,7 +97,8 @@ def train(
         rngs: the rng streams of gradient steps: names, whose keys come from ``key``; or a dict of keys. Each key is
             folded with the step.
         key: of the order of rows, rng streams and solves; None means a fixed one.
-        callbacks: functions that are called with each row of the history as it is made.
+        callbacks: functions that are called with each row of the history as it is made; of several processes in the
+            first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
         directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings and data are
             the same. A second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of

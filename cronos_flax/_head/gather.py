@@ -49,7 +49,8 @@ def gather_features(
         The :class:`cronos_flax.Features`.
 
     Raises:
-        ValueError: for data that do not fit the module, or each other; for a cache that does not fit, with the reason.
+        ValueError: for data that do not fit the module, or each other; for a cache that does not fit, with the reason;
+            where there are several processes.
         BlockingIOError: if another process is gathering into the cache.
 
     Example:
