@@ -17,7 +17,9 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root"], meta_fields=["loss", "output_bias"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["X", "Y", "root", "count"], meta_fields=["loss", "output_bias"]
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.
@@ -30,6 +32,7 @@ class Rows:
         root: √w; what the output bias is multiplied by.
         loss: the loss of one row.
         output_bias: whether the network has an output bias.
+        count: how many there are before those of weight zero that pad them; None without padding.
     """
 
     X: Features | Blocks
@@ -37,10 +40,16 @@ class Rows:
     root: RowVector
     loss: Loss
     output_bias: bool
+    count: Int[Array, ""] | None = None
+
+    @property
+    def size(self) -> Scalar | int:
+        """The number of rows, without those that pad them."""
+        return len(self.root) if self.count is None else self.count.astype(self.root.dtype)
 
     def take(self, index: Int[Array, " k"]) -> "Rows":
         """Some of the rows."""
-        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index])
+        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index], count=None)
 
     @property
     def weight(self) -> RowVector:

@@ -37,15 +37,19 @@ def sample_size(n: int, settings: Refreshed, least: int | None = None) -> int:
     return min(n, max(n // settings.sample_every, least), settings.most_sample)
 
 
-def places(n: int, size: int, key: Array) -> Int[Array, " k"] | None:
-    """Which rows a sample of n has: one at random out of each stretch of equal length; None for all of them."""
+def places(n: int, size: int, key: Array, count: Int[Array, ""] | None = None) -> Int[Array, " k"] | None:
+    """Which rows a sample of n has: one at random out of each stretch of equal length; None for all of them.
+
+    With a ``count``, of the first so many rows.
+    """
     if size == n:
         return None
-    stretch = n // size
+    among = n if count is None else count
+    stretch = among // size
     first_key, place_key = jax.random.split(key)
-    first = jax.random.randint(first_key, (), 0, n, jnp.int32)
+    first = jax.random.randint(first_key, (), 0, among, jnp.int32)
     place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)
-    return (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+    return (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % among
 
 
 def sample(rows: Rows, key: Array, size: int) -> Rows:
@@ -90,8 +94,8 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     """For networks of m neurons; the spectrum is that of a sample of the rows."""
     sample_key, feature_key, neuron_key = jax.random.split(key, 3)
     n, d = rows.X.shape
-    X = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d)).X
-    k = X.shape[0]
+    some = sample(rows, sample_key, sample_size(n, settings, settings.rows_per_feature * d))
+    X, k = some.X, some.size
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
     features = Spectrum.of(lambda V: X.T @ (X @ V) / k, trace, test)
@@ -209,7 +213,7 @@ class Preconditioner:
     def of(cls, prepared: Prepared, model: LocalModel, N: Float[Array, " m"], damping: Scalar) -> Self:
         """For the curvature that a model has."""
         D, A, rows, root = model.D.astype(N.dtype), model.A, model.rows, 1 / jnp.sqrt(N)
-        h, n = rows.mean_curvature(model.outputs), model.stretch * len(D)
+        h, n = rows.mean_curvature(model.outputs), model.stretch * rows.size
 
         def spectrum(K: Float[Array, "m m"]) -> Spectrum:
             K = root[:, None] * K * root[None, :]

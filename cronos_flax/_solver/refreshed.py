@@ -156,7 +156,7 @@ def step(
 
     estimate = None
     if tried is not None:
-        some, share = rows.take(tried), beta * (len(tried) / len(Z))
+        some, share = rows.take(tried), beta * (len(tried) / rows.size)
         Z_some, Z_delta_some = Z[tried], Z_delta[tried]
 
         def estimate(length: Scalar) -> Scalar:
@@ -288,12 +288,15 @@ def judged(
 
 
 def _drawn(
-    key: Array, *, n: int, settings: Refreshed
+    key: Array, count: Int[Array, ""] | None, *, n: int, settings: Refreshed
 ) -> tuple[Array, Array, Int[Array, " k"] | None, Int[Array, " l"] | None]:
-    """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all."""
+    """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all.
+
+    Of n rows, or of the first ``count``.
+    """
     key, probe_key, sample_key = jax.random.split(key, 3)
-    index = places(n, sample_size(n, settings), sample_key)
-    tried = places(n, min(n, settings.least_sample), sample_key) if index is None else index
+    index = places(n, sample_size(n, settings), sample_key, count)
+    tried = places(n, min(n, settings.least_sample), sample_key, count) if index is None else index
     return key, probe_key, index, tried
 
 
@@ -316,7 +319,7 @@ def descend(
     """
 
     def body(now: Descent) -> Descent:
-        key, probe_key, index, tried = control.run(drawn, now.key, n=rows.Y.shape[0], settings=settings)
+        key, probe_key, index, tried = control.run(drawn, now.key, rows.count, n=rows.Y.shape[0], settings=settings)
         alive = control.cond(
             now.has_dead, lambda: control.run(revived, rows, now.iterate, probe_key), lambda: now.iterate
         )
