@@ -27,11 +27,19 @@ _FEW = 2048  # rows up to which equal ones are merged; up to so many a solve nev
 class _TwoLayer(BaseEstimator):
     """What the two estimators share: weights, units, the solve, and the outputs of the network that it found."""
 
-    def _weight(self, sample_weight: Any, X: np.ndarray) -> np.ndarray:
+    def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features, targets and weights of ``fit`` as arrays."""
+        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **how)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weight.any():
             raise ValueError(f"{type(self).__name__}: `sample_weight` must not be all zero, got only zeros.")
-        return weight
+        return X, y, weight
+
+    def _units(self, values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is subtracted from each column, and what it is then divided by, if that is not zero."""
+        if self.standardize:
+            return _moments(values, weight)
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
 
     def _solve(self, X: np.ndarray, y: np.ndarray, weight: np.ndarray, outputs: int | None) -> Self:
         """Solve for rows in the user's units; keep the network in these units, and the figures."""
@@ -39,7 +47,7 @@ class _TwoLayer(BaseEstimator):
         checks.positive_integer(where, "n_neurons", self.n_neurons)
         checks.positive_integer(where, "max_iter", self.max_iter)
         solver = Cronos(loss=self.loss, beta=self.beta, max_iters=self.max_iter, tol=self.tol)
-        mean, scale = _moments(X, weight) if self.standardize else (np.zeros(X.shape[1]), np.ones(X.shape[1]))
+        mean, scale = self._units(X, weight)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         dtype = jax.dtypes.canonicalize_dtype(float)
         solution = solver.solve(
@@ -143,14 +151,13 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
             ValueError: for settings or data that do not fit.
             TypeError: for sparse features.
         """
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
-        check_classification_targets(y)
-        weight = self._weight(sample_weight, X)
+        rows, names, weight = self._checked(X, y, sample_weight)
+        check_classification_targets(names)
         if self.class_weight is not None:
-            weight = weight * compute_sample_weight(self.class_weight, y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        X, labels, weight = _merged(X, labels[:, None], weight)
-        return self._solve(X, labels[:, 0].astype(np.int32), weight, outputs=max(len(self.classes_), 2))
+            weight = weight * compute_sample_weight(self.class_weight, names)
+        self.classes_, labels = np.unique(names, return_inverse=True)
+        rows, labels, weight = _merged(rows, labels[:, None], weight)
+        return self._solve(rows, labels[:, 0].astype(np.int32), weight, outputs=max(len(self.classes_), 2))
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
         """Outputs, shape ``(n, C)``; for two classes ``(n,)``, above 0 for the second."""
@@ -257,20 +264,17 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
             ValueError: for settings or data that do not fit.
             TypeError: for sparse features.
         """
-        X, y = validate_data(
-            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
-        )
-        weight = self._weight(sample_weight, X)
+        rows, values, weight = self._checked(X, y, sample_weight, multi_output=True, y_numeric=True)
         if isinstance(self.loss, str) and not loss_of(Cronos(loss=self.loss).loss).takes_values:
             raise ValueError(
                 f"CronosRegressor: `loss` must be 'squared', 'huber' or a cf.Loss of real targets, got {self.loss!r}. "
                 "For classes use CronosClassifier."
             )
-        self._is_vector = y.ndim == 1
-        X, y, weight = _merged(X, y.reshape(len(y), -1).astype(float), weight)
-        mean, scale = _moments(y, weight) if self.standardize else (np.zeros(y.shape[1]), np.ones(y.shape[1]))
-        targets = (y - mean) / np.where(scale > 0, scale, 1)
-        self._solve(X, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
+        self._is_vector = values.ndim == 1
+        rows, values, weight = _merged(rows, values.reshape(len(values), -1).astype(float), weight)
+        mean, scale = self._units(values, weight)
+        targets = (values - mean) / np.where(scale > 0, scale, 1)
+        self._solve(rows, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
         self.kernel2_, self.bias2_ = self.kernel2_ * scale, self.bias2_ * scale + mean
         return self
 
@@ -289,16 +293,15 @@ def _merged(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarra
     there = weight > 0
     X, y, weight = X[there], y[there], weight[there]
     if len(X) <= _FEW:
-        rows = np.ascontiguousarray(np.column_stack([X, y])) + 0.0  # −0 is 0
-        as_bytes = rows.view(np.dtype((np.void, rows.strides[0])))[:, 0]
-        _, first, which = np.unique(as_bytes, return_index=True, return_inverse=True)
-        X, y, weight = X[first], y[first], np.bincount(which, weight)
+        whole = np.column_stack([X, y])
+        _, first, which = np.unique(whole, axis=0, return_index=True, return_inverse=True)
+        X, y, weight = X[first], y[first], np.bincount(which.ravel(), weight)
     twice = slice(None) if len(X) > 1 else [0, 0]  # a solve takes two rows at least
     return X[twice], y[twice], weight[twice]
 
 
 def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean and standard deviation of each column, without overflow; 0 where it does not vary but by rounding."""
+    """Weighted mean and standard deviation of each column, without overflow; 0 where only rounding varies."""
     share = weight / weight.sum()
     largest = np.abs(rows).max(axis=0)
     unit = rows / np.where(largest > 0, largest, 1)

@@ -17,9 +17,7 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["X", "Y", "root", "count"], meta_fields=["loss", "output_bias"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root", "count"], meta_fields=["loss", "output_bias"])
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.

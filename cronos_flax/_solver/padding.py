@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.transfer import on_device, on_host
 
-_LEAST, _STRIDE = 32, 256  # sizes are 32, 64, 128, 256, and from there the multiples of 256
+_LEAST, _STRIDE = 128, 256  # sizes are 128, 256, and from there the multiples of 256
 
 
 def size_class(n: int, settings: Refreshed) -> int | None:

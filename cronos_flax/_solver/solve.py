@@ -58,7 +58,7 @@ class Asked(NamedTuple):
         start: a network or a state to start from; None for a random network.
         key: of all that is random.
         progress: the number of the callback, None for none.
-        count: how many rows there are before those of weight zero that pad them; None without padding.
+        length: how many rows there are before those of weight zero that pad them; None without padding.
     """
 
     solver: Any
@@ -68,7 +68,7 @@ class Asked(NamedTuple):
     start: TwoLayer | State | None
     key: Array
     progress: Int[Array, ""] | None
-    count: Int[Array, ""] | None = None
+    length: Int[Array, ""] | None = None
 
 
 class Begun(NamedTuple):
@@ -92,13 +92,13 @@ class Begun(NamedTuple):
 
 
 def _begin(asked: Asked, *, hidden: int) -> Begun:
-    solver, features, targets, weight, start, key, progress, count = asked
+    solver, features, targets, weight, start, key, progress, length = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     params = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
     rows, basis = scaled(features, targets, weight, loss, hidden_bias=hidden_bias, output_bias=output_bias)
-    rows = dataclasses.replace(rows, count=count)
+    rows = dataclasses.replace(rows, count=length)
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
@@ -208,11 +208,11 @@ held_solve, figures_of = Program(_held), Program(_figures, once=True)
 def _padded(asked: Asked) -> Asked:
     """The same with its rows padded to a size that others share, where that can be done."""
     data = padded((asked.features, asked.targets, asked.weight), asked.solver.refreshed)
-    if data is None or asked.solver.certify_iters:
+    if data is None:
         return asked
     features, targets, weight = data
-    count = on_device(np.int32(len(asked.targets)))
-    return asked._replace(features=features, targets=targets, weight=weight, count=count)
+    length = on_device(np.int32(len(asked.targets)))
+    return asked._replace(features=features, targets=targets, weight=weight, length=length)
 
 
 def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
