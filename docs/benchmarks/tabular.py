@@ -204,6 +204,16 @@ def tables(rows: list[dict[str, Any]]) -> None:
         seconds = np.array([of[name, method]["seconds"] for name in names]).mean(axis=0)
         parts = (f"{value:.2f}" for value in (seconds[0], seconds[1], seconds[2:].mean()))
         line(method, f"{accurate:.2f}", f"{np.mean(means[method]):.2f}", f"{fast:.2f}", *parts)
+    real = np.array([[means[m][i] for m in DEFAULTS] for i, name in enumerate(names) if not name.startswith("make_")])
+    print("\nranks in accuracy on the sets that are not made")
+    print(
+        *(f"{m} {rank:.2f}" for m, rank in zip(DEFAULTS, ranks(-np.round(real, 6)).mean(axis=0), strict=True)), sep=", "
+    )
+    for other in list(METHODS)[1:]:
+        print(f"\nCronosClassifier less {other}, paired by split, ± standard error")
+        for name in names:
+            apart = np.subtract(of[name, "CronosClassifier"]["scores"], of[name, other]["scores"])
+            print(f"{name} {apart.mean():+.2f} ± {apart.std(ddof=1) / np.sqrt(len(apart)):.2f}")
 
 
 def main() -> None:
