@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cronos_flax as cf
+from cronos_flax import sklearn as estimators
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -77,6 +78,7 @@ def test_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     entries = re.findall(r"^\.\. auto\w+:: cronos_flax\.(\S+)$", text, re.MULTILINE)
     public = {*cf.__all__, *(f"nnx.{name}" for name in cf.nnx.__all__)} - {"nnx"}
+    public |= {f"sklearn.{name}" for name in estimators.__all__}
     assert sorted(entries) == sorted(public)
 
 

@@ -37,7 +37,7 @@ def test_each_wing_imports_from_itself_and_those_before_it():
     for name, tree in modules():
         inside, outside = imports(tree)
         allowed = WINGS[: WINGS.index(name[0]) + 1] if name and name[0] in WINGS else [*WINGS, "nnx"]
-        assert {parts[0] for parts in inside} <= set(allowed), name
+        assert {parts[0] for parts in inside} <= set(allowed), name  # so nobody imports cronos_flax.sklearn
         assert "flax" not in outside or allowed != WINGS[:1], name
         assert "optax" not in outside or len(allowed) > 2, name
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import coordinates, cronos, losses, refreshed, staging
+from cronos_flax._solver import coordinates, cronos, losses, padding, refreshed, staging
+from cronos_flax._solver import solve as solve_module
 
 
 def optimum_of(solution, X, y, beta, weight=None, **biases):
@@ -263,7 +264,7 @@ def test_the_first_damping_hardly_matters(digits, optimised):
         return float(cf.Cronos(rho=rho).solve(X, y, hidden=64, key=jax.random.key(seed)).stats.objective)
 
     ends = [np.mean([end(rho, seed) for seed in range(3)]) for rho in (0.1, 1.0, 10.0)]
-    assert max(ends) <= 1.05 * min(ends)
+    assert max(ends) <= 1.08 * min(ends)  # over many seeds .1 is 5 % above 1
 
 
 def test_a_refreshed_solve_can_be_certified_at_its_final_gates():
@@ -337,8 +338,43 @@ def test_sweeping_beta_rho_tol_and_iterations_compiles_once(caplog):
     assert not {"jit(_begin_refreshed)", "jit(step)", "jit(_end_refreshed)"} & set(compiled)
     caplog.clear()
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
-        cf.Cronos().solve(X[:30], y[:30], hidden=5)
+        cf.Cronos().solve(X[:, :3], y, hidden=5)
     assert "Compiling jit(step)" in caplog.text  # what is looked for
+
+
+def test_another_number_of_rows_of_the_same_size_class_compiles_nothing(caplog):
+    X, y = random_problem(4, n=100)
+    cf.Cronos().solve(X[:40], y[:40], hidden=5)
+    with jax.log_compiles(True), caplog.at_level(logging.WARNING):
+        cf.Cronos().solve(X, y, hidden=5)
+    compiled = {record.message.split()[1] for record in caplog.records if "Compiling" in record.message}
+    assert compiled <= {"jit(_are_weights)", "jit(_revived)"}  # dead neurons may come up in the second only
+
+
+@pytest.mark.parametrize(("loss", "n"), [("squared", 40), ("softmax", 140)])
+def test_rows_that_pad_change_nothing_but_rounding(loss, n, monkeypatch):
+    X, y = random_problem(3, n=n, dtype="float64")
+    y = y if loss == "squared" else (y[:, 0] > 0).astype("int32")
+    with jax.enable_x64(True):  # in float32 rounding grows to per cents
+
+        def params():
+            solver = cf.Cronos(loss=loss, max_iters=10, beta_ratio=0.2)  # a penalty that counts
+            return solver.solve(X, y, hidden=5, key=jax.random.key(1)).params
+
+        padded = params()
+        monkeypatch.setattr(solve_module, "padded", lambda *_: None)
+        for one, other in zip(jax.tree.leaves(padded), jax.tree.leaves(params()), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 256, 257, 2047, 2048])
+def test_rows_are_padded_only_where_no_step_looks_at_a_sample_of_them(n):
+    size = padding.size_class(n, cf.Refreshed())
+    assert n <= size <= 2048
+    assert (n <= 128) == (size <= 128)  # up to so many, step lengths are compared on all rows
+    assert size < 2 * max(n, 128)
+    assert padding.size_class(2049, cf.Refreshed()) is None
+    assert padding.size_class(n, cf.Refreshed(least_warm_up=1)) is None  # first steps would draw from them
 
 
 def test_solve_goes_through_vmap_and_jit():

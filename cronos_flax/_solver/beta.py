@@ -80,7 +80,7 @@ def starts(rows: Rows) -> Neurons:
     those whose place has the highest hash, among the rows of positive weight: not regular, for rows can be sorted or
     come in turns, and not changed by rows of weight zero at the end.
     """
-    n, root = rows.count, rows.root if rows.order is None else rows.root[rows.order]
+    n, root = rows.places, rows.root if rows.order is None else rows.root[rows.order]
     place = jnp.arange(1, n + 1, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     place = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B)
     score = (place ^ (place >> 13)) >> 8  # 24 bits, which a float32 holds

@@ -62,6 +62,8 @@ def _are_finite(tree: Any) -> Array:
 
 def all_finite(tree: Any) -> bool:
     """Whether a pytree of arrays has finite numbers only. Reads one of them from the device."""
+    if isinstance(tree, np.ndarray):
+        return bool(np.all(np.isfinite(tree)))
     return bool(on_host(_are_finite(tree)))
 
 
@@ -85,14 +87,17 @@ def _finite(
 ) -> Array:
     if value.ndim not in ndims:
         raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
-    array = on_device(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    if array.dtype.itemsize < 4:
-        array = array.astype(jnp.float32)
-    if not known_finite and concrete(array) and not all_finite(array):
-        raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows.")
-    return array
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        if isinstance(value, np.ndarray):
+            value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+        if value.dtype.itemsize < 4:
+            value = value.astype(jnp.float32)
+        # What is on the host is looked at there, for on the device every shape would be a program.
+        if not known_finite and concrete(value) and not all_finite(value):
+            raise ValueError(
+                f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows."
+            )
+    return on_device(value)
 
 
 def _blocks(X: Iterable[Any]) -> Source:

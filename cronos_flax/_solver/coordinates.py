@@ -17,7 +17,11 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["X", "Y", "root", "order"], meta_fields=["loss", "output_bias"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["X", "Y", "root", "order", "length"],
+    meta_fields=["loss", "output_bias"],
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Everything that has one entry per example; and the loss, weighted, of outputs that are scaled as the rows are.
@@ -32,6 +36,7 @@ class Rows:
         output_bias: whether the network has an output bias.
         order: the places of the rows that samples are drawn from, in the order of the draws: all rows of positive
             weight, where they lie on several devices; None for all places in their own order.
+        length: how many of the places come before those of rows of weight zero that pad the others; None for all.
     """
 
     X: Features | Blocks
@@ -40,15 +45,22 @@ class Rows:
     loss: Loss
     output_bias: bool
     order: Int[Array, " k"] | None = None
+    length: Int[Array, ""] | None = None
 
     def take(self, index: Int[Array, " k"]) -> "Rows":
         """The rows at these places."""
-        return dataclasses.replace(self, X=self.X[index], Y=self.Y[index], root=self.root[index], order=None)
+        X, Y, root = self.X[index], self.Y[index], self.root[index]
+        return dataclasses.replace(self, X=X, Y=Y, root=root, order=None, length=None)
 
     @property
-    def count(self) -> int:
-        """How many rows samples are drawn from."""
+    def places(self) -> int:
+        """How many places samples are drawn from, padding among them."""
         return len(self.Y) if self.order is None else len(self.order)
+
+    @property
+    def count(self) -> Scalar | int:
+        """The number of rows, without those that pad them."""
+        return self.places if self.length is None else self.length.astype(self.root.dtype)
 
     @property
     def weight(self) -> RowVector:

@@ -19,12 +19,13 @@ from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.meshes import mesh_of
+from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import Solution, TwoLayer
 from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
-from cronos_flax._solver.staging import control_of
+from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
 
 GATES = ("refreshed", "fixed", "paired")
@@ -301,7 +302,10 @@ class Cronos:
     ) -> Array:
         hidden_bias, output_bias = biases(self.gates, network)
         static = {"loss": loss_of(self.loss), "hidden_bias": hidden_bias, "output_bias": output_bias}
-        return control_of(data).run(betas.user_beta_max, *data, order, **static)
+        control = control_of(data)
+        if control is OnHost and order is None:
+            data = padded(data, self.refreshed) or data
+        return control.run(betas.user_beta_max, *data, order, **static)
 
     def objective(
         self,

@@ -37,28 +37,32 @@ def sample_size(n: int, settings: Refreshed, least: int | None = None) -> int:
     return min(n, max(n // settings.sample_every, least), settings.most_sample)
 
 
-def places(n: int, size: int, key: Array, order: Int[Array, " n"] | None = None) -> Int[Array, " k"] | None:
+def places(
+    n: int, size: int, key: Array, order: Int[Array, " n"] | None = None, length: Int[Array, ""] | None = None
+) -> Int[Array, " k"] | None:
     """Where the rows of a sample of n are: one at random out of each stretch of equal length; None for all of them.
 
     Args:
-        n: rows that are drawn from.
+        n: places that are drawn from.
         size: of the sample.
         key: of the draw.
-        order: where the n rows are; None for 0 … n − 1.
+        order: the n places; None for 0 … n − 1.
+        length: draw from the first so many only; None for all.
     """
     if size == n:
         return None
-    stretch = n // size
+    among = n if length is None else length
+    stretch = among // size
     first_key, place_key = jax.random.split(key)
-    first = jax.random.randint(first_key, (), 0, n, jnp.int32)
+    first = jax.random.randint(first_key, (), 0, among, jnp.int32)
     place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)
-    drawn = (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % n
+    drawn = (first + stretch * jnp.arange(size, dtype=jnp.int32) + place) % among
     return drawn if order is None else order[drawn]
 
 
 def sample(rows: Rows, key: Array, size: int) -> Rows:
     """Some rows, one at random out of each stretch of equal length."""
-    index = places(rows.count, size, key, rows.order)
+    index = places(rows.places, size, key, rows.order, rows.length)
     return rows if index is None else rows.take(index)
 
 
@@ -98,7 +102,7 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     """For networks of m neurons; the spectrum is that of a sample of the rows."""
     sample_key, feature_key, neuron_key = jax.random.split(key, 3)
     d = rows.X.shape[1]
-    some = sample(rows, sample_key, sample_size(rows.count, settings, settings.rows_per_feature * d))
+    some = sample(rows, sample_key, sample_size(rows.places, settings, settings.rows_per_feature * d))
     X, k = some.X, some.count
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
@@ -139,7 +143,7 @@ class LocalModel:
     H: Activations | None
     A: Directions
     outputs: Outputs
-    stretch: float
+    stretch: Scalar | float
 
     def take(self, index: Int[Array, " k"]) -> Self:
         """The same on fewer rows."""

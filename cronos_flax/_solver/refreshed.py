@@ -288,12 +288,20 @@ def judged(
 
 
 def _drawn(
-    key: Array, order: Int[Array, " n"] | None, *, n: int, settings: Refreshed
+    key: Array,
+    order: Int[Array, " n"] | None,
+    length: Int[Array, ""] | None,
+    *,
+    n: int,
+    settings: Refreshed,
 ) -> tuple[Array, Array, Int[Array, " k"] | None, Int[Array, " l"] | None]:
-    """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all."""
+    """The next key, the key of the probes, the rows of the curvature and those to try lengths on; None for all.
+
+    Of n places, as :func:`places` takes them.
+    """
     key, probe_key, sample_key = jax.random.split(key, 3)
-    index = places(n, sample_size(n, settings), sample_key, order)
-    tried = places(n, min(n, settings.least_sample), sample_key, order) if index is None else index
+    index = places(n, sample_size(n, settings), sample_key, order, length)
+    tried = places(n, min(n, settings.least_sample), sample_key, order, length) if index is None else index
     return key, probe_key, index, tried
 
 
@@ -316,7 +324,8 @@ def descend(
     """
 
     def body(now: Descent) -> Descent:
-        key, probe_key, index, tried = control.run(drawn, now.key, rows.order, n=rows.count, settings=settings)
+        draws = now.key, rows.order, rows.length
+        key, probe_key, index, tried = control.run(drawn, *draws, n=rows.places, settings=settings)
         alive = control.cond(
             now.has_dead, lambda: control.run(revived, rows, now.iterate, probe_key), lambda: now.iterate
         )
@@ -379,7 +388,7 @@ def warm_up(
     Every step draws its rows anew, for many classes have few rows each, and several steps on the same ones fit these
     alone. Rows on disk are drawn once, as every draw reads the disk.
     """
-    n = rows.count
+    n = rows.places
     size = min(n // settings.warm_up_every, settings.most_sample)
     if size < settings.least_warm_up:
         return start, key

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -15,6 +16,7 @@ from cronos_flax._solver.coordinates import normalised, scaled
 from cronos_flax._solver.gauss_newton import Prepared
 from cronos_flax._solver.held import figures, held, program_of, solve_program
 from cronos_flax._solver.losses import loss_of
+from cronos_flax._solver.padding import padded
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
     dead,
@@ -26,7 +28,8 @@ from cronos_flax._solver.program import (
 )
 from cronos_flax._solver.refreshed import Descent, Limits
 from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
-from cronos_flax._solver.staging import Program, control_of
+from cronos_flax._solver.staging import OnHost, Program, control_of
+from cronos_flax._solver.transfer import on_device
 from cronos_flax._solver.types import Bias, Directions, Neurons, RowVector, Scalar
 
 # Defaults of a single fit, where the setting is None.
@@ -56,6 +59,7 @@ class Asked(NamedTuple):
         key: of all that is random.
         progress: the number of the callback, None for none.
         order: of the rows, as in :class:`cronos_flax._solver.coordinates.Rows`.
+        length: how many rows there are before those of weight zero that pad them; None without padding.
     """
 
     solver: Any
@@ -66,6 +70,7 @@ class Asked(NamedTuple):
     key: Array
     progress: Int[Array, ""] | None
     order: Int[Array, " k"] | None = None
+    length: Int[Array, ""] | None = None
 
 
 class Begun(NamedTuple):
@@ -89,13 +94,14 @@ class Begun(NamedTuple):
 
 
 def _begin(asked: Asked, *, hidden: int) -> Begun:
-    solver, features, targets, weight, start, key, progress, order = asked
+    solver, features, targets, weight, start, key, progress, order, length = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     params = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
     biased = {"hidden_bias": hidden_bias, "output_bias": output_bias}
     rows, basis = scaled(features, targets, weight, loss, **biased, order=order)
+    rows = dataclasses.replace(rows, length=length)
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
@@ -202,6 +208,16 @@ begin_refreshed, end_refreshed = Program(_begin_refreshed, once=True), Program(_
 held_solve, figures_of = Program(_held), Program(_figures, once=True)
 
 
+def _padded(asked: Asked) -> Asked:
+    """The same with its rows padded to a size that others share, where that can be done."""
+    data = padded((asked.features, asked.targets, asked.weight), asked.solver.refreshed)
+    if data is None:
+        return asked
+    features, targets, weight = data
+    length = on_device(np.int32(len(asked.targets)))
+    return asked._replace(features=features, targets=targets, weight=weight, length=length)
+
+
 def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     """Solve.
 
@@ -211,8 +227,11 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
         max_iters: most iterations.
     """
     control, progress = control_of(asked), asked.progress
+    n = len(asked.targets if asked.order is None else asked.order)
     if asked.solver.gates != "refreshed":
         return control.run(held_solve, asked, hidden=hidden, max_iters=max_iters)
+    if control is OnHost and asked.order is None:
+        asked = _padded(asked)
     begun, prepared, first, key = control.run(begin_refreshed, asked, hidden=hidden)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
@@ -227,10 +246,10 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     limits = Limits(tol, max_iters)
     if asked.solver.tol is None:
         d, (m, C) = rows.X.shape[1], first.A.shape
-        patience = refreshed.patience(rows.count, d, m, C, settings)
+        patience = refreshed.patience(n, d, m, C, settings)
         if patience <= max_iters:
             limits = limits._replace(null=null, patience=patience)
-    descent = refreshed.begin(control, rows.count, first, key, limits, settings)
+    descent = refreshed.begin(control, n, first, key, limits, settings)
     last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
     data = asked.features, asked.targets, asked.weight

@@ -1,0 +1,311 @@
+"""Estimators for scikit-learn: two-layer ReLU networks that are solved, not tuned. Needs the extra ``sklearn``."""
+
+import warnings
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from cronos_flax._solver import checks
+from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.losses import loss_of
+from cronos_flax._solver.solution import Status
+
+__all__ = ["CronosClassifier", "CronosRegressor"]
+
+_FEW = 2048  # rows up to which equal ones are merged; up to so many a solve never looks at a sample
+
+
+class _TwoLayer(BaseEstimator):
+    """What the two estimators share: weights, units, the solve, and the outputs of the network that it found."""
+
+    def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features, targets and weights of ``fit`` as arrays."""
+        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **how)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not weight.any():
+            raise ValueError(f"{type(self).__name__}: `sample_weight` must not be all zero, got only zeros.")
+        return X, y, weight
+
+    def _units(self, values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is subtracted from each column, and what it is then divided by, if that is not zero."""
+        if self.standardize:
+            return _moments(values, weight)
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+
+    def _solve(self, X: np.ndarray, y: np.ndarray, weight: np.ndarray, outputs: int | None) -> Self:
+        """Solve for rows in the user's units; keep the network in these units, and the figures."""
+        where = type(self).__name__
+        checks.positive_integer(where, "n_neurons", self.n_neurons)
+        checks.positive_integer(where, "max_iter", self.max_iter)
+        solver = Cronos(loss=self.loss, beta=self.beta, max_iters=self.max_iter, tol=self.tol)
+        mean, scale = self._units(X, weight)
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        solution = solver.solve(
+            ((X - mean) / np.where(scale > 0, scale, 1)).astype(dtype),
+            y if outputs is None else loss_of(self.loss).from_labels(y, outputs),
+            hidden=self.n_neurons,
+            num_classes=outputs if self.loss == "softmax" else None,
+            sample_weight=weight.astype(dtype),
+            key=jax.random.key(seed),
+        )
+        if solution.status is Status.nonfinite:
+            raise ValueError(f"{where}: {solution.status.message}")
+        if solution.status is Status.max_iters:
+            message = f"{where}: stopped at max_iter={self.max_iter}. Raise `max_iter`, or `tol`."
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        network, stats = jax.device_get((solution.params, solution.stats))
+        # relu((X − mean)/scale · kernel + bias), in the units of X; a column that never varied says nothing.
+        kernel = network.kernel1.astype(float) / np.where(scale > 0, scale, np.inf)[:, None]
+        self.kernel1_, self.bias1_ = kernel, network.bias1.astype(float) - mean @ kernel
+        self.kernel2_, self.bias2_ = network.kernel2.astype(float), network.bias2.astype(float)
+        self.beta_, self.n_iter_, self.objective_ = float(stats.beta), int(stats.iterations), float(stats.objective)
+        return self
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Of the network, shape ``(n, C)``."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return np.maximum(X @ self.kernel1_ + self.bias1_, 0) @ self.kernel2_ + self.bias2_
+
+
+class CronosClassifier(ClassifierMixin, _TwoLayer):
+    """Classifier: a two-layer ReLU network, solved by :class:`cronos_flax.Cronos`. Nothing needs to be tuned.
+
+    ``outputs = relu(X kernel1_ + bias1_) kernel2_ + bias2_``
+
+    Args:
+        n_neurons: number of hidden neurons.
+        loss: ``"softmax"``; ``"logistic"``, for two classes; ``"squared"``, ``"huber"`` or ``"hinge"``, of targets ±1;
+            or a :class:`cronos_flax.Loss`. The first two have ``predict_proba``.
+        beta: weight decay of the network on the standardised features; None takes a thousandth of the value above which
+            the network is zero. ``"path"`` tries seven values and chooses on a held-out fifth of the rows.
+        max_iter: most iterations; a ConvergenceWarning says that they did not suffice.
+        tol: as for :class:`cronos_flax.Cronos`; None ends when going on would not pay.
+        standardize: bring columns to mean 0 and variance 1 first, by the (weighted) rows of ``fit``. False leaves the
+            features in their units.
+        class_weight: weights of the classes, ``{label: weight}`` or ``"balanced"``; None means 1.
+        random_state: of the random start; an integer makes ``fit`` repeatable.
+
+    Attributes:
+        classes_: the labels, sorted.
+        kernel1_: hidden kernel for features in the units they came in, shape ``(p, m)``; so are the next three.
+        bias1_: hidden bias, shape ``(m,)``.
+        kernel2_: output kernel, shape ``(m, C)``; C is 1 for two classes, unless the loss is ``"softmax"``.
+        bias2_: output bias, shape ``(C,)``.
+        beta_: the weight decay that was used.
+        n_iter_: iterations done.
+        objective_: the regularised loss at the end.
+        n_features_in_: number of columns of ``fit``.
+        feature_names_in_: their names, where they had any.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> from sklearn.model_selection import cross_val_score
+        >>> from cronos_flax.sklearn import CronosClassifier
+        >>> X, y = load_iris(return_X_y=True)
+        >>> bool(cross_val_score(CronosClassifier(random_state=0), X, y).mean() > 0.9)
+        True
+    """
+
+    def __init__(
+        self,
+        n_neurons: int = 64,
+        *,
+        loss: str | Loss = "softmax",
+        beta: float | str | None = None,
+        max_iter: int = 500,
+        tol: float | None = None,
+        standardize: bool = True,
+        class_weight: dict | str | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.n_neurons = n_neurons
+        self.loss = loss
+        self.beta = beta
+        self.max_iter = max_iter
+        self.tol = tol
+        self.standardize = standardize
+        self.class_weight = class_weight
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Solve.
+
+        Args:
+            X: features, shape ``(n, p)``, dense and finite; arrays or data frames.
+            y: labels of any kind, shape ``(n,)``.
+            sample_weight: ``≥ 0``, shape ``(n,)``, not all zero; None means 1. Up to 2,048 rows a weight of k is the
+                same as the row k times, to the last digit.
+
+        Raises:
+            ValueError: for settings or data that do not fit.
+            TypeError: for sparse features.
+        """
+        rows, names, weight = self._checked(X, y, sample_weight)
+        check_classification_targets(names)
+        if self.class_weight is not None:
+            weight = weight * compute_sample_weight(self.class_weight, names)
+        self.classes_, labels = np.unique(names, return_inverse=True)
+        rows, labels, weight = _merged(rows, labels[:, None], weight)
+        return self._solve(rows, labels[:, 0].astype(np.int32), weight, outputs=max(len(self.classes_), 2))
+
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
+        """Outputs, shape ``(n, C)``; for two classes ``(n,)``, above 0 for the second."""
+        outputs = self._outputs(X)
+        if len(self.classes_) > 2:
+            return outputs
+        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs[:, 0]
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """The likeliest class of each row, shape ``(n,)``."""
+        scores = self.decision_function(X)
+        index = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
+        return self.classes_[np.minimum(index, len(self.classes_) - 1)]
+
+    def _has_probabilities(self) -> bool:
+        return self.loss in ("softmax", "logistic")
+
+    @available_if(_has_probabilities)
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
+        """Probabilities of the classes, shape ``(n, len(classes_))``."""
+        return np.exp(self.predict_log_proba(X))
+
+    @available_if(_has_probabilities)
+    def predict_log_proba(self, X: ArrayLike) -> np.ndarray:
+        """Logarithms of the probabilities, shape ``(n, len(classes_))``."""
+        scores = self.decision_function(X)
+        logits = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
+        logits = logits[:, : len(self.classes_)]
+        logits = logits - logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+class CronosRegressor(RegressorMixin, _TwoLayer):
+    """Regressor, of one target or several: a two-layer ReLU network, solved by :class:`cronos_flax.Cronos`.
+
+    ``predictions = relu(X kernel1_ + bias1_) kernel2_ + bias2_``
+
+    Args:
+        n_neurons: number of hidden neurons.
+        loss: ``"squared"``, ``"huber"`` (linear beyond one standard deviation of the target), or a
+            :class:`cronos_flax.Loss` of real targets.
+        beta: weight decay of the network on standardised features and targets; None takes a thousandth of the value
+            above which the network is zero. ``"path"`` tries seven values and chooses on a held-out fifth of the rows.
+        max_iter: most iterations; a ConvergenceWarning says that they did not suffice.
+        tol: as for :class:`cronos_flax.Cronos`; None ends when going on would not pay.
+        standardize: bring the columns of X, and of y, to mean 0 and variance 1 first, by the (weighted) rows of
+            ``fit``. False leaves both in their units.
+        random_state: of the random start; an integer makes ``fit`` repeatable.
+
+    Attributes:
+        kernel1_: hidden kernel for features in the units they came in, shape ``(p, m)``; so are the next three.
+        bias1_: hidden bias, shape ``(m,)``.
+        kernel2_: output kernel, shape ``(m, C)``, for targets in their units.
+        bias2_: output bias, shape ``(C,)``.
+        beta_: the weight decay that was used.
+        n_iter_: iterations done.
+        objective_: the regularised loss at the end, of the standardised targets.
+        n_features_in_: number of columns of ``fit``.
+        feature_names_in_: their names, where they had any.
+
+    Example:
+        >>> import numpy as np
+        >>> from cronos_flax.sklearn import CronosRegressor
+        >>> X = np.random.default_rng(0).normal(size=(200, 5))
+        >>> y = np.abs(X[:, 0]) - X[:, 1]
+        >>> bool(CronosRegressor(random_state=0).fit(X, y).score(X, y) > 0.95)
+        True
+    """
+
+    def __init__(
+        self,
+        n_neurons: int = 64,
+        *,
+        loss: str | Loss = "squared",
+        beta: float | str | None = None,
+        max_iter: int = 500,
+        tol: float | None = None,
+        standardize: bool = True,
+        random_state: Any = None,
+    ) -> None:
+        self.n_neurons = n_neurons
+        self.loss = loss
+        self.beta = beta
+        self.max_iter = max_iter
+        self.tol = tol
+        self.standardize = standardize
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Solve.
+
+        Args:
+            X: features, shape ``(n, p)``, dense and finite; arrays or data frames.
+            y: targets, shape ``(n,)`` or ``(n, C)``.
+            sample_weight: ``≥ 0``, shape ``(n,)``, not all zero; None means 1. Up to 2,048 rows a weight of k is the
+                same as the row k times, to the last digit.
+
+        Raises:
+            ValueError: for settings or data that do not fit.
+            TypeError: for sparse features.
+        """
+        rows, values, weight = self._checked(X, y, sample_weight, multi_output=True, y_numeric=True)
+        if isinstance(self.loss, str) and not loss_of(Cronos(loss=self.loss).loss).takes_values:
+            raise ValueError(
+                f"CronosRegressor: `loss` must be 'squared', 'huber' or a cf.Loss of real targets, got {self.loss!r}. "
+                "For classes use CronosClassifier."
+            )
+        self._is_vector = values.ndim == 1
+        rows, values, weight = _merged(rows, values.reshape(len(values), -1).astype(float), weight)
+        mean, scale = self._units(values, weight)
+        targets = (values - mean) / np.where(scale > 0, scale, 1)
+        self._solve(rows, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
+        self.kernel2_, self.bias2_ = self.kernel2_ * scale, self.bias2_ * scale + mean
+        return self
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """Predictions, of the shape that y had in ``fit``."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if self._is_vector else outputs
+
+
+def _merged(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows without those of no weight, and equal ones as one with the sum of their weights, in an order of their own.
+
+    So neither the order of the rows matters nor whether a row comes twice or has twice the weight. Only for few rows:
+    with more of them, a solve looks at samples.
+    """
+    there = weight > 0
+    X, y, weight = X[there], y[there], weight[there]
+    if len(X) <= _FEW:
+        whole = np.column_stack([X, y])
+        _, first, which = np.unique(whole, axis=0, return_index=True, return_inverse=True)
+        X, y, weight = X[first], y[first], np.bincount(which.ravel(), weight)
+    twice = slice(None) if len(X) > 1 else [0, 0]  # a solve takes two rows at least
+    return X[twice], y[twice], weight[twice]
+
+
+def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and standard deviation of each column, without overflow; 0 where only rounding varies."""
+    share = weight / weight.sum()
+    largest = np.abs(rows).max(axis=0)
+    unit = rows / np.where(largest > 0, largest, 1)
+    mean = share @ unit
+    scale = np.sqrt(share @ np.square(unit - mean))
+    scale[scale <= 10 * np.finfo(float).eps * np.sqrt(len(rows))] = 0
+    return mean * largest, scale * largest
