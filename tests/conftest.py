@@ -48,6 +48,17 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def little_garbage():
+    """Garbage is looked for among what the test makes, not among all that earlier tests have left."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
     """Compiled programs hold memory maps; Linux allows a process 65,530, and beyond that XLA's compiler crashes."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import json
 import shutil
 import sys
@@ -27,12 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 X = jax.random.normal(jax.random.key(0), (32, 5))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _little_garbage():
-    """Each restore collects garbage: without what is there before these tests, that takes a tenth of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_garbage")  # a damaged checkpoint makes Python collect it
 
 
 class MLP(nn.Module):

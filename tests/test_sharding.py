@@ -17,6 +17,7 @@ def _free_port():
         return any_port.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path):
     """Fits, solves, runs with checkpoints, grafts, linen and NNX; and parameters keep the shardings that they had."""
     command = [sys.executable, "tests/sharded.py", str(tmp_path)]
@@ -43,6 +44,7 @@ def _run(count, directory, *extra):
     return json.loads(said[0][0].splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_and_started_again_give_what_one_gives(tmp_path):
     """Each has a device and its rows; callbacks are called in the first, where the run is killed."""
     expected = _run(1, tmp_path / "one")

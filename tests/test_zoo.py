@@ -14,6 +14,7 @@ from zoo import HIDDEN, IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUT
 
 import cronos_flax as cf
 
+pytestmark = pytest.mark.usefixtures("little_garbage")  # JAX collects it where tracers might leak
 SOLVER = cf.Cronos(max_iters=5)
 CALLED = "output", "paths", "rngs", "mutable"
 
