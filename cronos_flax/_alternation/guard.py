@@ -206,7 +206,8 @@ class GuardState:
             f"and the backbone now moves at {figures['backbone_rate']:.2g} of the optimizer's own rate: after the last "
             f"steps the regularised loss was {objective:.4g} after a solve, and had been {best:.4g}. {look}Lower the "
             "optimizer's rate or let it decay; or give the solver a larger beta_ratio, as large weights of the head "
-            "make large gradients; or solve more often; or on more rows, if each solve has other ones. "
+            "make large gradients, and enlarge the noise of dropout, which a solve does not see; or solve more often; "
+            "or on more rows, if each solve has other ones. "
             "guard=cf.Guard(tolerance=...) allows a larger rise, guard=False any.",
             UserWarning,
             stacklevel=5,
