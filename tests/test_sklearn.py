@@ -135,6 +135,15 @@ def test_weight_decay_chosen_on_held_out_rows(iris):
     assert fitted.score(*iris) > 0.9
 
 
+def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(iris):
+    X, y = iris
+    fitted = classifier(loss="logistic").fit(X, np.where(y == 2, "yes", "no"))
+    before = fitted.predict(X)
+    with pytest.raises(ValueError, match="two classes"):
+        fitted.fit(X, y)
+    np.testing.assert_array_equal(fitted.predict(X), before)
+
+
 def test_too_few_iterations_are_said(iris):
     with pytest.warns(ConvergenceWarning, match=r"max_iter=1\."):
         classifier(max_iter=1).fit(*iris)
