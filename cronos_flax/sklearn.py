@@ -55,7 +55,7 @@ class _TwoLayer(BaseEstimator):
             y if outputs is None else loss_of(self.loss).from_labels(y, outputs),
             hidden=self.n_neurons,
             num_classes=outputs if self.loss == "softmax" else None,
-            sample_weight=weight.astype(dtype),
+            sample_weight=(weight / weight.max()).astype(dtype),  # float32 does not hold all of them
             key=jax.random.key(seed),
         )
         if solution.status is Status.nonfinite:
@@ -153,11 +153,28 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         """
         rows, names, weight = self._checked(X, y, sample_weight)
         check_classification_targets(names)
-        if self.class_weight is not None:
-            weight = weight * compute_sample_weight(self.class_weight, names)
-        self.classes_, labels = np.unique(names, return_inverse=True)
+        classes, labels = np.unique(names, return_inverse=True)
         rows, labels, weight = _merged(rows, labels[:, None], weight)
-        return self._solve(rows, labels[:, 0].astype(np.int32), weight, outputs=max(len(self.classes_), 2))
+        labels = labels[:, 0].astype(np.int32)
+        weight = weight * self._of_classes(classes, labels, weight)
+        self._solve(rows, labels, weight, outputs=max(len(classes), 2))
+        self.classes_ = classes  # last, so that after an error they are still those of the network
+        return self
+
+    def _of_classes(self, classes: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The weight of each row's class; balanced by the weights of rows, which stand for their numbers."""
+        if self.class_weight is None:
+            return np.ones(len(labels))
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            counts = np.bincount(labels, weight)
+            return weight.sum() / (np.count_nonzero(counts) * counts[labels])
+        each = compute_sample_weight(self.class_weight, classes[labels])
+        if not (np.all(np.isfinite(each) & (each >= 0)) and each.any()):
+            raise ValueError(
+                "CronosClassifier: `class_weight` must have finite numbers ≥ 0, not all zero, got "
+                f"{self.class_weight!r}."
+            )
+        return each
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
         """Outputs, shape ``(n, C)``; for two classes ``(n,)``, above 0 for the second."""

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
+from cronos_flax._solver.beta import choosable
 
 ROWS, BATCH = 130, 44
 FLOAT = {"param_dtype": "float64"}
@@ -132,7 +133,7 @@ def main(directory):
     expected, alone = alternated(params, head, data, None), fitted(params, head, data)
     rows = [np.concatenate(arrays) for arrays in zip(*data, strict=True)]
     start = {"init": head.read({"params": params})}
-    solver = dataclasses.replace(SOLVER, beta=1e-3)
+    solver = dataclasses.replace(SOLVER, beta=1e-3, class_weight="balanced")
     solved = float(solver.solve(rows[0], rows[1], sample_weight=rows[2], **start).stats.objective)
     for mesh, spec in meshes():
         sharded = put(params, mesh, PartitionSpec(*spec, *[None] * (2 - len(spec))))
@@ -143,6 +144,7 @@ def main(directory):
             start = {"init": head.read({"params": sharded})}
             with_mesh = solver.solve(x, y, sample_weight=weight, **start).stats.objective
             np.testing.assert_allclose(with_mesh, solved, rtol=1e-7)
+            np.testing.assert_array_equal(choosable(x, y, weight).X, rows[0][:ROWS])  # for beta="path"
     cf.find_head(MODEL, {"params": sharded}, given[0][0])
     np.testing.assert_allclose(alternated(sharded, head, given, directory), expected, rtol=1e-7)
     with jax.set_mesh(mesh):

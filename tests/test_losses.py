@@ -258,6 +258,17 @@ def test_balanced_classes_count_the_same():
     np.testing.assert_allclose(balanced.objective, by_hand.objective, rtol=1e-5)
 
 
+def test_balanced_classes_do_not_count_rows_of_no_weight():
+    X, _ = random_problem(1, n=60)
+    labels, weight = (np.arange(60) % 6 == 0).astype(int), (np.arange(60) < 40).astype("float32")
+    solver, network = cf.Cronos(loss="softmax", class_weight="balanced"), random_network(1, C=2)
+    one, other = (
+        float(solver.objective(network, X, y, 0.1, sample_weight=weight))
+        for y in (labels, np.where(weight > 0, labels, 1 - labels))
+    )
+    assert one == pytest.approx(other, rel=1e-6)
+
+
 def test_labels_take_their_number_of_classes_from_the_network():
     X, _ = random_problem(1)
     labels = np.arange(40) % 2

@@ -72,6 +72,16 @@ def test_neither_order_nor_repetition_of_rows_matters_and_weights_are_repetition
     np.testing.assert_array_equal(classifier().fit(X[rows], y[rows]).predict_proba(X), weighted.predict_proba(X))
 
 
+def test_balanced_classes_count_weights_as_repetitions_and_the_unit_of_weights_does_not_matter(iris):
+    X, y = iris
+    weight = np.random.RandomState(0).randint(0, 3, len(y))
+    weighted = classifier(class_weight="balanced").fit(X, y, sample_weight=weight).predict_proba(X)
+    rows = np.repeat(np.arange(len(y)), weight)
+    np.testing.assert_array_equal(classifier(class_weight="balanced").fit(X[rows], y[rows]).predict_proba(X), weighted)
+    tiny = classifier(class_weight="balanced").fit(X, y, sample_weight=weight * 2.0**-900)
+    np.testing.assert_array_equal(tiny.predict_proba(X), weighted)
+
+
 def test_the_attributes_are_the_network_and_plain_numpy(iris):
     X, y = iris
     fitted = classifier().fit(X, y)
@@ -125,6 +135,15 @@ def test_weight_decay_chosen_on_held_out_rows(iris):
     assert fitted.score(*iris) > 0.9
 
 
+def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(iris):
+    X, y = iris
+    fitted = classifier(loss="logistic").fit(X, np.where(y == 2, "yes", "no"))
+    before = fitted.predict(X)
+    with pytest.raises(ValueError, match="two classes"):
+        fitted.fit(X, y)
+    np.testing.assert_array_equal(fitted.predict(X), before)
+
+
 def test_too_few_iterations_are_said(iris):
     with pytest.warns(ConvergenceWarning, match=r"max_iter=1\."):
         classifier(max_iter=1).fit(*iris)
@@ -140,6 +159,9 @@ def test_too_few_iterations_are_said(iris):
         (classifier(beta=-1.0), {}, "`beta` must be"),
         (classifier(), {"sample_weight": np.zeros(120)}, "zero"),
         (classifier(), {"sample_weight": -np.ones(120)}, "[Nn]egative"),
+        (classifier(class_weight={0: -1.0}), {}, "`class_weight` must have finite numbers ≥ 0"),
+        (classifier(class_weight={0: np.nan}), {}, "`class_weight` must have finite numbers ≥ 0"),
+        (classifier(class_weight=dict.fromkeys(range(3), 0.0)), {}, "`class_weight` must have finite numbers ≥ 0"),
         (regressor(loss="softmax"), {}, "For classes use CronosClassifier"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -367,6 +367,23 @@ def test_rows_that_pad_change_nothing_but_rounding(loss, n, monkeypatch):
             np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
 
 
+@dataclasses.dataclass(frozen=True)
+class Poisson(cf.Loss):
+    """Of a mean that is the output itself: infinite at 0, where a row of no weight has its output."""
+
+    def value(self, outputs, targets):
+        return jnp.sum(outputs - targets * jnp.log(outputs), axis=1)
+
+    def constant(self, targets, weight):
+        return weight @ targets / jnp.sum(weight)
+
+
+def test_a_loss_that_is_not_finite_at_zero_can_be_solved():
+    X, _ = random_problem(3, n=40)
+    solution = cf.Cronos(loss=Poisson(), beta=1e-3).solve(X, 3 + np.abs(X[:, 0]), hidden=5)
+    assert solution.stats.objective < solution.stats.initial_objective - 0.01
+
+
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 256, 257, 2047, 2048])
 def test_rows_are_padded_only_where_no_step_looks_at_a_sample_of_them(n):
     size = padding.size_class(n, cf.Refreshed())

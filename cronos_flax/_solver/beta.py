@@ -17,6 +17,7 @@ from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
 from cronos_flax._solver.staging import Program
@@ -134,7 +135,7 @@ class Data(NamedTuple):
     def at(self, places: Int[np.ndarray, " k"]) -> "Data":
         """The rows at these places."""
         there = on_device(places)
-        return Data(*(taken(rows, there) for rows in self))
+        return Data(*(automatically(taken, rows, there) for rows in self))
 
 
 def choosable(X: Array | Source, y: Outputs, weight: RowVector, order: Array | None = None) -> Data:

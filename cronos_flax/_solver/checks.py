@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -163,10 +164,10 @@ def data(
     return X, targets.astype(X.dtype)
 
 
-def balanced(loss: Loss, targets: Array, order: Array | None = None) -> Array:
+def balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     """Weights ``n / (classes · rows of the class)``: every class that is there counts the same.
 
-    ``order`` says which n rows count; None for all.
+    Rows of weight zero are not counted.
     """
     known = is_labelled(loss, targets) if concrete(targets) else loss.is_labelled(targets)
     if (isinstance(known, bool) or concrete(known)) and not on_host(known):
@@ -174,7 +175,7 @@ def balanced(loss: Loss, targets: Array, order: Array | None = None) -> Array:
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
         )
-    return _balanced(loss, targets, order)
+    return automatically(partial(_balanced, loss), targets, weight)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -190,11 +191,11 @@ def labels_of(loss: Loss, targets: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _balanced(loss: Loss, targets: Array, order: Array | None) -> Array:
-    labels = loss.labels(targets)
-    counted = labels if order is None else labels[order]
-    counts = jnp.bincount(counted, length=max(targets.shape[1], 2)).astype(targets.dtype)
-    return len(counted) / (jnp.count_nonzero(counts).astype(targets.dtype) * counts[labels])
+def _balanced(loss: Loss, targets: Array, weight: Array) -> Array:
+    labels, counted = loss.labels(targets), (weight > 0).astype(jnp.int32)
+    counts = jnp.bincount(labels, counted, length=max(targets.shape[1], 2)).astype(targets.dtype)
+    n, classes = (number.astype(targets.dtype) for number in (jnp.sum(counted), jnp.count_nonzero(counts)))
+    return n / (classes * jnp.maximum(counts, 1)[labels])
 
 
 def sample_weight(value: ArrayLike | None, y: Array) -> Array:

@@ -70,25 +70,29 @@ class Rows:
     def _unscaled(self, T: Outputs) -> Outputs:
         return T / jnp.where(self.root > 0, self.root, 1)[:, None]
 
+    def _counted(self, each: Array) -> Array:
+        """What the loss says of each row; 0 for rows of no weight: at their outputs, 0, it need not be finite."""
+        return jnp.where(jnp.expand_dims(self.root > 0, tuple(range(1, each.ndim))), each, 0)
+
     def value(self, T: Outputs) -> Scalar:
         """The weighted loss of outputs T, summed over rows."""
-        return self.weight @ self.loss.value(self._unscaled(T), self.Y)
+        return self.weight @ self._counted(self.loss.value(self._unscaled(T), self.Y))
 
     def gradient(self, T: Outputs) -> Outputs:
         """Of :meth:`value`."""
-        return self.root[:, None] * self.loss.gradient(self._unscaled(T), self.Y)
+        return self.root[:, None] * self._counted(self.loss.gradient(self._unscaled(T), self.Y))
 
     def curvature(self, T: Outputs, R: Outputs) -> Outputs:
         """The Hessian of :meth:`value` at T, or what the loss gives in its place, times R."""
-        return self.loss.curvature(self._unscaled(T), self.Y, R)
+        return self._counted(self.loss.curvature(self._unscaled(T), self.Y, R))
 
     def mean_curvature(self, T: Outputs) -> RowVector:
         """The mean diagonal of each row's curvature."""
-        return self.loss.mean_curvature(self._unscaled(T), self.Y)
+        return self._counted(self.loss.mean_curvature(self._unscaled(T), self.Y))
 
     def prox(self, T: Outputs, step: Scalar) -> Outputs:
         """Of ``step`` times :meth:`value`."""
-        return self.root[:, None] * self.loss.prox(self._unscaled(T), self.Y, step)
+        return self.root[:, None] * self._counted(self.loss.prox(self._unscaled(T), self.Y, step))
 
     def dual(self, T: Outputs) -> Outputs:
         """Gradients T of :meth:`value` moved to where their conjugate is finite and the output bias is at its best."""
@@ -98,8 +102,7 @@ class Rows:
 
     def conjugate(self, T: Outputs) -> Scalar:
         """Of :meth:`value`, at T."""
-        terms = self.loss.conjugate(self._unscaled(T), self.Y)
-        return jnp.sum(jnp.where(self.root > 0, self.weight * terms, 0))
+        return self.weight @ self._counted(self.loss.conjugate(self._unscaled(T), self.Y))
 
     def mean(self, T: Outputs) -> Float[Array, " C"]:
         """The constant b nearest to outputs T, that is to say with the least ``‖T − √w b‖``."""

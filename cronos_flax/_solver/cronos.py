@@ -73,9 +73,10 @@ class Cronos:
             the network explains (the loss of the best constant minus the present one).
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
-        class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``.
-        beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .02, or .005
-            with a frozen head.
+        class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``;
+            rows of weight zero are not counted.
+        beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .02 (.005
+            with a frozen head).
         refreshed: constants of the refreshed path, for experts.
         held: constants of ADMM, for experts.
 
@@ -199,7 +200,7 @@ class Cronos:
         """
         solver, key = self, default_key() if key is None else key
         if self.beta is None:
-            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True, order=order)
+            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
             beta_max = self._user_beta_max(data, init, order)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
@@ -222,7 +223,7 @@ class Cronos:
         known_finite: bool,
     ) -> Solution:
         outputs = _outputs_of(init, state)
-        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite, order)
+        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         callback = on_first(callback)
@@ -345,13 +346,12 @@ class Cronos:
         outputs: int | None,
         sample_weight: ArrayLike | None,
         known_finite: bool = False,
-        order: Array | None = None,
     ) -> tuple[Array | Source, Array, Array]:
         """Features, targets and weights, checked."""
         loss = loss_of(self.loss)
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
-        return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, order)
+        return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight)
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:
