@@ -75,8 +75,8 @@ class Cronos:
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``;
             rows of weight zero are not counted.
-        beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .02 (.005
-            with a frozen head).
+        beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .02
+            (.005 with a frozen head).
         refreshed: constants of the refreshed path, for experts.
         held: constants of ADMM, for experts.
 
