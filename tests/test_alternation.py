@@ -2,21 +2,17 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
 
-MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
-X = jax.random.normal(jax.random.key(0), (256, 5))
-Y = (X[:, 0] * X[:, 1] > 0).astype(int)
-PARAMS = MODEL.init(jax.random.key(1), X)["params"]
-HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
+X, Y = X[:256], Y[:256]
 KERNELS = ("layers_2", "layers_4")
 
 OPTIMIZERS = {

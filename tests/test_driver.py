@@ -14,16 +14,12 @@ import optax
 import pytest
 import resumed
 from flax.training.train_state import TrainState
+from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
 from cronos_flax._alternation import sources as _sources
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
-X = np.asarray(jax.random.normal(jax.random.key(0), (300, 5)))
-Y = (X[:, 0] * X[:, 1] > 0).astype(int)
-PARAMS = MODEL.init(jax.random.key(1), X)["params"]
-HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
 
 
 def made(tx=None, **kwargs):
