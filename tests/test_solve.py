@@ -384,6 +384,13 @@ def test_a_loss_that_is_not_finite_at_zero_can_be_solved():
     assert solution.stats.objective < solution.stats.initial_objective - 0.01
 
 
+def test_a_solve_of_rows_that_are_committed_to_a_device_is_committed_to_it():
+    data = random_problem(0)
+    for rows, committed in ((data, False), (jax.device_put(data, jax.devices()[0]), True)):
+        solution = cf.Cronos(beta=1e-2, max_iters=2).solve(*rows, hidden=6)
+        assert solution.params.kernel1.committed == committed
+
+
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 256, 257, 2047, 2048])
 def test_rows_are_padded_only_where_no_step_looks_at_a_sample_of_them(n):
     size = padding.size_class(n, cf.Refreshed())

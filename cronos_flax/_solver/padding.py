@@ -5,6 +5,7 @@ Only where every step looks at all rows: no sample then sees the padding. Result
 
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
@@ -31,16 +32,21 @@ def size_class(n: int, settings: Refreshed) -> int | None:
 def padded(data: tuple[Any, Array, Array], settings: Refreshed) -> tuple[Array, Array, Array] | None:
     """Features, targets and weights with the first row repeated, at a weight of zero, up to the size of their class.
 
-    None for data that stay as they are: many rows, blocks, and arrays that are not where new ones are put.
+    None for data that stay as they are: many rows, blocks, and arrays on several devices.
     """
     n = len(data[1])
     size = size_class(n, settings)
-    arrays = [rows for rows in data if isinstance(rows, Array) and isinstance(rows.sharding, SingleDeviceSharding)]
-    if size is None or len(arrays) < len(data):
+    is_on_one = all(isinstance(rows, Array) and isinstance(rows.sharding, SingleDeviceSharding) for rows in data)
+    if size is None or not is_on_one or len({rows.sharding for rows in data}) > 1:
         return None
     X, y, weight = on_host(data)
     more = np.zeros(size - n, np.int32)
     # On the host, for on the device every n would be a program. A row that is there has a finite loss.
     parts = (X, X[more]), (y, y[more]), (weight, np.zeros_like(weight, shape=len(more)))
-    X, y, weight = (on_device(np.concatenate(both)) for both in parts)
-    return (X, y, weight) if all(rows.devices() == X.devices() for rows in arrays) else None
+    X, y, weight = (_beside(rows, np.concatenate(both)) for rows, both in zip(data, parts, strict=True))
+    return X, y, weight
+
+
+def _beside(rows: Array, values: np.ndarray) -> Array:
+    """The values where these rows are, and committed to that device if these are."""
+    return jax.device_put(values, rows.sharding) if rows.committed else on_device(values)
