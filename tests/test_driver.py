@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import flax.linen as nn
@@ -185,6 +186,30 @@ def test_running_statistics_dropout_and_several_steps_between_updates():
     same(again.params, trained.params)
     other, _ = train(state, train_kwargs={"train": True}, key=jax.random.key(1))
     assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(trained.params)[0])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.8])
+def test_a_solve_that_dropout_contradicts_is_told_once(rate, recwarn, tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(nn.Dense(6)(nn.tanh(nn.Dense(8)(x))))
+            return nn.Dense(2)(nn.Dropout(rate, deterministic=not train)(x))
+
+    model = Net()
+    made = {"apply_fn": model.apply, "params": model.init(jax.random.key(0), X, train=False)["params"]}
+    head = cf.find_head(model, {"params": made["params"]}, X[:64], train=False)
+    solver = cf.Cronos(loss="softmax", beta_ratio=1e-4, max_iters=20)
+    alternation = cf.Alternation(first_epoch=0, dense_epochs=3)
+    state = cf.CronosTrainState.create(
+        **made, tx=optax.sgd(1e-4), head=head, solver=solver, guard=False, alternation=alternation
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        train(state, train_kwargs={"train": True}, batch_size=12, epochs=3, directory=tmp_path)
+    told = [str(warning.message) for warning in recwarn if "gradient steps after a solve" in str(warning.message)]
+    assert len(told) == (rate > 0)
+    assert all("larger beta_ratio" in message for message in told)
 
 
 def test_solves_on_some_of_the_rows_are_on_others_each_time():

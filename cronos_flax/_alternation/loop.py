@@ -21,10 +21,12 @@ from cronos_flax._alternation.steps import Door
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.processes import agreed
-from cronos_flax._solver.solution import Solution
+from cronos_flax._solver.solution import Solution, Status
 from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
 
 Row = dict[str, float]
+_FIRST = 20  # gradient steps after a solve that are looked at
+_CLEARLY = 17  # of these: by chance one time in 776
 
 
 class Clock:
@@ -43,6 +45,36 @@ class Clock:
         since = time.perf_counter()
         yield
         self._start += time.perf_counter() - since
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """What a solve said of the loss, until the gradient steps after it have said theirs.
+
+    Args:
+        before: how many losses of gradient steps were there when the head was solved for.
+        objective: the regularised loss at its end.
+        null: the loss of the best constant outputs.
+    """
+
+    before: int
+    objective: float
+    null: float
+
+    def contradicted(self, losses: list[float]) -> str | None:
+        """What to tell the user if constant outputs fit better in the first steps after it, and not by chance."""
+        after = losses[self.before : self.before + _FIRST]
+        if len(after) < _FIRST or np.sum(np.greater(after, self.objective)) < _CLEARLY:
+            return None
+        median = np.median(after)
+        if not median > self.null:
+            return None
+        return (
+            f"train: in the first {_FIRST} gradient steps after a solve the median of the loss was {median:.4g}, above "
+            f"{self.null:.4g} of the best constant outputs; the solve had ended at {self.objective:.4g}. A solve does "
+            "not see the noise of dropout, which large weights of the head enlarge: give the solver a larger "
+            "beta_ratio. Without dropout lower the optimizer's rate."
+        )
 
 
 @dataclasses.dataclass
@@ -67,6 +99,8 @@ class Loop:
         seconds: training time to keep to.
         checkpoints: of the run.
         losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
+        last: the last solve, if its first gradient steps are not yet in ``position.loss_sum``.
+        told: whether the user knows that gradient steps contradict a solve.
         lost: whether the parameters are no longer finite, and no guard goes back.
     """
 
@@ -87,6 +121,8 @@ class Loop:
     seconds: float | None
     checkpoints: Checkpoints
     losses: list[Array] = dataclasses.field(default_factory=list)
+    last: Solved | None = None
+    told: bool = False
     lost: bool = False
 
     def compile(self) -> None:
@@ -159,7 +195,9 @@ class Loop:
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
         self.state, solution = self.solved()
-        before, after = (float(on_host(v)) for v in (solution.stats.initial_objective, solution.stats.objective))
+        stats = solution.stats
+        before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
+        self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
         self.tell(initial_objective=before, objective=after, solve_seconds=position.solve_seconds, **self.state.figures)
 
@@ -186,9 +224,14 @@ class Loop:
             self.checkpoints.save(self.state, self.position)
 
     def sum_losses(self) -> None:
-        """Wait for the losses of this epoch; say it if one has taken the parameters with it."""
+        """Wait for the losses of this epoch; say it if they contradict a solve, or if parameters are not finite."""
         position, values = self.position, [float(value) for value in on_host(self.losses)]
+        contradicted = self.last and not self.told and self.last.contradicted(values)
+        if contradicted:
+            self.told = True
+            warnings.warn(contradicted, UserWarning, stacklevel=4)
         self.losses.clear()
+        self.last = None if values else self.last
         position.loss_sum = sum(values, position.loss_sum)
         if self.lost or getattr(self.state, "guard", None) is not None:
             return
