@@ -3,7 +3,6 @@
 import pickle
 
 import numpy as np
-import pandas
 import pytest
 from scipy.sparse import csr_array
 from sklearn.base import clone
@@ -95,6 +94,7 @@ def test_the_attributes_are_the_network_and_plain_numpy(iris):
 
 
 def test_column_names_are_kept_and_compared(iris):
+    pandas = pytest.importorskip("pandas")
     X, y = iris
     frame = pandas.DataFrame(X, columns=list("abcd"))
     fitted = classifier().fit(frame, pandas.Series(y))
