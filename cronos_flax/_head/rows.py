@@ -85,8 +85,8 @@ class Store(Protocol):
         """All rows, of so many batches."""
 
 
-class InMemory:
-    """Rows in host memory."""
+class Collected:
+    """What stores share that keep nothing beyond the process: the pieces, as they came."""
 
     def __init__(self) -> None:
         self._pieces: list[GatheredRows] = []
@@ -104,6 +104,10 @@ class InMemory:
         del batch
         self._pieces.append(piece.rows)
         self._population.add(piece.norms, piece.passed)
+
+
+class InMemory(Collected):
+    """Rows in host memory."""
 
     def joined(self, count: int) -> Gathered:
         """All rows; each piece is released as soon as it is copied."""

@@ -16,9 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cronos_flax._head.data import Batch
-from cronos_flax._head.norms import Population
-from cronos_flax._head.rows import Gathered, GatheredRows, Piece, direction
+from cronos_flax._head.rows import Collected, Gathered, GatheredRows, direction
 from cronos_flax._solver.meshes import automatic, automatically
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -45,7 +43,7 @@ class Part:
         return self.shape[0]
 
 
-class OverDevices:
+class OverDevices(Collected):
     """Rows on the devices of a mesh; until the end each process has its own in host memory.
 
     Args:
@@ -53,10 +51,9 @@ class OverDevices:
     """
 
     def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
         self._mesh, self._auto = mesh, automatic(mesh) or mesh
         self._place: NamedSharding | None = None
-        self._pieces: list[GatheredRows] = []
-        self._population = Population()
 
     def part(self, features: Array, y: np.ndarray, weight: np.ndarray | None) -> GatheredRows:
         """The rows of a batch that count; those of this process in host memory.
@@ -83,19 +80,6 @@ class OverDevices:
         part = Part(held, device, along[counts], (len(device), X.shape[1]), X.dtype)
         kept = None if weight is None else weight[rows].astype(X.dtype)
         return GatheredRows(part, y[rows], kept, bool(np.all(finite[counts])))
-
-    def held(self, number: int, batch: Batch) -> None:
-        """Nothing is there from an earlier pass."""
-        del number, batch
-
-    def compare(self, piece: Piece) -> None:
-        """There is nothing to compare with."""
-
-    def add(self, batch: Batch, piece: Piece) -> None:
-        """Keep the rows."""
-        del batch
-        self._pieces.append(piece.rows)
-        self._population.add(piece.norms, piece.passed)
 
     def joined(self, count: int) -> Gathered:
         """All rows, on the devices that they came from."""
