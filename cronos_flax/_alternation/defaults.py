@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ DECAYS: dict[str | None, Callable[[float], float]] = {
 }
 _MAX_ITERS = 3
 _BETA_RATIO = {"moving": 0.02, "frozen": 0.005}
+_LARGEST_GROWTH = 16.0
 # The first epoch with a solve before it, how many have one each, and one in how many after these.
 _SOLVES = {"moving": (1, 1, 5), "frozen": (0, 5, 3)}
 
@@ -52,6 +54,10 @@ class Alternation:
             last third; None keeps the rate. It is left out for optimizers with a schedule of their own, and for
             schedule-free ones. (A schedule within ``optax.contrib``'s prodigy, dadapt_adamw and momo is not seen: say
             None.) In a loop of your own give the optimizer an Optax schedule.
+        largest_growth: how many times larger the loss's gradient in the features (root mean square over rows) may be
+            after the first solve than before it, ``> 0``. While it is larger, that solve is done again with twice the
+            β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
+            and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -70,6 +76,7 @@ class Alternation:
     dense_epochs: int | None = None
     then_every: int | None = None
     decay: str | None = "cosine"
+    largest_growth: float | None = None
 
     def __post_init__(self) -> None:
         choice("head", self.head, HEADS, where="Alternation")
@@ -79,6 +86,9 @@ class Alternation:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
             choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
+        growth = self.largest_growth
+        if growth is not None and not (isinstance(growth, numbers.Real) and growth > 0):
+            raise ValueError(f"Alternation: `largest_growth` must be a number > 0 or None, got {growth!r}.")
 
     def moves(self, head: Head) -> bool:
         """Whether gradient steps move this head; one without a backbone is only solved for."""
@@ -94,12 +104,22 @@ class Alternation:
         return epoch >= first and (later <= 0 or later % every == 0)
 
 
-def alternation_settings(where: str, alternation: Alternation | None) -> Alternation:
-    """The parts that a user asked for by ``alternation=``; None for the default ones."""
+def alternation_settings(where: str, alternation: Alternation | None, solver: Cronos, head: Head) -> Alternation:
+    """The parts that a user asked for by ``alternation=``, None for the default ones; ``largest_growth`` filled in.
+
+    Args:
+        where: the caller's name.
+        alternation: what was given.
+        solver: the user's solver, as it was given.
+        head: the head that it solves for.
+    """
     alternation = Alternation() if alternation is None else alternation
     if not isinstance(alternation, Alternation):
         raise ValueError(f"{where}: `alternation` must be a cf.Alternation, got {type(alternation).__name__}.")
-    return alternation
+    if alternation.largest_growth is not None:
+        return alternation
+    chooses = head.frozen > 0 and solver.beta is None and solver.beta_ratio is None
+    return dataclasses.replace(alternation, largest_growth=_LARGEST_GROWTH if chooses else math.inf)
 
 
 def alternation_defaults(solver: Cronos, head: Head, alternation: Alternation) -> Cronos:

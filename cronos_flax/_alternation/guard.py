@@ -24,6 +24,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._head.rows import GatheredRows
@@ -242,15 +243,6 @@ class GuardState:
         }
 
 
-def undecided_beta(solver: Cronos) -> Float[Array, ""]:
-    """The weight decay of an alternation before its first solve: the solver's number, or infinity, to be chosen then.
-
-    Not NaN: a user's jitted step carries it, and ``jax_debug_nans`` would take it for a fault.
-    """
-    chosen = solver.beta is None or isinstance(solver.beta, str)
-    return on_device(math.inf if chosen else solver.beta, float)
-
-
 def solve_guarded(
     guard: GuardState | None,
     beta: Float[Array, ""],
@@ -261,6 +253,7 @@ def solve_guarded(
     key: Array,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
+    largest_growth: float | None,
 ) -> tuple[GuardState | None, Float[Array, ""], dict[str, Any], Solution]:
     """Solve for a head, and accept the new state or go back.
 
@@ -274,6 +267,7 @@ def solve_guarded(
         key: key of samples and revived neurons.
         callback: called during the solve, and with the guard's figures at the end.
         throw: raise if the loss is not finite and no earlier state can be restored.
+        largest_growth: of the gradient in the features, where this solve chooses ``beta``; None for no limit.
 
     Returns:
         The guard's new state, the weight decay, the parts to continue with, and the solution; ``solution.status`` says
@@ -284,14 +278,20 @@ def solve_guarded(
     """
     callback = on_first(callback)
     if rows.finite:
-        decided = bool(np.isfinite(on_host(beta)))
-        if decided:
-            solver = dataclasses.replace(solver, beta=beta)
-        elif guard is not None:  # losses with another weight decay say nothing
-            guard = guard.forgetful()
-        new, solution = fit_rows(network, rows, solver, key, callback, throw=False)
-        if not decided and np.isfinite(on_host(solution.stats.beta)):
-            beta = on_device(solution.stats.beta, beta.dtype)
+
+        def fit(solver: Cronos) -> tuple[TwoLayer | None, Solution]:
+            return fit_rows(network, rows, solver, key, callback, throw=False)
+
+        if np.isfinite(on_host(beta)):
+            new, solution = fit(dataclasses.replace(solver, beta=beta))
+        else:
+            new, solution = first_solved(
+                fit, network, rows, solver, math.inf if largest_growth is None else largest_growth
+            )
+            if guard is not None:  # losses with another weight decay say nothing
+                guard = guard.forgetful()
+            if np.isfinite(on_host(solution.stats.beta)):
+                beta = on_device(solution.stats.beta, beta.dtype)
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):

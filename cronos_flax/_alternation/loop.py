@@ -199,7 +199,8 @@ class Loop:
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
         self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
-        self.tell(initial_objective=before, objective=after, solve_seconds=position.solve_seconds, **self.state.figures)
+        figures = {"initial_objective": before, "objective": after, "beta": float(on_host(stats.beta))}
+        self.tell(**figures, solve_seconds=position.solve_seconds, **self.state.figures)
 
     def tell(self, **figures: float) -> None:
         """Add a row to the history, and call the callbacks with it."""

@@ -17,7 +17,8 @@ from cronos_flax._alternation.defaults import (
     alternation_settings,
     warn_of_running_statistics,
 )
-from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded, undecided_beta
+from cronos_flax._alternation.first_solve import undecided_beta
+from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, Path, check_head
@@ -93,8 +94,9 @@ class CronosOptimizer(nnx.Optimizer):
     ) -> None:
         check_optimizer("CronosOptimizer", tx)
         check_head("CronosOptimizer", head, NnxModule)
-        alternation = alternation_settings("CronosOptimizer", alternation)
-        solver = alternation_defaults(solver_or_default("CronosOptimizer", solver), head, alternation)
+        solver = solver_or_default("CronosOptimizer", solver)
+        alternation = alternation_settings("CronosOptimizer", alternation, solver, head)
+        solver = alternation_defaults(solver, head, alternation)
         settings = guard_settings("CronosOptimizer", guard)
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             if alternation.moves(head):
@@ -163,13 +165,15 @@ class CronosOptimizer(nnx.Optimizer):
             ValueError: for data that do not fit.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        head, solver = self.solving.head, self.solving.solver
+        head, solver, growth = self.solving.head, self.solving.solver, self.solving.alternation.largest_growth
         rows, moments = head.gather(model, data, unpack, callback)
         key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model, moments=moments)
         beta, network = self.beta.get_value(), head.read(model)
-        guard, beta, changed, solution = solve_guarded(guard, beta, network, rows, solver, parts, key, callback, throw)
+        guard, beta, changed, solution = solve_guarded(
+            guard, beta, network, rows, solver, parts, key, callback, throw, growth
+        )
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))
         self.beta.set_value(beta)

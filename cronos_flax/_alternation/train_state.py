@@ -19,7 +19,8 @@ from cronos_flax._alternation.defaults import (
     alternation_settings,
     warn_of_running_statistics,
 )
-from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded, undecided_beta
+from cronos_flax._alternation.first_solve import undecided_beta
+from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import solver_or_default
 from cronos_flax._head.head import Head, check_head
@@ -107,8 +108,9 @@ class CronosTrainState(TrainState):
             )
         check_optimizer("CronosTrainState", tx)
         check_head("CronosTrainState", head, LinenModule)
-        alternation = alternation_settings("CronosTrainState", alternation)
-        solver = alternation_defaults(solver_or_default("CronosTrainState", solver), head, alternation)
+        solver = solver_or_default("CronosTrainState", solver)
+        alternation = alternation_settings("CronosTrainState", alternation, solver, head)
+        solver = alternation_defaults(solver, head, alternation)
         settings = guard_settings("CronosTrainState", guard)
         tx = alternating(tx, head, alternation.moves(head))
         kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
@@ -197,7 +199,8 @@ class CronosTrainState(TrainState):
         rows, moments = self.head.gather(self.variables, data, unpack, callback)
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
+        growth = self.alternation.largest_growth
         guard, beta, changed, solution = solve_guarded(
-            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw
+            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth
         )
         return self.replace(guard=guard, beta=beta, **changed), solution
