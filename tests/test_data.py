@@ -163,6 +163,8 @@ def test_a_loss_of_ones_own_says_itself_which_targets_it_takes():
 WEIGHTS = {
     "negative": (-np.ones(64), "finite and ≥ 0, got -1.0"),
     "NaN": (np.where(np.arange(64) == 9, np.nan, 1), "finite and ≥ 0, got nan"),
+    "so small that float32 loses them": (np.full(64, 1e-44), "between 1e-30 and 1e\\+30"),
+    "so large that their sum is infinite": (np.full(64, 1e38), "between 1e-30 and 1e\\+30"),
     "short": (np.ones(3), r"`weight` must have one entry"),
     "text": (np.full(64, "a"), "must be numbers"),
     "ragged": ([[1], [1, 2]], "NumPy can read"),

@@ -1,7 +1,7 @@
 """Models that end in Dense → relu → Dense by chance only: something around the two layers is the identity now.
 
-Where only the head's own weights are redrawn, such heads are accepted; after training the loss of the module is not that
-of the solution.
+Where only the head's own weights are redrawn, such heads are accepted; after training, the loss of the module is not
+that of the solution.
 """
 
 import dataclasses
@@ -177,7 +177,7 @@ def test_an_nnx_head_that_no_longer_holds_is_refused_at_the_next_feature_pass():
 
 @pytest.mark.parametrize("eval_mode", [True, False])
 def test_an_nnx_model_that_computes_something_else_now_is_refused(eval_mode):
-    """A head found in the mode of the model went on seeing the model of then: its solution was not that of the model."""
+    """A head found in the mode of the model went on seeing the model of then, and solved for that one."""
     place = Place("end", variable(nnx.Variable, np.int32(1)), lambda times, out: out)
     model = DisguisedNnx(place, nnx.Rngs(0))
     head = cf.nnx.find_head(model, X, eval_mode=eval_mode)

@@ -248,7 +248,7 @@ def _is_mask(leaf: Any) -> bool:
     """Whether a variable may be a mask or a switch: bools, or an array of integers that are all 0 or 1."""
     kind = jnp.result_type(leaf)
     if not jnp.issubdtype(kind, jnp.integer) or jnp.ndim(leaf) == 0:  # a single integer counts steps
-        return kind == bool
+        return bool(kind == np.bool_)
     return bool(np.all(np.isin(on_host(leaf), (0, 1))))
 
 
@@ -293,7 +293,7 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verd
         if not difference <= tol:
             return _diagnosis(seen, difference, tol)
         error = max(error, difference)
-    # A norm with fresh statistics, a scale of 1, a branch with factor 0, a mask or an adapter are the identity by chance.
+    # Fresh statistics, a scale of 1, a branch with factor 0, a mask of ones or an adapter are the identity by chance.
     for spread in _SPREADS:
         seen = call_with(_random_like(seen.network, features, 1.0), spread)
         difference = relative_difference(predicted(seen.network, seen.features), seen.out)
