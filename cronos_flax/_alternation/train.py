@@ -17,10 +17,10 @@ from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
 from cronos_flax._alternation.optimizer_state import sets_its_rate
-from cronos_flax._alternation.position import Checkpoints
+from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
-from cronos_flax._alternation.train_state import CronosTrainState
+from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
@@ -100,10 +100,11 @@ def train(
         callbacks: functions that are called with each row of the history as it is made; of several processes in the
             first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
-        directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings and data are
-            the same. A second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of
-            arrays up to 64 MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the
-            same when it is read twice.
+        directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings (those of the
+            solver and the guard too, not those of the optimizer), its data and its first parameters are the same. A
+            second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of arrays up to 64
+            MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the same when it is
+            read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
@@ -159,10 +160,13 @@ def train(
     to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
     sets = _validation_sets(validation, unpack)
     settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
-    settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
-    settings |= {"solve_every": solve_every, "alternation": repr(alternation)}
+    settings |= {"solve_rows": solve_rows, "loss": said(loss), "rngs": _described(streams)}
+    settings |= {"solve_every": solve_every, "alternation": repr(alternation), "train_kwargs": said(train_kwargs or {})}
     settings["key"] = on_host(jax.random.key_data(key)).tolist()
     if isinstance(state, CronosTrainState):
+        settings |= all_said("solver", state.solver)
+        if state.guard is not None:
+            settings |= all_said("guard", state.guard.settings)
         if solve_rows is not None and not isinstance(to_solve, Arrays):
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
         if solve_rows is None and isinstance(to_solve, Arrays):
@@ -170,7 +174,8 @@ def train(
             solve_rows = to_solve.affordable(between, state.head)
 
     marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
-    checkpoints = Checkpoints(directory, settings, marks, save_every)
+    start = {} if directory is None else some_entries(module_params(state.params))
+    checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.held():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
