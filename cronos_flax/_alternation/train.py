@@ -1,6 +1,8 @@
 """``cf.train``: the loop around a train state, with head solves, validation, callbacks and checkpoints."""
 
 import functools
+import numbers
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -123,7 +125,8 @@ def train(
         OSError: if it cannot be written to; the checkpoints there are as before.
 
     Warns:
-        UserWarning: if the parameters are no longer finite, and no guard goes back. They are not saved.
+        UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. And if ``loss``
+            is not that of ``state.solver``.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf
@@ -152,8 +155,12 @@ def train(
     )
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
-    if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+    if seconds is not None and not (isinstance(seconds, numbers.Real) and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
+    if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
+        raise ValueError(f"train: `callbacks` must be a list of functions, got {callbacks!r}.")
+    if key is not None and not isinstance(key, Array):
+        raise ValueError(f"train: `key` must be a key of JAX, such as jax.random.key(0), got {key!r}.")
     key = default_key() if key is None else key
     streams = _streams_of(rngs, key)
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
@@ -165,6 +172,13 @@ def train(
     settings["key"] = on_host(jax.random.key_data(key)).tolist()
     if isinstance(state, CronosTrainState):
         settings |= all_said("solver", state.solver)
+        if said(loss) != said(loss_of(state.solver.loss)):
+            warnings.warn(
+                f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "
+                "what the other does. Give the solver of the state the same loss.",
+                UserWarning,
+                stacklevel=2,
+            )
         if state.guard is not None:
             settings |= all_said("guard", state.guard.settings)
         if solve_rows is not None and not isinstance(to_solve, Arrays):

@@ -22,6 +22,7 @@ from cronos_flax._head.head import (
     Head,
     Path,
     as_path,
+    check_there,
     format_path,
     predicted,
     relative_difference,
@@ -105,6 +106,7 @@ def find(
     Raises:
         ValueError: if there is no head; the message says what was found instead and what to do.
     """
+    check_there("find_head", (variables, args, dict(kwargs)))
     if any(np.size(leaf) == 0 for leaf in jax.tree.leaves((args, dict(kwargs)))):
         raise ValueError("find_head: the batch must not be empty; give one real batch.")
     run = jitted(module.watch)
