@@ -163,6 +163,8 @@ def test_a_loss_of_ones_own_says_itself_which_targets_it_takes():
 WEIGHTS = {
     "negative": (-np.ones(64), "finite and ≥ 0, got -1.0"),
     "NaN": (np.where(np.arange(64) == 9, np.nan, 1), "finite and ≥ 0, got nan"),
+    "so small that float32 loses them": (np.full(64, 1e-44), "between 1e-30 and 1e\\+30"),
+    "so large that their sum is infinite": (np.full(64, 1e38), "between 1e-30 and 1e\\+30"),
     "short": (np.ones(3), r"`weight` must have one entry"),
     "text": (np.full(64, "a"), "must be numbers"),
     "ragged": ([[1], [1, 2]], "NumPy can read"),
@@ -347,6 +349,8 @@ FORMS = {
     "one stream": ({"rngs": "dropout"}, "`rngs` must be names"),
     "streams of numbers": ({"rngs": {"dropout": 3}}, "`rngs` must be names"),
     "unpack": ({"unpack": 3}, "`unpack` must be a function"),
+    "a seed for a key": ({"key": 3}, "`key` must be a key of JAX"),
+    "no time": ({"seconds": np.float32(0)}, "`seconds` must be a positive number"),
 }
 
 
@@ -355,6 +359,36 @@ def test_forms_of_data_that_cannot_be_used_are_refused_before_training(case):
     arguments, message = FORMS[case]
     with pytest.raises(ValueError, match=f"^train: {message}"):
         train(alternating(), **arguments, callbacks=[trained])
+
+
+@pytest.mark.parametrize("callbacks", [None, trained, [3]])
+def test_callbacks_that_are_no_list_of_functions_are_refused(callbacks):
+    with pytest.raises(ValueError, match=r"^train: `callbacks` must be a list of functions"):
+        cf.train(alternating(), (X, Y), epochs=1, callbacks=callbacks)
+
+
+def test_a_loss_that_is_not_that_of_the_solves_is_told(unsolved):
+    """Of a state whose solver has another one, by default the squared loss, nobody was told."""
+    y = np.eye(2, dtype="float32")[Y[:256]]
+    with pytest.warns(UserWarning, match=r"train: gradient steps lower Softmax\(\), and solves Squared\(\)"):
+        train(plain(kind=cf.CronosTrainState, head=HEAD), (X[:256], y), epochs=1, loss="softmax")
+
+
+def test_inside_jit_and_after_donation_it_is_said():
+    """Each was an error of JAX, about a tracer or a buffer."""
+    variables = jax.tree.map(jnp.copy, {"params": PARAMS})
+    for call in (
+        lambda v: cf.find_head(MODEL, v, X[:64]),
+        lambda v: cf.fit_head(HEAD, v, (X[:64], Y[:64])),
+        lambda v: cf.fit_head(HEAD, {"params": PARAMS}, (v["params"]["layers_0"]["kernel"], Y[:5])),
+    ):
+        with pytest.raises(ValueError, match="must be arrays with values, got traced ones, as inside jit"):
+            jax.jit(call)(variables)
+    jax.tree.map(lambda leaf: leaf.delete(), variables)
+    with pytest.raises(
+        ValueError, match="fit_head: variables and data must be those of now, got arrays that a step has"
+    ):
+        cf.fit_head(HEAD, variables, (X[:64], Y[:64]))
 
 
 def test_no_rows_to_validate_on_are_said():

@@ -1,7 +1,7 @@
 """Models that end in Dense → relu → Dense by chance only: something around the two layers is the identity now.
 
-Findings, section 1, first bullet: such heads were accepted, for only the head's own weights were redrawn. After
-training, the loss of the module was not that of the solution.
+Where only the head's own weights are redrawn, such heads are accepted; after training, the loss of the module is not
+that of the solution.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ AFTER = {
         h + scope.param("factor", nn.initializers.zeros, ()) * nn.Dense(HIDDEN, name="adapter")(h)
     ),
     "mask of ones": lambda scope, h: h * scope.variable("masks", "mask", jnp.ones, h.shape[-1:]).value,
+    "mask of bools": lambda scope, h: h * scope.variable("masks", "mask", jnp.ones, h.shape[-1:], bool).value,
 }
 END = {
     "norm at the end": lambda scope, out, x, h: nn.BatchNorm(use_running_average=True, name="norm")(out),
@@ -76,12 +77,13 @@ class Disguised(nn.Module):
 
 
 def moved(variables):
-    """All floating variables but the three layers', away from where they are the identity."""
+    """All floating variables and masks but the three layers', away from where they are the identity."""
     layers = "backbone", "hidden", "out"
 
     def move(path, leaf):
-        inside = any(getattr(entry, "key", None) in layers for entry in path)
-        return leaf if inside or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf + 0.7
+        if any(getattr(entry, "key", None) in layers for entry in path):
+            return leaf
+        return leaf + 0.7 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf & (jnp.arange(leaf.size) > 2)
 
     return jax.tree_util.tree_map_with_path(move, variables)
 
@@ -99,7 +101,8 @@ def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
     variables = model.init(jax.random.key(0), X)
     head = cf.find_head(model, variables, X)
     head.gather(variables, (X, Y))
-    changed = {**moved(variables), "switch": {"on": jnp.asarray(1, jnp.int32)}}
+    on = {"switch": {"on": jnp.asarray(1, jnp.int32)}}
+    changed = moved({name: collection for name, collection in variables.items() if name != "switch"}) | on
     with pytest.raises(ValueError, match=r"as when the head was found; now they differ.*Call find_head again"):
         cf.fit_head(head, changed, (X, Y))
 
@@ -127,6 +130,10 @@ NNX = {
     "norm at the end": Place("end", norm(3)),
     "temperature of 1": Place("end", variable(nnx.Param, 1.0), lambda t, out: out / t[...]),
     "mask of ones": Place("after", variable(nnx.Variable, np.ones(HIDDEN, "float32")), lambda mask, h: h * mask[...]),
+    "mask of whole numbers": Place(
+        "after", variable(nnx.Variable, np.ones(HIDDEN, "int32")), lambda mask, h: h * mask[...]
+    ),
+    "switch that is off": Place("end", variable(nnx.Variable, False), lambda on, out: jnp.where(on[...], 2 * out, out)),
     "low rank of 0": Place("low rank", lambda rngs: nnx.LoRA(HIDDEN, 2, 3, rngs=rngs)),
     "film at identity": Place(
         "end", variable(nnx.Param, np.zeros(3, "float32")), lambda gain, out: out * (1 + gain[...])
@@ -153,6 +160,32 @@ class DisguisedNnx(nnx.Module):
 def test_a_disguised_nnx_head_is_refused(name):
     with pytest.raises(ValueError, match="is the identity now"):
         cf.nnx.find_head(DisguisedNnx(NNX[name], nnx.Rngs(0)), X)
+
+
+def test_an_nnx_head_that_no_longer_holds_is_refused_at_the_next_feature_pass():
+    """A single whole number is not redrawn, for it may count steps; the model's outputs tell."""
+    times = Place("end", variable(nnx.Variable, np.int32(1)), lambda times, out: times[...] * out)
+    model = DisguisedNnx(times, nnx.Rngs(0))
+    head = cf.nnx.find_head(model, X)
+    head.gather(model, (X, Y))
+    model.part[...] = jnp.int32(2)
+    kept = nnx.as_pure(nnx.state(model))
+    with pytest.raises(ValueError, match=r"as when the head was found; now they differ.*Call find_head again"):
+        cf.nnx.fit_head(head, model, (X, Y))
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model)), kept)
+
+
+@pytest.mark.parametrize("eval_mode", [True, False])
+def test_an_nnx_model_that_computes_something_else_now_is_refused(eval_mode):
+    """A head found in the mode of the model went on seeing the model of then, and solved for that one."""
+    place = Place("end", variable(nnx.Variable, np.int32(1)), lambda times, out: out)
+    model = DisguisedNnx(place, nnx.Rngs(0))
+    head = cf.nnx.find_head(model, X, eval_mode=eval_mode)
+    model.eval()
+    assert head.inputs(model, X).shape == (32, 8)  # the mode is not the structure
+    model.place = nnx.static(dataclasses.replace(place, apply=lambda times, out: 2 * out))
+    with pytest.raises(ValueError, match=r"`model` must be the DisguisedNnx that the head was found in, unchanged"):
+        cf.nnx.fit_head(head, model, (X, Y))
 
 
 def test_an_adapter_inside_the_output_layer_is_refused():

@@ -207,3 +207,11 @@ class Half(nn.Module):
     def __call__(self, x):
         kind = {"dtype": self.width, "param_dtype": self.width}
         return nn.Dense(3, **kind)(nn.relu(nn.Dense(20, **kind)(x)))
+
+
+def test_targets_whose_squares_are_infinite_are_said_as_such():
+    """The default β was infinite, and the error was about a `beta` that nobody gave."""
+    variables = init(Lie())
+    y = np.float32(1e30) * X[:, :4]
+    with pytest.raises(FloatingPointError, match="Check the scale of the features, of y"):
+        cf.fit_head(cf.find_head(Lie(), variables, X), variables, (X, y), solver=cf.Cronos(max_iters=2))

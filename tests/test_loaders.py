@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 from flax.training.train_state import TrainState
-from given import MODEL, X, Y, alternating, batched, plain, same, train
+from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, plain, same, train
 
-from cronos_flax._alternation import sources
+import cronos_flax as cf
+from cronos_flax._alternation import position, sources
 
 # ------------------------------------------------------------------------------------------------ real loaders
 
@@ -171,6 +172,53 @@ def test_a_directory_is_of_one_set_of_data(saved, case):
     apply_fn = (lambda v, x: MODEL.apply(v, x["a"])) if case == "a tree" else MODEL.apply
     with pytest.raises(ValueError, match=message):
         train(plain(apply_fn=apply_fn), data, directory=saved / "arrays")
+
+
+def guarded(**settings):
+    return plain(kind=cf.CronosTrainState, head=HEAD, solver=cf.Cronos(loss="softmax"), guard=cf.Guard(**settings))
+
+
+def began_with(change):
+    return alternating().replace(params=jax.tree.map(change, PARAMS))
+
+
+OTHER_RUNS = {
+    "another weight decay": (
+        lambda: alternating(beta=0.3),
+        {},
+        "with solver.beta='None', and this one has '0.3'",
+    ),
+    "weights of classes": (lambda: alternating(class_weight="balanced"), {}, "a run with solver.class_weight"),
+    "another guard": (lambda: guarded(tolerance=0.5), {}, "a run with guard.tolerance='0.01', and this one has '0.5'"),
+    "another start": (lambda: began_with(lambda leaf: leaf + 1), {}, "began with other parameters"),
+    "keyword arguments": (alternating, {"train_kwargs": {"mode": X[:3]}}, "a run with train_kwargs='{}'"),
+    "fewer epochs": (alternating, {"epochs": 1}, "a run of 2 epochs, and `epochs` is 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_a_directory_is_of_one_solver_guard_and_start(tmp_path, unsolved, case):
+    """The figures of the first run were given for those of a second one with another weight decay, or another seed."""
+    made, arguments, message = OTHER_RUNS[case]
+    train(alternating(), directory=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(made(), directory=tmp_path, **arguments)
+
+
+def test_a_directory_is_gone_on_with_from_the_start_or_from_what_it_has_come_to(tmp_path, unsolved):
+    state, _ = train(alternating(), directory=tmp_path)
+    train(began_with(lambda leaf: leaf * np.float32(1 + 1e-6)), directory=tmp_path)  # as another device draws it
+    state, history = train(state, directory=tmp_path, epochs=3)
+    again, same_history = train(alternating(), directory=tmp_path, epochs=3)
+    same(state.params, again.params)
+    assert history == same_history
+
+
+def test_a_directory_knows_a_loss_of_ones_own_in_another_process():
+    class Own(cf.Loss):
+        pass
+
+    assert position.said(Own()) == position.said(Own())
 
 
 def test_a_directory_knows_a_loader_by_its_first_batch(saved):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import losses
+from cronos_flax._solver import checks, losses
 
 LOSSES = list(losses.LOSSES)
 seeds = st.integers(0, 10_000)
@@ -297,3 +297,31 @@ def test_held_out_rows_are_stratified():
         assert np.bincount(labels[held], minlength=3).tolist() == [10, 4, 6]
         real = betas.held_out(jnp.linspace(0, 1, 40)[::-1, None], jax.random.key(seed))
         assert np.all(real.reshape(8, 5).sum(axis=1) == 1)
+
+
+@pytest.mark.parametrize("case", ["labels", "probabilities", "logistic", "hinge", "weights"])
+def test_inside_jit_what_would_be_refused_is_not_finite(case):
+    """Nobody can look at values there: labels out of range had a loss of −4."""
+    X, labels, ones = np.ones((8, 3), "float32"), np.arange(8) % 2, np.ones(8, "float32")
+    signs = np.where(labels > 0, 1.0, -1.0).astype("float32")[:, None]
+    loss, good, bad = {
+        "labels": ("softmax", labels, labels + 1),
+        "probabilities": ("softmax", np.eye(2, dtype="float32")[labels], 2 * np.eye(2, dtype="float32")[labels]),
+        "logistic": ("logistic", np.maximum(signs, 0), signs),
+        "hinge": ("hinge", signs, np.maximum(signs, 0)),
+        "weights": ("squared", signs, signs),
+    }[case]
+    classes = 2 if loss == "softmax" else 1
+
+    @jax.jit
+    def null_loss(y, weight):
+        _, targets = checks.data(X, y, classes, None, losses.loss_of(loss))
+        return checks.sample_weight(weight, targets) @ losses.loss_of(loss).value(jnp.zeros((8, classes)), targets)
+
+    assert np.isfinite(null_loss(good, ones))
+    assert np.isnan(null_loss(bad, ones if case != "weights" else np.where(np.arange(8) == 3, -1, ones)))
+
+
+def test_inside_jit_signs_of_labels_out_of_range_are_not_finite():
+    signs = jax.jit(lambda labels: cf.signed_targets(labels, 3))(np.array([0, 2, 3]))
+    np.testing.assert_array_equal(np.isnan(signs), [[False] * 3, [False] * 3, [True] * 3])

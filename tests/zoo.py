@@ -200,6 +200,12 @@ class Between(nn.Module):
         return nn.Dense(OUTPUTS)(self.layer(nn.relu(nn.Dense(HIDDEN)(x))))
 
 
+class WeightNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.WeightNorm(nn.Dense(OUTPUTS))(nn.relu(nn.Dense(HIDDEN)(x)))
+
+
 class Skip(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -285,6 +291,7 @@ LINEN_REFUSED = {
     "tied": Member(Tied(), (X,), {}, "used elsewhere"),
     "scanned head": Member(Scanned(HeadBlock, False), (X,), {}, "nn.scan"),
     "mapped head": Member(Vmapped(), (X,), {}, "nn.vmap"),
+    "weight norm": Member(WeightNormed(), (X,), {}, "nn.WeightNorm"),
     "single Dense": Member(nn.Dense(3), (X,), {}, r"one nn.Dense only .*cf.graft"),
     "residual network": Member(ResNet(False), (IMAGES,), {"train": False}, r"one nn.Dense only \(fc\)"),
     "no Dense": Member(nn.LayerNorm(), (X,), {}, r"no nn.Dense"),

@@ -2,20 +2,28 @@
 
 import contextlib
 import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
 from flax.training.train_state import TrainState
 
 from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.sources import Fingerprint, difference
+from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.files import held_by_all
+from cronos_flax._head.fingerprint import checksum
+from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.transfer import on_host
 
 State = TypeVar("State", bound=TrainState)
 
 _KEEP = 3  # checkpoints of a run
+_ENTRIES = 16  # of each parameter, to know a state again
 
 
 @dataclasses.dataclass
@@ -66,6 +74,9 @@ class Checkpoints:
         directory: where they lie.
         settings: a run is resumed only with the settings that it was saved with.
         marks: fingerprints of its data, by argument; it is resumed only with these data.
+        start: some entries of each parameter, by name, of the state that the run began with; it is resumed only with
+            that one, or with the state that it has come to.
+        epochs: of the whole run.
         every: steps between two; None for one after each epoch.
         newest: the step of the newest.
     """
@@ -73,6 +84,8 @@ class Checkpoints:
     directory: str | Path | None
     settings: dict[str, Any]
     marks: dict[str, Fingerprint]
+    start: dict[str, list[float]]
+    epochs: int
     every: int | None
     newest: int | None = None
 
@@ -89,7 +102,8 @@ class Checkpoints:
             state, self.newest, extra = restored(self.directory, state)
         if self.newest is None:
             return state, Position(step=int(on_host(state.step)))
-        self._check_same_run(extra)
+        self._check_same_run(extra, module_params(state.params))
+        self.start = extra["start"]
         return state, Position(**extra["position"])
 
     def is_missing(self, step: int) -> bool:
@@ -99,12 +113,13 @@ class Checkpoints:
     def save(self, state: Any, position: Position) -> None:
         """Save a checkpoint that is missing, while the directory is held."""
         assert self.directory is not None
-        extra = {"settings": self.settings, "marks": self.marks, "position": dataclasses.asdict(position)}
+        extra = {"settings": self.settings, "marks": self.marks, "start": self.start}
+        extra["position"] = dataclasses.asdict(position)
         save_held(self.directory, state, position.step, extra=extra, keep=_KEEP)
         self.newest = position.step
 
-    def _check_same_run(self, extra: Any) -> None:
-        if not isinstance(extra, dict) or set(extra) != {"settings", "marks", "position"}:
+    def _check_same_run(self, extra: Any, params: Any) -> None:
+        if not isinstance(extra, dict) or set(extra) != {"settings", "marks", "start", "position"}:
             raise ValueError(
                 f"train: `directory` must hold a run of cf.train, got checkpoints of another kind in {self.directory}."
             )
@@ -122,3 +137,42 @@ class Checkpoints:
                     f"train: `directory` {self.directory} holds a run with other `{name}`: {differs}. Use the "
                     "same data, or another directory."
                 )
+        if not any(_alike(self.start, other) for other in (extra["start"], some_entries(params))):
+            raise ValueError(
+                f"train: `directory` {self.directory} holds a run that began with other parameters than those of "
+                "`state`. Give the same state, or the one that the run has come to, or another directory."
+            )
+        if extra["position"]["epoch"] > self.epochs:
+            raise ValueError(
+                f"train: `directory` {self.directory} holds a run of {extra['position']['epoch']} epochs, and `epochs` "
+                f"is {self.epochs}. Give as many or more, or another directory."
+            )
+
+
+def some_entries(params: Any) -> dict[str, list[float]]:
+    """A few entries of each array of a tree, by name."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        flat = np.asarray(on_host(leaf)).reshape(-1)
+        places = np.linspace(0, flat.size - 1, min(_ENTRIES, flat.size)).astype(int)
+        found[jax.tree_util.keystr(path)] = [float(value.real) for value in flat[places]]
+    return found
+
+
+def _alike(saved: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> bool:
+    """Whether entries agree but for rounding, as another device may draw them."""
+    return saved.keys() == now.keys() and all(
+        len(saved[name]) == len(values) and np.allclose(saved[name], values, 1e-3, 1e-6, equal_nan=True)
+        for name, values in now.items()
+    )
+
+
+def said(value: Any) -> str:
+    """A setting in words that are the same in every process: arrays by their checksum, objects without their place."""
+    named = jax.tree.map(lambda leaf: f"array {checksum(leaf)}" if is_array(leaf) else leaf, value)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(named))
+
+
+def all_said(name: str, settings: Any) -> dict[str, str]:
+    """The fields of a dataclass of settings, in words."""
+    return {f"{name}.{field.name}": said(getattr(settings, field.name)) for field in dataclasses.fields(settings)}

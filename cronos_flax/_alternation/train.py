@@ -1,6 +1,8 @@
 """``cf.train``: the loop around a train state, with head solves, validation, callbacks and checkpoints."""
 
 import functools
+import numbers
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +19,10 @@ from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
 from cronos_flax._alternation.optimizer_state import sets_its_rate
-from cronos_flax._alternation.position import Checkpoints
+from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
-from cronos_flax._alternation.train_state import CronosTrainState
+from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
@@ -100,10 +102,11 @@ def train(
         callbacks: functions that are called with each row of the history as it is made; of several processes in the
             first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
-        directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings and data are
-            the same. A second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of
-            arrays up to 64 MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the
-            same when it is read twice.
+        directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings (those of the
+            solver and the guard too, not those of the optimizer), its data and its first parameters are the same. A
+            second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of arrays up to 64
+            MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the same when it is
+            read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
@@ -122,7 +125,8 @@ def train(
         OSError: if it cannot be written to; the checkpoints there are as before.
 
     Warns:
-        UserWarning: if the parameters are no longer finite, and no guard goes back. They are not saved.
+        UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. And if ``loss``
+            is not that of ``state.solver``.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf
@@ -151,18 +155,32 @@ def train(
     )
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
-    if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+    if seconds is not None and not (isinstance(seconds, numbers.Real) and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
+    if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
+        raise ValueError(f"train: `callbacks` must be a list of functions, got {callbacks!r}.")
+    if key is not None and not isinstance(key, Array):
+        raise ValueError(f"train: `key` must be a key of JAX, such as jax.random.key(0), got {key!r}.")
     key = default_key() if key is None else key
     streams = _streams_of(rngs, key)
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
     to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
     sets = _validation_sets(validation, unpack)
     settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
-    settings |= {"solve_rows": solve_rows, "loss": repr(loss), "rngs": _described(streams)}
-    settings |= {"solve_every": solve_every, "alternation": repr(alternation)}
+    settings |= {"solve_rows": solve_rows, "loss": said(loss), "rngs": _described(streams)}
+    settings |= {"solve_every": solve_every, "alternation": repr(alternation), "train_kwargs": said(train_kwargs or {})}
     settings["key"] = on_host(jax.random.key_data(key)).tolist()
     if isinstance(state, CronosTrainState):
+        settings |= all_said("solver", state.solver)
+        if said(loss) != said(loss_of(state.solver.loss)):
+            warnings.warn(
+                f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "
+                "what the other does. Give the solver of the state the same loss.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if state.guard is not None:
+            settings |= all_said("guard", state.guard.settings)
         if solve_rows is not None and not isinstance(to_solve, Arrays):
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
         if solve_rows is None and isinstance(to_solve, Arrays):
@@ -170,7 +188,8 @@ def train(
             solve_rows = to_solve.affordable(between, state.head)
 
     marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
-    checkpoints = Checkpoints(directory, settings, marks, save_every)
+    start = {} if directory is None else some_entries(module_params(state.params))
+    checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.held():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()

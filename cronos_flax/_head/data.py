@@ -21,6 +21,7 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host, taken
 
+_WEIGHTS = 1e-30, 1e30  # what float32 can multiply by losses, and sum
 _CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
 
 Unpack = Callable[[Any], tuple]
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
         The inputs of rows of weight zero are finite: see :func:`_filled`.
 
         Raises:
-            ValueError: for arrays that are not numbers, and weights that are negative or not finite.
+            ValueError: for arrays that are not numbers, and weights that are negative, not finite, or beyond float32.
         """
         args, kwargs = as_arrays((tuple(args), dict(kwargs)), f"{where}: the module's arguments")
         y = _real(y, f"{where}: the targets")
@@ -52,6 +53,12 @@ class Batch(NamedTuple):
             raise ValueError(
                 f"{where}: `weight` must be finite and ≥ 0, got {weight[~(np.isfinite(weight) & (weight >= 0))][0]}. "
                 "Rows to be left out have weight 0."
+            )
+        counted = weight[weight > 0]
+        if counted.size and not _WEIGHTS[0] <= counted.min() <= counted.max() <= _WEIGHTS[1]:
+            raise ValueError(
+                f"{where}: `weight` must be 0, or between {_WEIGHTS[0]:.0e} and {_WEIGHTS[1]:.0e}, got values from "
+                f"{counted.min()} to {counted.max()}. Only their ratios count: divide them by their mean."
             )
         args, kwargs = jax.tree.map(lambda leaf: _filled(leaf, weight), (args, kwargs))
         return cls(args, kwargs, y, weight)
@@ -178,8 +185,8 @@ def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: s
     if y.shape in ((*leading, outputs), (rows, outputs)):
         return y.reshape(rows, outputs)
     raise ValueError(
-        f"{where}: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or a label, {leading}, "
-        f"for each row that reaches the head, got shape {y.shape} of {y.dtype}."
+        f"{where}: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or an integer label, "
+        f"{leading}, for each row that reaches the head, got shape {y.shape} of {y.dtype}."
     )
 
 

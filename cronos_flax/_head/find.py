@@ -22,6 +22,7 @@ from cronos_flax._head.head import (
     Head,
     Path,
     as_path,
+    check_there,
     format_path,
     predicted,
     relative_difference,
@@ -30,7 +31,7 @@ from cronos_flax._head.jitted import jitted
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer
-from cronos_flax._solver.transfer import on_device
+from cronos_flax._solver.transfer import on_device, on_host
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
@@ -105,6 +106,7 @@ def find(
     Raises:
         ValueError: if there is no head; the message says what was found instead and what to do.
     """
+    check_there("find_head", (variables, args, dict(kwargs)))
     if any(np.size(leaf) == 0 for leaf in jax.tree.leaves((args, dict(kwargs)))):
         raise ValueError("find_head: the batch must not be empty; give one real batch.")
     run = jitted(module.watch)
@@ -227,26 +229,48 @@ def _tolerance(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> f
     return _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
 
 
-@jax.jit
-def _scaled(leaves: list[Array], draws: list[Array], spread: Array) -> list[Array]:
-    """Each leaf times ``exp(spread · draw)``; where it is zero, ``spread · |draw|``. Signs stay, so variances do."""
+@partial(jax.jit, static_argnames="turned")
+def _changed(leaves: list[Array], draws: list[Array], spread: Array, turned: bool) -> list[Array]:
+    """Each number times ``exp(spread · draw)``; where it is zero, ``spread · |draw|``. Signs stay, so variances do.
 
-    def scaled(leaf: Array, draw: Array) -> Array:
-        value = leaf.astype(jnp.float32)
+    In masks every second entry is turned over, if ``turned``.
+    """
+
+    def changed(leaf: Array, draw: Array) -> Array:
         draw = jnp.broadcast_to(draw, leaf.shape)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf ^ draw.astype(leaf.dtype) if turned else leaf
+        value = leaf.astype(jnp.float32)
         return jnp.where(value == 0, spread * jnp.abs(draw), value * jnp.exp(spread * draw)).astype(leaf.dtype)
 
-    return [scaled(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
+    return [changed(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
+
+
+def _is_mask(leaf: Any) -> bool:
+    """Whether a variable may be a mask or a switch: bools, or an array of integers that are all 0 or 1."""
+    kind = jnp.result_type(leaf)
+    if not jnp.issubdtype(kind, jnp.integer) or jnp.ndim(leaf) == 0:  # a single integer counts steps
+        return bool(kind == np.bool_)
+    return bool(np.all(np.isin(on_host(leaf), (0, 1))))
 
 
 def _redrawn(variables: Any, spread: float) -> Any:
-    """The variables with all floating arrays in all collections scaled at random: nothing stays 0, 1 or its inverse."""
+    """The variables with all floating arrays and masks in all collections changed: nothing stays 0, 1 or its inverse.
+
+    Masks change with the wide spread only, as some of them must not let nothing through.
+    """
     leaves, treedef = jax.tree.flatten(variables)
-    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
-    rng = np.random.default_rng(0)
-    draws = [on_device(rng.normal(size=jnp.shape(leaves[i])[-1:]), jnp.float32) for i in floats]
-    new = automatically(_scaled, [on_device(leaves[i]) for i in floats], draws, on_device(spread, jnp.float32))
-    for i, leaf in zip(floats, new, strict=True):
+    rng, draws = np.random.default_rng(0), {}
+    for i, leaf in enumerate(leaves):
+        width = jnp.shape(leaf)[-1:]
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            draws[i] = on_device(rng.normal(size=width), jnp.float32)
+        elif _is_mask(leaf):
+            draws[i] = on_device(np.resize([True, False], width))
+    changed = partial(_changed, turned=spread == _SPREADS[0])
+    old = [on_device(leaves[i]) for i in draws]
+    new = automatically(changed, old, list(draws.values()), on_device(spread, jnp.float32))
+    for i, leaf in zip(draws, new, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
 
@@ -271,7 +295,7 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verd
         if not difference <= tol:
             return _diagnosis(seen, difference, tol)
         error = max(error, difference)
-    # A norm with fresh statistics, a scale of 1, a branch with factor 0 or an adapter are the identity only by chance.
+    # Fresh statistics, a scale of 1, a branch with factor 0, a mask of ones or an adapter are the identity by chance.
     for spread in _SPREADS:
         seen = call_with(_random_like(seen.network, features, 1.0), spread)
         difference = relative_difference(predicted(seen.network, seen.features), seen.out)
@@ -283,7 +307,7 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verd
         error,
         f"its outputs are those of Dense → relu → Dense for the present values of its other variables only; with these "
         f"redrawn they differ by {difference:.2g} of their size. Something around the two layers is the identity now: "
-        "a norm with fresh statistics, a scale of 1, a branch with factor 0, an adapter",
+        "a norm with fresh statistics, a scale of 1, a branch with factor 0, a mask that lets all through, an adapter",
     )
 
 
@@ -342,9 +366,10 @@ def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
         )
     inside = ", ".join(format_path(call.layer.path) for call in calls if call.input is None)
     if inside:
+        others = ", nn.WeightNorm and others that change its weights" if space == "nn" else ""
         return (
-            f"{expected}, outside {space}.scan and {space}.vmap; got {inside} inside such a transform. "
-            "Move the head out of it."
+            f"{expected}, outside transforms: {space}.scan, {space}.vmap{others}; got {inside} inside of one. Move the "
+            f"head out of it, or give the module a new head with {module.graft}."
         )
     names = ", ".join(format_path(call.layer.path) for call in calls)
     found = {0: f"it calls no {module.dense}", 1: f"it calls one {module.dense} only ({names})"}.get(

@@ -262,6 +262,7 @@ class Head:
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
         variables, first = self.module.variables(variables, where), True
+        check_there(where, (variables, data if isinstance(data, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
 
@@ -368,6 +369,21 @@ def predicted(network: TwoLayer, features: Array) -> Array:
 @jax.jit
 def _predicted(network: TwoLayer, features: Array) -> Array:
     return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
+
+
+def check_there(where: str, tree: Any) -> None:
+    """Raise a ValueError for traced and for deleted arrays: a pass is checked on the host."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)]
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        raise ValueError(
+            f"{where}: variables and data must be arrays with values, got traced ones, as inside jit, vmap and grad. "
+            "Call it outside, between compiled steps."
+        )
+    if any(array.is_deleted() for array in arrays):
+        raise ValueError(
+            f"{where}: variables and data must be those of now, got arrays that a step has deleted, as "
+            "jit(donate_argnums=...) does. Give what the last step returned."
+        )
 
 
 def check_head(where: str, head: Any, kind: type[Functional]) -> None:

@@ -104,6 +104,7 @@ class NnxModule:
         output: which of several outputs ends in the head.
         eval_mode: whether features are computed as after ``model.eval()``.
         statistics: which statistics batch norms take, "batch" or "running"; None for those of the mode.
+        structure: the structure in evaluation mode, whatever the mode of features; models of another are refused.
     """
 
     name: str
@@ -112,6 +113,7 @@ class NnxModule:
     output: Any
     eval_mode: bool
     statistics: str | None
+    structure: Any
 
     finder: ClassVar[str] = "cf.nnx.find_head"
     dense: ClassVar[str] = "nnx.Linear"
@@ -122,7 +124,7 @@ class NnxModule:
         if not isinstance(given, nnx.Module):
             raise ValueError(f"{where}: `model` must be an NNX module, got {type(given).__name__}.")
         graphdef, state = _functional(given, self.eval_mode)
-        if self.eval_mode and graphdef != self.graphdef:
+        if self.structure != (graphdef if self.eval_mode else _functional(given, eval_mode=True)[0]):
             raise ValueError(
                 f"{where}: `model` must be the {self.name} that the head was found in, unchanged in structure, "
                 f"got a {type(given).__name__} of another structure. Call find_head again."
@@ -319,7 +321,8 @@ def find_head(
     bridged = [format_path(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
     check_statistics("find_head", statistics)
     graphdef, state = _functional(model, eval_mode)
-    module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics)
+    structure = graphdef if eval_mode else _functional(model, eval_mode=True)[0]
+    module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics, structure)
     try:
         return find(module, state, args, kwargs, paths, recalibrate)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Input validation for ``Cronos.solve``: each error names the argument, what was expected, what came and what to do.
 
-Values (finiteness, signs) are checked only where there are values: inside ``jit`` and ``vmap`` shapes and dtypes are.
+Values (finiteness, signs) are checked only where there are values: inside ``jit`` and ``vmap`` shapes and dtypes are,
+and targets and weights that would be refused make the loss NaN.
 """
 
 import dataclasses
@@ -207,7 +208,9 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
         raise ValueError(
             f"solve: `sample_weight` must have one entry for each of the {y.shape[0]} rows of X, got {weight.shape}."
         )
-    if concrete(weight) and not on_host(_are_weights(weight)):
+    if not concrete(weight):  # a negative one makes the loss NaN, which the status says
+        return jnp.where(weight >= 0, weight, jnp.asarray(jnp.nan, weight.dtype)).astype(y.dtype)
+    if not on_host(_are_weights(weight)):
         raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
     return weight.astype(y.dtype)
 

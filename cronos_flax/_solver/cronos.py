@@ -148,7 +148,7 @@ class Cronos:
         """Train a two-layer network on arrays.
 
         Exactly one of ``hidden``, ``init`` and ``state`` says where to start. Can be called inside ``jit`` and
-        ``vmap``; values (finiteness, signs) are then not checked.
+        ``vmap``; targets and weights whose values would be refused then give ``Status.nonfinite``.
 
         Args:
             X: features, floating, shape ``(n, p)`` with ``n ≥ 2``, finite, any units. Or, for features that do not fit
@@ -203,6 +203,8 @@ class Cronos:
             data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
             beta_max = self._user_beta_max(data, init, order)
+            if not np.isfinite(on_host(beta_max)):  # nor is the loss, as the status of the solve says
+                beta_max = on_device(0, beta_max.dtype)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
         return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, order, known_finite=True)
 

@@ -182,6 +182,11 @@ class Loss:
         return jax.lax.fori_loop(0, _CONSTANT_STEPS, improve, jnp.zeros(C, targets.dtype))
 
 
+def where_taken(taken: Bool[Array, "..."], targets: Array) -> Array:
+    """Targets inside ``jit``, where nobody can look: those that the loss does not take are NaN, as is then the loss."""
+    return jnp.where(taken, targets, jnp.asarray(jnp.nan, targets.dtype))
+
+
 def _check_floating(y: Array | np.ndarray) -> None:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(
@@ -211,7 +216,8 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
         Shape ``(..., num_classes)``, or ``(..., 1)`` for two classes.
 
     Raises:
-        ValueError: for labels that are not integers or out of range, or fewer than two classes.
+        ValueError: for labels that are not integers or out of range, or fewer than two classes. Inside ``jit`` labels
+            out of range give NaN.
 
     Example:
         >>> import cronos_flax as cf
@@ -226,7 +232,10 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"signed_targets: `labels` must be integers, got dtype {labels.dtype}.")
     labels = on_device(labels)
-    if not isinstance(labels, jax.core.Tracer) and labels.size:
+    if isinstance(labels, jax.core.Tracer):
+        within = (labels >= 0) & (labels < num_classes)
+        return where_taken(within[..., None], _signed(labels, num_classes))
+    if labels.size:
         low, high = map(int, on_host((labels.min(), labels.max())))
         if low < 0 or high >= num_classes:
             raise ValueError(

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver.arrays import native
-from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.loss import Loss, where_taken
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
@@ -81,7 +81,8 @@ class Softmax(Loss):
         if known:
             self.check_targets(y, num_classes)
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
-            return y
+            sums = jnp.sum(y, axis=1, keepdims=True)
+            return y if known else where_taken(jnp.all(y >= 0, axis=1, keepdims=True) & (jnp.abs(sums - 1) < 2e-3), y)
         if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(
                 f"`y` must be integer labels (n,) or probabilities (n, C), got {y.dtype} of shape {y.shape}."
@@ -90,7 +91,8 @@ class Softmax(Loss):
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
         if num_classes is None:
             num_classes = max(_range(y)[1] + 1, 2) if y.size else 2
-        return _one_hot(y, num_classes)
+        rows = _one_hot(y, num_classes)
+        return rows if known else where_taken(((y >= 0) & (y < num_classes))[:, None], rows)
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
@@ -151,9 +153,11 @@ class Logistic(Loss):
             raise ValueError("`y` must be 0 or 1, or probabilities between; got other values.")
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        if not isinstance(y, jax.core.Tracer):
+        known = not isinstance(y, jax.core.Tracer)
+        if known:
             self.check_targets(y, num_classes)
         y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
+        y = y if known else where_taken((y >= 0) & (y <= 1), y)
         return y[:, None] if y.ndim == 1 else y
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
@@ -241,9 +245,11 @@ class Hinge(Loss):
             )
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        if not isinstance(y, jax.core.Tracer):
+        known = not isinstance(y, jax.core.Tracer)
+        if known:
             self.check_targets(y, num_classes)
         y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
+        y = y if known else where_taken(jnp.abs(y) == 1, y)
         return y[:, None] if y.ndim == 1 else y
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
