@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from disks import largest_file
+from forked import ADDS_NONE, Forked
 from stopped import stopped
 
 from cronos_flax._head import files
@@ -78,24 +79,23 @@ def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_sweeps_started_together_no_finished_run_is_lost(tmp_path):
+def test_of_two_sweeps_started_together_no_finished_run_is_lost(tmp_path, tmp_path_factory):
+    said = tmp_path_factory.mktemp("said")
+
     def start(method):
         args = [*WINE, "--methods", method, "--rates", "2", "--seeds", "1", "--epochs", "2", "--out", tmp_path]
-        return subprocess.Popen(
-            [sys.executable, "-m", "cronos_flax", "compare", *args],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"},
-        )  # fmt: skip
+        return Forked(said, "-m", "cronos_flax", "compare", *args, config=ADDS_NONE)
 
     both = {method: start(method) for method in ("adam", "sgd")}
-    said = {method: process.communicate(timeout=300)[1] for method, process in both.items()}
-    well = [method for method, process in both.items() if process.returncode == 0]
+    ended = {method: process.wait() for method, process in both.items()}
+    well = [method for method, (status, _, _) in ended.items() if status == 0]
     assert well
     done = {row["method"] for row in kept(tmp_path / "results.jsonl")}
     assert done == set(well)
     for method in both.keys() - set(well):
-        assert both[method].returncode == 1
-        assert "is held by process" in " ".join(said[method].split())
+        status, _, err = ended[method]
+        assert status == 1
+        assert "is held by process" in " ".join(err.split())
 
 
 def finished(method, rate=0.1, epochs=3):

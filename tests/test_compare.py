@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from forked import ADDS_NONE, Forked
 
 from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax.compare import models, programs, summaries, tables
@@ -402,12 +403,10 @@ sys.exit(main(sys.argv[2:]))
 def test_killed_twice_a_sweep_ends_with_the_rows_of_an_unbroken_one(tmp_path):
     args = ["compare", *WINE, "--methods", "adam,sgd", "--rates", "2", "--seeds", "1", "--epochs", "3", "--out"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    # Compiled programs are read from the cache of these tests. A process that may be killed while it writes adds none.
-    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     assert main([*args, str(whole)]) == 0
     for how, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        command = [sys.executable, "-c", SIGNALLED, str(int(how)), *args, str(broken)]
-        assert subprocess.run(command, capture_output=True, cwd=ROOT, env=env, timeout=300).returncode == status
+        command = ["-c", SIGNALLED, int(how), *args, broken]
+        assert Forked(tmp_path, *command, config=ADDS_NONE).wait()[0] == status
     assert len({(row["method"], row["rate"]) for row in kept(broken / "results.jsonl")}) == 2
     assert main([*args, str(broken)]) == 0
     assert untimed(kept(broken / "results.jsonl")) == untimed(kept(whole / "results.jsonl"))

@@ -1,10 +1,7 @@
 """Features gathered once, in memory or in files, for many solves."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tracemalloc
 from collections import Counter
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 from disks import largest_file
 from flax import nnx
+from forked import Forked
 from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, same
 
 import cronos_flax as cf
@@ -134,15 +132,13 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(tmp_path, passes, torn):
     same(arrays(features), arrays(gather()))
 
 
-def test_a_process_that_is_killed_leaves_what_another_goes_on_with(tmp_path, passes):
+def test_a_process_that_is_killed_leaves_what_another_goes_on_with(tmp_path, tmp_path_factory, passes):
     program = (
         "import os, signal, sys; import given; import cronos_flax as cf; "
         "stop = lambda row: row['rows'] == 128 and os.kill(os.getpid(), signal.SIGKILL); "
         "cf.gather_features(given.HEAD, {'params': given.PARAMS}, given.batched(), cache=sys.argv[1], callback=stop)"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment)
-    assert done.returncode == -signal.SIGKILL
+    assert Forked(tmp_path_factory.mktemp("said"), "-c", program, tmp_path).wait()[0] == -signal.SIGKILL
     same(arrays(gather(tmp_path)), arrays(gather()))
     assert passes["passes"] == 1 + 2 + 4
 
