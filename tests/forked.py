@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 import warnings
 from multiprocessing import forkserver
 from pathlib import Path
@@ -30,7 +31,7 @@ class Forked:
     """
 
     def __init__(self, files, *arguments, config=None, strict=False):
-        self._said = [str(Path(files) / f"{name}-{id(self)}") for name in ("stdout", "stderr")]
+        self._said = [_new_file(files) for _ in ("stdout", "stderr")]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
         with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):  # a process with threads cannot be forked
@@ -38,19 +39,29 @@ class Forked:
         self._process = context.Process(target=_run, args=(list(map(str, arguments)), self._said, config or {}, strict))
         self._process.start()
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def kill(self):
         """End it, if it has not ended."""
         self._process.kill()
 
     def wait(self, timeout=300):
-        """The status that it ended with, and what it wrote to stdout and to stderr."""
+        """The status that it ended with, or None if it has not; what it wrote to stdout, and to stderr."""
         self._process.join(timeout)
         return self._process.exitcode, *(Path(file).read_text() for file in self._said)
 
 
+def _new_file(directory):
+    number, name = tempfile.mkstemp(dir=directory)
+    os.close(number)
+    return name
+
+
 def _run(arguments, said, config, strict):
     for number, file in enumerate(said, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY), number)
     os.chdir(ROOT)
     import jax
 

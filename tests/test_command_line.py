@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -24,24 +23,25 @@ from cronos_flax.compare.task import Run, Settings
 ROOT = Path(__file__).resolve().parents[1]
 WINE = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32")
 
-HOLDER = f"""
-import importlib.util, pathlib, sys, time
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+HOLDER = """
+import pathlib, sys, time
+from cronos_flax._head import files
 with files.held(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
+    pathlib.Path(sys.argv[2]).touch()
     time.sleep(60)
 """
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(tmp_path, tmp_path_factory):
     """Another process that holds `tmp_path / "out"`."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "out"], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        yield process
-        process.kill()
+    told = tmp_path_factory.mktemp("told")
+    process = Forked(told, "-c", HOLDER, tmp_path / "out", told / "held")
+    while not (told / "held").exists():
+        assert process.wait(0.01)[0] is None
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])
@@ -63,7 +63,7 @@ def test_a_sweep_of_the_library_is_refused_too_and_nothing_is_read_or_written(ho
 
 def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
     """Nor does the number of a process that somebody else has now."""
-    holder.send_signal(signal.SIGKILL)
+    holder.kill()
     holder.wait()
     lock = tmp_path / "out" / ".lock"
     assert f"process {holder.pid} on" in lock.read_text()

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,10 +42,6 @@ WINE = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32")
 @pytest.fixture(scope="module")
 def task():
     return Task.of(Settings("wine", model="two-layer", epochs=3, batch_size=32))
-
-
-def command(*args):
-    return [sys.executable, "-m", "cronos_flax", *map(str, args)]
 
 
 def untimed(rows):
@@ -495,13 +490,11 @@ def test_wrong_options_fail_at_once_with_the_remedy(case, tmp_path, capsys):
 
 
 def test_wrong_options_of_the_process_too(tmp_path):
-    done = subprocess.run(
-        command("compare", "--dataset", "none", "--out", tmp_path / "out"),
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "`data_dir` is needed" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    arguments = ["compare", "--dataset", "none", "--out", tmp_path / "out"]
+    status, _, err = Forked(tmp_path, "-m", "cronos_flax", *arguments).wait()
+    assert status == 2
+    assert "`data_dir` is needed" in " ".join(err.split())
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
