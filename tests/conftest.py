@@ -75,13 +75,16 @@ def _forget_compiled_programs():
         jax.clear_caches()
 
 
+_compiled = jax.make_user_context("cheaply")  # programs that were made under another value are not taken
+
+
 @pytest.fixture
 def optimised():
     """Programs compiled in this test are optimised, as users' are."""
-    jax.clear_caches()
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    with _compiled("optimised"):
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
