@@ -42,7 +42,7 @@ class MLP(nn.Module):
 @functools.cache
 def made(seed=0, **kwargs):
     model = MLP(**kwargs)
-    params = model.init(jax.random.key(seed), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), X)["params"]
     head = cf.find_head(model, {"params": params}, X)
     return cf.CronosTrainState.create(
         apply_fn=model.apply,

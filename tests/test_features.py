@@ -80,7 +80,7 @@ def test_a_fit_on_features_is_the_fit_on_the_data_without_a_pass(passes):
 def test_heads_of_other_weights_and_widths_take_the_same_features(passes):
     features = gather()
     wide = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(12), nn.relu, nn.Dense(2)])
-    other = wide.init(jax.random.key(5), X)["params"]
+    other = jax.jit(wide.init)(jax.random.key(5), X)["params"]
     variables = {"params": {**other, "layers_0": PARAMS["layers_0"]}}
     head = cf.find_head(wide, variables, X[:64])
     passes.clear()
@@ -306,7 +306,7 @@ def test_features_that_are_larger_than_memory_are_solved_on_in_blocks(tmp_path, 
 def test_a_cache_takes_the_memory_of_a_few_batches(tmp_path):
     """Of 16,384 rows of 512 features, 34 MB, in batches of 256, half a MB each."""
     model = nn.Sequential([nn.Dense(512), nn.tanh, nn.Dense(2), nn.relu, nn.Dense(2)])
-    variables = model.init(jax.random.key(0), X[:2])
+    variables = jax.jit(model.init)(jax.random.key(0), X[:2])
     head = cf.find_head(model, variables, X[:256])
     data = [(np.roll(X, i, 0)[:256], Y[:256]) for i in range(64)]
     gather(tmp_path / "small", data[:1], variables, head)
@@ -323,7 +323,7 @@ def test_a_cache_takes_the_memory_of_a_few_batches(tmp_path):
 
 def test_statistics_of_batch_norms_come_back_from_a_cache(tmp_path):
     model = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=True), nn.Dense(6), nn.relu, nn.Dense(2)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     head = cf.find_head(model, variables, X[:64], statistics="batch")
     with pytest.raises(Killed):
         gather(tmp_path, None, variables, head, callback=killed_after(128))
