@@ -1,6 +1,7 @@
 """What the tests share: data, twins, and the skip for data that is not part of the project."""
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -59,22 +60,31 @@ def little_garbage():
     gc.freeze()
 
 
+_finished = itertools.count(1)
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
-    """Compiled programs hold memory maps; Linux allows a process 65,530, and beyond that XLA's compiler crashes."""
+    """Compiled programs hold memory maps; Linux allows a process 65,530, and beyond that XLA's compiler crashes.
+
+    A test adds some hundreds; to count them takes as long as many a test, so they are counted after every tenth.
+    """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if next(_finished) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+_compiled = jax.make_user_context("cheaply")  # programs that were made under another value are not taken
 
 
 @pytest.fixture
 def optimised():
     """Programs compiled in this test are optimised, as users' are."""
-    jax.clear_caches()
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    with _compiled("optimised"):
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -11,7 +11,7 @@ import cronos_flax as cf
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
 X = np.asarray(jax.random.normal(jax.random.key(0), (300, 5)))
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
-PARAMS = MODEL.init(jax.random.key(1), X)["params"]
+PARAMS = jax.jit(MODEL.init)(jax.random.key(1), X)["params"]
 HEAD = cf.find_head(MODEL, {"params": PARAMS}, X[:64])
 WIDE = np.where(np.arange(256) == 7, 2**32 + 1, Y[:256])
 

@@ -4,9 +4,11 @@ With ``kill`` behind these the run ends in the middle, as if the machine had bee
 called again. Process 0 writes what it found, as JSON.
 """
 
+import contextlib
 import json
 import os
 import sys
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 import cronos_flax as cf
 
 FLOAT = {"param_dtype": "float64"}
+
+
+def keep_programs():
+    """In every process: JAX writes only those of process 0 into its cache, and the others compile in every run."""
+    with contextlib.suppress(ImportError, AttributeError):  # these names are JAX's own; without them it is only slower
+        from jax._src import compiler, distributed
+
+        write = compiler._cache_write
+
+        def written(*args):
+            with mock.patch.object(distributed.global_state, "process_id", 0):
+                write(*args)
+
+        compiler._cache_write = written
 
 
 def main(directory, dies):
@@ -65,4 +81,7 @@ if __name__ == "__main__":
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
-    main(sys.argv[4], sys.argv[5:] == ["kill"])
+    dies = sys.argv[5:] == ["kill"]
+    if not dies:  # one that is killed while it writes would leave half a program
+        keep_programs()
+    main(sys.argv[4], dies)

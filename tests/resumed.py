@@ -60,7 +60,7 @@ def main(directory: str, what: str, number: int) -> int:
     x = rng.normal(size=(192, 5)).astype("float32")
     y = np.argmax(x[:, :3] * x[:, 2:], axis=1)
     model = Net()
-    variables = model.init(jax.random.key(0), x[:1], train=False)
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x[:1], train=False)
     state = cf.CronosTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],

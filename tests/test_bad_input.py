@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_network, random_problem
+from conftest import drawn, random_network, random_problem
 
 import cronos_flax as cf
 from cronos_flax.compare.data import load_tfds
@@ -14,7 +14,7 @@ from cronos_flax.compare.data import load_tfds
 X, Y = random_problem(0)
 NET = random_network(0)
 MODEL = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
-VARIABLES = MODEL.init(jax.random.key(0), X)
+VARIABLES = drawn(MODEL, jax.random.key(0), X)
 HEAD = cf.find_head(MODEL, VARIABLES, X)
 T = np.ones((40, 2), "float32")
 

@@ -75,7 +75,7 @@ class Kind:
 
 def linen(twice=False):
     model = LinenNet(twice)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
 
     def alternate(head, data):
         state = cf.CronosTrainState.create(
@@ -217,7 +217,7 @@ def test_rows_in_the_order_of_their_classes_are_mixed_for_the_statistics_of_a_ba
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 1100)
     x = (rng.normal(size=(2200, 5)) + 6 * y[:, None]).astype("float32")
-    variables = Net().init(jax.random.key(0), x[:64])
+    variables = jax.jit(Net().init)(jax.random.key(0), x[:64])
     head = cf.find_head(Net(), variables, x[:64], statistics="batch")
     rows, _ = head.gather(variables, (x, y))
     assert np.mean((rows.X.mean(axis=1) > 0) == rows.y) > 0.99
@@ -230,7 +230,7 @@ def test_statistics_that_no_batch_norm_keeps_are_not_passed_over():
             mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
             return nn.Dense(2)(nn.relu(nn.Dense(6)(x - mean.value)))
 
-    variables = Own().init(jax.random.key(0), X)
+    variables = jax.jit(Own().init)(jax.random.key(0), X)
     with pytest.raises(ValueError, match=r"must find nn.BatchNorm layers.*mutable="):
         cf.find_head(Own(), variables, X, statistics="batch")
 
@@ -238,7 +238,7 @@ def test_statistics_that_no_batch_norm_keeps_are_not_passed_over():
 def linen_state(rate):
     """A train state whose head was found on the statistics of the batch."""
     model = LinenNet()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     return cf.CronosTrainState.create(
         apply_fn=model.apply,
         params=variables["params"],

@@ -42,7 +42,7 @@ class MLP(nn.Module):
 @functools.cache
 def made(seed=0, **kwargs):
     model = MLP(**kwargs)
-    params = model.init(jax.random.key(seed), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), X)["params"]
     head = cf.find_head(model, {"params": params}, X)
     return cf.CronosTrainState.create(
         apply_fn=model.apply,
@@ -51,6 +51,12 @@ def made(seed=0, **kwargs):
         head=head,
         model_state={"rng": jax.random.key(seed), "count": np.arange(3) + seed},
     )
+
+
+def few(seed=0):
+    """A leaf of each kind: what is restored some hundred times."""
+    weights = np.random.default_rng(seed).normal(size=(8, 6)).astype("float32")
+    return {"weights": jnp.asarray(weights), "rng": jax.random.key(seed), "count": np.arange(3) + seed, "step": seed}
 
 
 def assert_same(a, b):
@@ -133,7 +139,7 @@ def test_sound_files_with_other_values_are_noticed(tmp_path):
 
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     for step in (1, 2):
-        cf.save_checkpoint(tmp_path, made(step), step)
+        cf.save_checkpoint(tmp_path, few(step), step)
     rng = np.random.default_rng(0)
     noticed = 0
     for file in sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file()):
@@ -144,9 +150,9 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
             file.write_bytes(bad)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                restored = cf.restore_checkpoint(tmp_path, made())
+                restored = cf.restore_checkpoint(tmp_path, few())
             was_noticed = any("passed over" in str(warning.message) for warning in said)
-            assert_same(restored, made(1 if was_noticed else 2))
+            assert_same(restored, few(1 if was_noticed else 2))
             noticed += was_noticed
         file.write_bytes(sound)
     assert noticed > 10
@@ -195,18 +201,18 @@ class Moments:
 
 def test_a_save_may_be_killed_at_any_moment(tmp_path):
     for step in (1, 2):
-        cf.save_checkpoint(tmp_path / "run", made(step), step)
+        cf.save_checkpoint(tmp_path / "run", few(step), step)
     moments = Moments(tmp_path / "run")
     with moments.noted():
-        cf.save_checkpoint(tmp_path / "run", made(3), 3, keep=2)
+        cf.save_checkpoint(tmp_path / "run", few(3), 3, keep=2)
     found = []
     for directory in moments.laid_out(tmp_path / "left"):
-        state, step, _ = _checkpoint.restored(directory, made())
-        assert_same(state, made(step))
+        state, step, _ = _checkpoint.restored(directory, few())
+        assert_same(state, few(step))
         found.append(step)
         if step == 2:  # then the run goes on, and comes to where it was killed
-            cf.save_checkpoint(directory, made(3), 3, keep=2)
-            assert_same(cf.restore_checkpoint(directory, made()), made(3))
+            cf.save_checkpoint(directory, few(3), 3, keep=2)
+            assert_same(cf.restore_checkpoint(directory, few()), few(3))
     assert found == sorted(found)
     assert set(found) == {2, 3}
     assert len(found) > 20

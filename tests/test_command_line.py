@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from disks import largest_file
+from forked import ADDS_NONE, Forked
 from stopped import stopped
 
 from cronos_flax._head import files
@@ -23,24 +23,25 @@ from cronos_flax.compare.task import Run, Settings
 ROOT = Path(__file__).resolve().parents[1]
 WINE = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32")
 
-HOLDER = f"""
-import importlib.util, pathlib, sys, time
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+HOLDER = """
+import pathlib, sys, time
+from cronos_flax._head import files
 with files.held(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
+    pathlib.Path(sys.argv[2]).touch()
     time.sleep(60)
 """
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(tmp_path, tmp_path_factory):
     """Another process that holds `tmp_path / "out"`."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "out"], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        yield process
-        process.kill()
+    told = tmp_path_factory.mktemp("told")
+    process = Forked(told, "-c", HOLDER, tmp_path / "out", told / "held")
+    while not (told / "held").exists():
+        assert process.wait(0.01)[0] is None
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])
@@ -62,7 +63,7 @@ def test_a_sweep_of_the_library_is_refused_too_and_nothing_is_read_or_written(ho
 
 def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
     """Nor does the number of a process that somebody else has now."""
-    holder.send_signal(signal.SIGKILL)
+    holder.kill()
     holder.wait()
     lock = tmp_path / "out" / ".lock"
     assert f"process {holder.pid} on" in lock.read_text()
@@ -78,24 +79,23 @@ def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_sweeps_started_together_no_finished_run_is_lost(tmp_path):
+def test_of_two_sweeps_started_together_no_finished_run_is_lost(tmp_path, tmp_path_factory):
+    said = tmp_path_factory.mktemp("said")
+
     def start(method):
         args = [*WINE, "--methods", method, "--rates", "2", "--seeds", "1", "--epochs", "2", "--out", tmp_path]
-        return subprocess.Popen(
-            [sys.executable, "-m", "cronos_flax", "compare", *args],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"},
-        )  # fmt: skip
+        return Forked(said, "-m", "cronos_flax", "compare", *args, config=ADDS_NONE)
 
     both = {method: start(method) for method in ("adam", "sgd")}
-    said = {method: process.communicate(timeout=300)[1] for method, process in both.items()}
-    well = [method for method, process in both.items() if process.returncode == 0]
+    ended = {method: process.wait() for method, process in both.items()}
+    well = [method for method, (status, _, _) in ended.items() if status == 0]
     assert well
     done = {row["method"] for row in kept(tmp_path / "results.jsonl")}
     assert done == set(well)
     for method in both.keys() - set(well):
-        assert both[method].returncode == 1
-        assert "is held by process" in " ".join(said[method].split())
+        status, _, err = ended[method]
+        assert status == 1
+        assert "is held by process" in " ".join(err.split())
 
 
 def finished(method, rate=0.1, epochs=3):

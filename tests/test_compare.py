@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from forked import ADDS_NONE, Forked
 
 from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax.compare import models, programs, summaries, tables
@@ -42,10 +42,6 @@ WINE = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32")
 @pytest.fixture(scope="module")
 def task():
     return Task.of(Settings("wine", model="two-layer", epochs=3, batch_size=32))
-
-
-def command(*args):
-    return [sys.executable, "-m", "cronos_flax", *map(str, args)]
 
 
 def untimed(rows):
@@ -402,12 +398,10 @@ sys.exit(main(sys.argv[2:]))
 def test_killed_twice_a_sweep_ends_with_the_rows_of_an_unbroken_one(tmp_path):
     args = ["compare", *WINE, "--methods", "adam,sgd", "--rates", "2", "--seeds", "1", "--epochs", "3", "--out"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    # Compiled programs are read from the cache of these tests. A process that may be killed while it writes adds none.
-    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     assert main([*args, str(whole)]) == 0
     for how, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        command = [sys.executable, "-c", SIGNALLED, str(int(how)), *args, str(broken)]
-        assert subprocess.run(command, capture_output=True, cwd=ROOT, env=env, timeout=300).returncode == status
+        command = ["-c", SIGNALLED, int(how), *args, broken]
+        assert Forked(tmp_path, *command, config=ADDS_NONE).wait()[0] == status
     assert len({(row["method"], row["rate"]) for row in kept(broken / "results.jsonl")}) == 2
     assert main([*args, str(broken)]) == 0
     assert untimed(kept(broken / "results.jsonl")) == untimed(kept(whole / "results.jsonl"))
@@ -496,13 +490,11 @@ def test_wrong_options_fail_at_once_with_the_remedy(case, tmp_path, capsys):
 
 
 def test_wrong_options_of_the_process_too(tmp_path):
-    done = subprocess.run(
-        command("compare", "--dataset", "none", "--out", tmp_path / "out"),
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "`data_dir` is needed" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    arguments = ["compare", "--dataset", "none", "--out", tmp_path / "out"]
+    status, _, err = Forked(tmp_path, "-m", "cronos_flax", *arguments).wait()
+    assert status == 2
+    assert "`data_dir` is needed" in " ".join(err.split())
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_arrays_of_other_libraries_compile_one_program_for_all_batches():
             return nn.Dense(2)(nn.relu(nn.Dense(6)(nn.tanh(nn.Dense(8)(x)))))
 
     model = Counting()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     head = cf.find_head(model, variables, Foreign(X[:64]))
     head.gather(variables, [(Foreign(X[:64]), Foreign(Y[:64]))])
     before = len(traces)

@@ -92,13 +92,13 @@ def moved(variables):
 def test_a_disguised_head_is_refused_when_it_is_looked_for(kind):
     model = Disguised(kind)
     with pytest.raises(ValueError, match="must end in Dense → relu → Dense; the nearest candidate is"):
-        cf.find_head(model, model.init(jax.random.key(0), X), X)
+        cf.find_head(model, jax.jit(model.init)(jax.random.key(0), X), X)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
     model = Disguised(kind, on=0)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     head = cf.find_head(model, variables, X)
     head.gather(variables, (X, Y))
     on = {"switch": {"on": jnp.asarray(1, jnp.int32)}}

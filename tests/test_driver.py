@@ -1,9 +1,6 @@
 """``cf.train``: an ordinary loop in a function; what is killed goes on to the same end."""
 
-import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import optax
 import pytest
 import resumed
 from flax.training.train_state import TrainState
+from forked import ADDS_NONE, Forked
 from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
@@ -311,13 +309,9 @@ def test_bad_input_is_refused(case):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_where_the_unbroken_run_ends(tmp_path):
-    # Compiled programs are read from the cache of these tests. A process that may be killed while it writes adds none.
-    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
-
     def killed(*when):
-        command = [sys.executable, "tests/resumed.py", str(tmp_path / "broken"), *when]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
-        return done.returncode == -signal.SIGKILL
+        process = Forked(tmp_path, "tests/resumed.py", tmp_path / "broken", *when, config=ADDS_NONE)
+        return process.wait()[0] == -signal.SIGKILL
 
     def steps():
         return sorted(int(path.name) for path in (tmp_path / "broken").iterdir() if path.name.isdecimal())

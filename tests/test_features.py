@@ -1,10 +1,7 @@
 """Features gathered once, in memory or in files, for many solves."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tracemalloc
 from collections import Counter
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 from disks import largest_file
 from flax import nnx
+from forked import Forked
 from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, same
 
 import cronos_flax as cf
@@ -82,7 +80,7 @@ def test_a_fit_on_features_is_the_fit_on_the_data_without_a_pass(passes):
 def test_heads_of_other_weights_and_widths_take_the_same_features(passes):
     features = gather()
     wide = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(12), nn.relu, nn.Dense(2)])
-    other = wide.init(jax.random.key(5), X)["params"]
+    other = jax.jit(wide.init)(jax.random.key(5), X)["params"]
     variables = {"params": {**other, "layers_0": PARAMS["layers_0"]}}
     head = cf.find_head(wide, variables, X[:64])
     passes.clear()
@@ -134,15 +132,13 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(tmp_path, passes, torn):
     same(arrays(features), arrays(gather()))
 
 
-def test_a_process_that_is_killed_leaves_what_another_goes_on_with(tmp_path, passes):
+def test_a_process_that_is_killed_leaves_what_another_goes_on_with(tmp_path, tmp_path_factory, passes):
     program = (
         "import os, signal, sys; import given; import cronos_flax as cf; "
         "stop = lambda row: row['rows'] == 128 and os.kill(os.getpid(), signal.SIGKILL); "
         "cf.gather_features(given.HEAD, {'params': given.PARAMS}, given.batched(), cache=sys.argv[1], callback=stop)"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment)
-    assert done.returncode == -signal.SIGKILL
+    assert Forked(tmp_path_factory.mktemp("said"), "-c", program, tmp_path).wait()[0] == -signal.SIGKILL
     same(arrays(gather(tmp_path)), arrays(gather()))
     assert passes["passes"] == 1 + 2 + 4
 
@@ -310,7 +306,7 @@ def test_features_that_are_larger_than_memory_are_solved_on_in_blocks(tmp_path, 
 def test_a_cache_takes_the_memory_of_a_few_batches(tmp_path):
     """Of 16,384 rows of 512 features, 34 MB, in batches of 256, half a MB each."""
     model = nn.Sequential([nn.Dense(512), nn.tanh, nn.Dense(2), nn.relu, nn.Dense(2)])
-    variables = model.init(jax.random.key(0), X[:2])
+    variables = jax.jit(model.init)(jax.random.key(0), X[:2])
     head = cf.find_head(model, variables, X[:256])
     data = [(np.roll(X, i, 0)[:256], Y[:256]) for i in range(64)]
     gather(tmp_path / "small", data[:1], variables, head)
@@ -327,7 +323,7 @@ def test_a_cache_takes_the_memory_of_a_few_batches(tmp_path):
 
 def test_statistics_of_batch_norms_come_back_from_a_cache(tmp_path):
     model = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=True), nn.Dense(6), nn.relu, nn.Dense(2)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     head = cf.find_head(model, variables, X[:64], statistics="batch")
     with pytest.raises(Killed):
         gather(tmp_path, None, variables, head, callback=killed_after(128))

@@ -34,7 +34,7 @@ class Normed(nn.Module):
 
 
 MODEL = Normed()
-VARIABLES = MODEL.init(jax.random.key(1), X, train=False)
+VARIABLES = jax.jit(MODEL.init, static_argnames="train")(jax.random.key(1), X, train=False)
 HEAD = cf.find_head(MODEL, VARIABLES, X, train=False, statistics="running")
 
 

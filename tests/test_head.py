@@ -29,7 +29,7 @@ class Lie(nn.Module):
 
 
 def init(model):
-    return model.init(KEY, X)
+    return jax.jit(model.init)(KEY, X)
 
 
 def test_batches_give_what_whole_arrays_give_and_frozen_dicts_stay_frozen():
@@ -185,7 +185,7 @@ def test_numerical_failure_is_raised_unless_asked_not_to():
 )
 def test_fit_head_takes_every_loss_and_its_targets(loss, width):
     model = nn.Sequential([nn.Dense(5, dtype=width, param_dtype=width), nn.tanh, Half(width)])
-    variables = model.init(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     labels = jnp.argmax(X[:, :3], axis=1)
     y = {"softmax": labels, "logistic": jax.nn.one_hot(labels, 3, dtype=int)}.get(loss, cf.signed_targets(labels, 3))
     head = cf.find_head(model, variables, X)

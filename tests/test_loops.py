@@ -1,13 +1,12 @@
 """The ordinary loops of the examples, Flax's own examples, and the lines of the manual that make them CRONOS-AM."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "cnn", "resnet", "nnx_cnn"
@@ -43,12 +42,9 @@ def test_five_lines_make_an_ordinary_loop_cronos_am(clients, name):
 def test_an_ordinary_loop_learns_with_the_lines_of_the_guide(clients, tmp_path):
     path = tmp_path / "cnn.py"
     path.write_text(changed(clients, "cnn")[0])
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(path), "--epochs", str(EPOCHS)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    printed = re.findall(r"epoch \d+: ([\d.]+)", done.stdout)
+    status, out, err = Forked(tmp_path, path, "--epochs", EPOCHS, strict=True).wait()
+    assert status == 0, err
+    printed = re.findall(r"epoch \d+: ([\d.]+)", out)
     assert len(printed) == EPOCHS
     assert float(printed[-1]) > 0.85
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import drawn
 from flax import jax_utils, nnx
 
 import cronos_flax as cf
 
 X = np.asarray(jax.random.normal(jax.random.key(0), (32, 5)))
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(3)])
-VARIABLES = MODEL.init(jax.random.key(0), X)
+VARIABLES = drawn(MODEL, jax.random.key(0), X)
 HEAD = cf.find_head(MODEL, VARIABLES, X)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ["_solver", "_head", "_alternation", "compare"]  # each imports from itself and those before it
@@ -60,18 +61,17 @@ def test_import_is_silent_and_starts_no_device():
 @pytest.mark.slow
 def test_quickstart_ends_with_its_table_and_picture(tmp_path):
     picture = tmp_path / "picture.png"
-    command = [sys.executable, "examples/quickstart.py", "--seconds", "0.3", "--out", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "CRONOS-AM" in done.stdout
+    status, out, err = Forked(tmp_path, "examples/quickstart.py", "--seconds", 0.3, "--out", picture).wait()
+    assert status == 0, err
+    assert "CRONOS-AM" in out
     assert picture.stat().st_size > 10_000
 
 
-def test_quickstart_refuses_a_missing_data_set():
-    command = [sys.executable, "examples/quickstart.py", "--dataset", "mnist", "--data-dir", "/nonexistent"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert "Prepare it" in done.stderr
+def test_quickstart_refuses_a_missing_data_set(tmp_path):
+    script = ["examples/quickstart.py", "--dataset", "mnist", "--data-dir", "/nonexistent"]
+    status, _, err = Forked(tmp_path, *script).wait()
+    assert status == 2
+    assert "Prepare it" in err
 
 
 def test_load_tfds_reads_a_real_split(tfds_dir):

@@ -49,7 +49,7 @@ class User:
         self.one, self.weight = self.real[:, :1], self.real[:, 0] ** 2
         layers = [nn.Dense(WIDTH), nn.tanh, nn.Dense(HIDDEN), nn.relu, nn.Dense(CLASSES)]
         self.model = nn.Sequential(layers)
-        self.variables = self.model.init(self.key, self.x)
+        self.variables = jax.jit(self.model.init)(self.key, self.x)
         self.head = cf.find_head(self.model, self.variables, self.x)
         self.features = self.head.inputs(self.variables, self.x)
         self.start = self.head.read(self.variables)
@@ -60,7 +60,7 @@ class User:
         self.nnx_layers = [nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.Linear(WIDTH, HIDDEN, rngs=rngs)]
         self.nnx_layers.append(nnx.Linear(HIDDEN, CLASSES, rngs=rngs))
         self.pretrained = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
-        self.pretrained_variables = self.pretrained.init(self.key, self.x)
+        self.pretrained_variables = jax.jit(self.pretrained.init)(self.key, self.x)
 
     def state(self):
         params = self.variables["params"]

@@ -2,13 +2,9 @@
 
 import json
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from forked import Forked
 
 
 def _free_port():
@@ -20,28 +16,25 @@ def _free_port():
 @pytest.mark.slow
 def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path):
     """Fits, solves, runs with checkpoints, grafts, linen and NNX; and parameters keep the shardings that they had."""
-    command = [sys.executable, "tests/sharded.py", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run").wait()
+    assert status == 0, err
 
 
 def _run(count, directory, *extra):
     """What process 0 printed, of so many processes, which together have two devices; None if they are killed."""
     port = str(_free_port())
-    arguments = [[port, str(number), str(count), str(directory), *extra] for number in range(count)]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    started = [subprocess.Popen([sys.executable, "tests/processes.py", *each], **quiet) for each in arguments]
+    arguments = [[port, number, count, directory, *extra] for number in range(count)]
+    started = [Forked(directory.parent, "tests/processes.py", *each) for each in arguments]
     try:
-        said = [started[0].communicate(timeout=120)]
+        ended = [started[0].wait(120)]
         if extra:  # the others wait for process 0
             return None
-        said += [process.communicate(timeout=120) for process in started[1:]]
+        ended += [process.wait(120) for process in started[1:]]
     finally:
         for process in started:
-            with process:
-                process.kill()
-    assert not any(process.returncode for process in started), [err[-2000:] for _, err in said]
-    return json.loads(said[0][0].splitlines()[-1])
+            process.kill()
+    assert not any(status for status, _, _ in ended), [err[-2000:] for _, _, err in ended]
+    return json.loads(ended[0][1].splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ class Beside:
 
     def __call__(self) -> None:
         self.thread.start()
-        self.thread.join(10)  # it may wait for what the first has locked
+        self.thread.join(2)  # it may wait for what the first has locked
 
     def end(self) -> bool:
         """Wait for its end; whether it began."""
