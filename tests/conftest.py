@@ -178,7 +178,7 @@ def unsolved(monkeypatch):
 
     def solve_head(self, data, unpack=None, **kwargs):
         seen.append(list(batches(data, unpack)))
-        stats = SimpleNamespace(initial_objective=1.0, objective=1.0, null_loss=1.0)
+        stats = SimpleNamespace(initial_objective=1.0, objective=1.0, null_loss=1.0, beta=1.0)
         return self, SimpleNamespace(stats=stats, status=cf.Status.max_iters)
 
     monkeypatch.setattr(cf.CronosTrainState, "solve_head", solve_head)

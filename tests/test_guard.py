@@ -344,7 +344,7 @@ def test_a_rate_below_a_hundredth_is_told_once():
         assert [str(w.message)[:10] for w in heard] == ["solve_head"] * told
 
 
-@pytest.mark.parametrize("rows", [1_000, 20_000])
+@pytest.mark.parametrize("rows", [1_000, 50_000])
 def test_a_solve_again_without_a_step_is_never_rejected(rows):
     # Features with an offset: another key once meant another default β.
     rng = np.random.default_rng(rows)
@@ -373,6 +373,16 @@ def test_the_first_solve_chooses_the_weight_decay_of_all():
     assert solution.status != cf.Status.rejected  # there is nothing to compare it with
     own = made(guard=False).replace(solver=cf.Cronos(loss="softmax"), beta=jnp.asarray(0.25))
     assert float(own.solve_head((X, Y))[1].stats.beta) == pytest.approx(0.25)
+
+
+def test_parameters_of_the_users_stay_if_the_guard_forgets_the_loss_before():
+    state, _ = made().solve_head((X, Y))
+    state, _ = state.solve_head((X, Y))  # running statistics are allowed for in the first two
+    bad = harmed(state)
+    assert bad.solve_head((X, Y))[1].status == cf.Status.rejected
+    kept, solution = bad.replace(guard=bad.guard.forgetful()).solve_head((X, Y))
+    assert solution.status != cf.Status.rejected
+    np.testing.assert_array_equal(kept.params["Dense_0"]["kernel"], bad.params["Dense_0"]["kernel"])
 
 
 SCHEDULE = optax.cosine_decay_schedule(1e-2, 100)

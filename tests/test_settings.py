@@ -130,6 +130,11 @@ def alternate_nnx(user, directory):
     return figures(solution), figures(cf.nnx.fit_head(head, model, (user.x, user.labels), solver=SOLVER))
 
 
+def gather(user, directory):
+    rows = cf.gather_features(user.head, user.variables, (user.x, user.labels), cache=directory)
+    return rows.X, rows.y, figures(cf.fit_head(user.head, user.variables, rows, solver=SOLVER)[1])
+
+
 def graft(user, directory):
     grafted = cf.graft(user.pretrained, at="layers_2", hidden=HIDDEN)
     variables = cf.graft_variables(grafted, user.pretrained_variables, user.key, user.x)
@@ -146,7 +151,7 @@ def solve_path(user, directory):
 
 
 PIECES = [find_and_fit, solve, solve_squared, solve_fixed, solve_paired, solve_path, alternate, train, alternate_nnx]
-PIECES += [graft]
+PIECES += [graft, gather]
 WITHOUT_JIT = [solve_squared, alternate, graft]  # each operation is dispatched: slow
 
 

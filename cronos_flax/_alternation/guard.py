@@ -285,9 +285,7 @@ def solve_guarded(
         if np.isfinite(on_host(beta)):
             new, solution = fit(dataclasses.replace(solver, beta=beta))
         else:
-            new, solution = first_solved(
-                fit, network, rows, solver, math.inf if largest_growth is None else largest_growth
-            )
+            new, solution = first_solved(fit, network, rows, solver, largest_growth)
             if guard is not None:  # losses with another weight decay say nothing
                 guard = guard.forgetful()
             if np.isfinite(on_host(solution.stats.beta)):

@@ -113,7 +113,8 @@ def train(
 
     Returns:
         The state, and the history. The history is a list of flat dicts of numbers. There is one for each solve, with
-        ``objective``, ``initial_objective``, ``solve_seconds`` (the pass for features included) and ``state.figures``;
+        ``objective``, ``initial_objective``, ``beta``, ``solve_seconds`` (the pass for features included) and
+        ``state.figures``;
         and one for each epoch, with ``loss`` (the mean over its batches), ``validation_loss`` and, if there are labels,
         ``validation_accuracy``, a share of rows. ``class_weight`` counts in losses, not in accuracies. Each has
         ``step``, ``epoch`` and ``seconds``, the training time with solves and without validation and checkpoints.
@@ -166,21 +167,18 @@ def train(
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
     to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
     sets = _validation_sets(validation, unpack)
-    settings: dict[str, Any] = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
-    settings |= {"solve_rows": solve_rows, "loss": said(loss), "rngs": _described(streams)}
-    settings |= {"solve_every": solve_every, "alternation": repr(alternation), "train_kwargs": said(train_kwargs or {})}
-    settings["key"] = on_host(jax.random.key_data(key)).tolist()
+    settings = _settings(
+        state,
+        key,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        solve_rows=solve_rows,
+        solve_every=solve_every,
+        loss=said(loss),
+        rngs=_described(streams),
+        train_kwargs=said(train_kwargs or {}),
+    )
     if isinstance(state, CronosTrainState):
-        settings |= all_said("solver", state.solver)
-        if said(loss) != said(loss_of(state.solver.loss)):
-            warnings.warn(
-                f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "
-                "what the other does. Give the solver of the state the same loss.",
-                UserWarning,
-                stacklevel=2,
-            )
-        if state.guard is not None:
-            settings |= all_said("guard", state.guard.settings)
         if solve_rows is not None and not isinstance(to_solve, Arrays):
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
         if solve_rows is None and isinstance(to_solve, Arrays):
@@ -237,7 +235,26 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
         loss = state.solver.loss
     if not isinstance(loss, Loss) and loss not in LOSSES:
         raise ValueError(f"train: `loss` must be {' or '.join(map(repr, LOSSES))} or a cf.Loss, got {loss!r}.")
-    return loss_of(loss)
+    loss = loss_of(loss)
+    if isinstance(state, CronosTrainState) and said(loss) != said(loss_of(state.solver.loss)):
+        warnings.warn(
+            f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "
+            "what the other does. Give the solver of the state the same loss.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return loss
+
+
+def _settings(state: Any, key: Array, **given: Any) -> dict[str, Any]:
+    """What must be the same in a directory for a run to go on there: what was given, and what the state has."""
+    settings = {**given, "key": on_host(jax.random.key_data(key)).tolist()}
+    if isinstance(state, CronosTrainState):
+        settings |= all_said("solver", state.solver)
+        if state.guard is not None:
+            settings |= all_said("guard", state.guard.settings)
+        settings["alternation"] = repr(state.alternation)
+    return settings
 
 
 def _decay_for(state: Any) -> Callable[[float], float] | None:

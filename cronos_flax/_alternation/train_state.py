@@ -49,7 +49,8 @@ class CronosTrainState(TrainState):
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved, with the defaults of an alternation filled in.
         alternation: the parts of the alternation.
-        beta: weight decay of all solves, in the units of the mean loss; infinite until the first solve chooses it.
+        beta: weight decay of all solves, in the units of the mean loss; infinite until the first solve chooses it, as
+            :class:`cronos_flax.Alternation` says under ``largest_growth``.
             Replace it by infinity to have it chosen anew.
         model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
         guard: the state of the guard; None without guard. ``state.figures`` shows it as numbers.
