@@ -234,7 +234,7 @@ def main() -> None:
     for row in rows:
         if row["method"].startswith(FIRST):
             method = row["method"].removeprefix(f"{FIRST}: ")
-            print(f"| {row['client']}.py | {method} | {row['size_before']:.0f} | {row['size']:.0f} |")
+            print(f"| {titled(row['client'])} | {method} | {row['size_before']:.0f} | {row['size']:.0f} |")
     print("\nLines that change: ", end="")
     print(", ".join(f"{name} {changed_lines(s[OWN], s[OURS])}" for name in CLIENTS if (s := sources(name))))
 
@@ -259,11 +259,17 @@ def table(rows: list[dict[str, Any]]) -> None:
             rejected = "" if method in (OWN, ADAM) else str(sum(row["rejections"] for row in mine.values()))
             less = ["", ""] if method == OWN else minus(mine, runs(name, OWN))
             ends = mean([row["scores"][-1] for row in mine.values()])
-            print(f"| {' | '.join([f'{name}.py', method, str(epochs), f'{spent:.1f}', ends, *less, rejected])} |")
+            print(f"| {' | '.join([titled(name), method, str(epochs), f'{spent:.1f}', ends, *less, rejected])} |")
     for name, client in CLIENTS.items():
         if ADAM in client.epochs:
             at_end, at_best = minus(runs(name, OURS), runs(name, ADAM))
-            print(f"\n{name}.py, {OURS} minus {ADAM}: {at_end} at the end, {at_best} against its best epoch")
+            print(f"\n{titled(name)}, {OURS} minus {ADAM}: {at_end} at the end, {at_best} against its best epoch")
+
+
+def titled(name: str) -> str:
+    """The loop's file, and the data if they are others than the loop's."""
+    loop, *data = name.split(", ")
+    return ", ".join([f"{loop}.py", *data])
 
 
 def mean(values: list[float], sign: str = "") -> str:
