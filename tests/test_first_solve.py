@@ -120,6 +120,26 @@ def test_the_growth_is_that_of_the_gradients_root_mean_square():
     np.testing.assert_allclose(gradient_growth(nothing, large, given, loss), size(large) / fresh, rtol=1e-3)
 
 
+def test_rows_of_one_class_and_a_head_of_zeros_end_the_solve():
+    """β_max is 0 there, and twice zero is zero."""
+    model = SMALL.clone(layers=[*SMALL.layers[:-1], nn.Dense(2, kernel_init=nn.initializers.zeros)])
+    params = jax.jit(model.init)(jax.random.key(1), X)["params"]
+    head = cf.find_head(model, {"params": params}, X[:64])
+    for solver, y in ((cf.Cronos(loss="softmax"), 0 * Y), (cf.Cronos(), np.zeros((300, 2), "float32"))):
+        state = cf.CronosTrainState.create(
+            apply_fn=model.apply, params=params, tx=optax.sgd(1e-2), head=head, solver=solver
+        )
+        state, solution = state.solve_head((DATA[0], y[:256]))
+        assert np.isfinite(solution.stats.objective)
+
+
+def test_the_unit_of_weights_does_not_count():
+    state, weight = small_state(), np.full(256, 1e30, "float32")
+    usual, _ = state.solve_head(DATA, key=KEY)
+    heavy, _ = state.solve_head([(*DATA, weight)], unpack=lambda rows: ((rows[0],), *rows[1:]), key=KEY)
+    np.testing.assert_allclose(heavy.beta, usual.beta, rtol=1e-4)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, "much", float("nan")])
 def test_a_largest_growth_that_is_no_positive_number_is_refused(value):
     with pytest.raises(ValueError, match="`largest_growth` must be a number > 0"):

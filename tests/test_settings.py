@@ -62,10 +62,10 @@ class User:
         self.pretrained = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
         self.pretrained_variables = jax.jit(self.pretrained.init)(self.key, self.x)
 
-    def state(self):
-        params = self.variables["params"]
+    def state(self, tx=None):
+        params, tx = self.variables["params"], self.tx if tx is None else tx
         return cf.CronosTrainState.create(
-            apply_fn=self.model.apply, params=params, tx=self.tx, head=self.head, solver=SOLVER
+            apply_fn=self.model.apply, params=params, tx=tx, head=self.head, solver=SOLVER
         )
 
     def nnx_model(self):
@@ -105,7 +105,7 @@ def solve_paired(user, directory):
 
 
 def alternate(user, directory):
-    state = jax.device_put(user.state())  # Flax starts with a step that is Python's
+    state = jax.device_put(user.state(optax.adam(1e-2)))  # Flax starts with a step that is Python's
     state = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))(state, user.grads)
     state, solution = state.solve_head((user.x, user.labels))
     cf.save_checkpoint(directory / "state", state, 1)

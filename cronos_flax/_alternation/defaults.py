@@ -57,7 +57,8 @@ class Alternation:
         largest_growth: how many times larger the loss's gradient in the features (root mean square over rows) may be
             after the first solve than before it, ``> 0``. While it is larger, that solve is done again with twice the
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
-            and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own.
+            and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own; that of another state
+            has a ``beta_ratio``.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -120,6 +121,11 @@ def alternation_settings(where: str, alternation: Alternation | None, solver: Cr
         return alternation
     chooses = head.frozen > 0 and solver.beta is None and solver.beta_ratio is None
     return dataclasses.replace(alternation, largest_growth=_LARGEST_GROWTH if chooses else math.inf)
+
+
+def growth_limit(alternation: Alternation) -> float:
+    """``largest_growth`` of a state, whose user may have replaced the parts that were filled in."""
+    return _LARGEST_GROWTH if alternation.largest_growth is None else alternation.largest_growth
 
 
 def alternation_defaults(solver: Cronos, head: Head, alternation: Alternation) -> Cronos:

@@ -41,7 +41,7 @@ def undecided_beta(solver: Cronos) -> Float[Array, ""]:
 
 
 def first_solved(
-    fit: Callable[[Cronos], Solved], network: TwoLayer, rows: GatheredRows, solver: Cronos, largest: float | None
+    fit: Callable[[Cronos], Solved], network: TwoLayer, rows: GatheredRows, solver: Cronos, largest: float
 ) -> Solved:
     """Solve at the solver's own β, then at larger ones while the gradient in the features has grown too much.
 
@@ -52,21 +52,24 @@ def first_solved(
         network: the present head.
         rows: the head's input, with targets and weights.
         solver: how the head is solved.
-        largest: how many times the gradient may grow; None for no limit.
+        largest: how many times the gradient may grow; infinity for no limit.
 
     Returns:
         What ``fit`` gave at last.
     """
     new, solution = fit(solver)
-    largest = math.inf if largest is None else largest
-    while largest < math.inf and gradient_growth(network, solution.params, rows, loss_of(solver.loss)) > largest:
-        solver = dataclasses.replace(solver, beta=on_device(_STRONGER * on_host(solution.stats.beta)))
+    while (beta := on_host(solution.stats.beta)) > 0 and largest < math.inf:  # twice zero is zero
+        if not gradient_growth(network, solution.params, rows, loss_of(solver.loss)) > largest:  # it may be NaN
+            break
+        solver = dataclasses.replace(solver, beta=on_device(_STRONGER * beta))
         new, solution = fit(solver)
     return new, solution
 
 
 def gradient_growth(before: TwoLayer, after: TwoLayer, rows: GatheredRows, loss: Loss) -> float:
     """How many times larger the loss's gradient in the features is with another head: root mean squares over rows.
+
+    Rows count by their weights, without those of ``class_weight``.
 
     A head whose gradient is smaller than that of a fresh one (of zeros, or fitted already) counts as a fresh one.
 
@@ -91,7 +94,7 @@ def gradient_growth(before: TwoLayer, after: TwoLayer, rows: GatheredRows, loss:
 
 
 def _gradient_growth(before: TwoLayer, after: TwoLayer, X: Array, y: Array, weight: Array, *, loss: Loss) -> Array:
-    targets = loss.targets(y, before.kernel2.shape[1])
+    targets, weight = loss.targets(y, before.kernel2.shape[1]), weight / jnp.max(weight)
 
     def size(gradient: Array) -> Array:
         squares = jnp.sum(jnp.square(gradient), axis=1)
@@ -103,7 +106,8 @@ def _gradient_growth(before: TwoLayer, after: TwoLayer, X: Array, y: Array, weig
     # Of a fresh Dense → relu → Dense of C outputs the Jacobian has Frobenius norm √(C/2), so √½ for each output.
     constant = jnp.broadcast_to(loss.constant(targets, weight), targets.shape)
     fresh = size(loss.gradient(constant, targets)) / jnp.sqrt(2.0)
-    return size(gradient(after)) / jnp.maximum(size(gradient(before)), fresh)
+    usual = jnp.maximum(size(gradient(before)), fresh)
+    return size(gradient(after)) / jnp.maximum(usual, jnp.finfo(X.dtype).tiny)  # constant targets may leave none
 
 
 _growth = Program(_gradient_growth, once=True)

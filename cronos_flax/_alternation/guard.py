@@ -253,7 +253,7 @@ def solve_guarded(
     key: Array,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
-    largest_growth: float | None,
+    largest_growth: float,
 ) -> tuple[GuardState | None, Float[Array, ""], dict[str, Any], Solution]:
     """Solve for a head, and accept the new state or go back.
 
@@ -267,7 +267,7 @@ def solve_guarded(
         key: key of samples and revived neurons.
         callback: called during the solve, and with the guard's figures at the end.
         throw: raise if the loss is not finite and no earlier state can be restored.
-        largest_growth: of the gradient in the features, where this solve chooses ``beta``; None for no limit.
+        largest_growth: of the gradient in the features, where this solve chooses ``beta``; infinity for no limit.
 
     Returns:
         The guard's new state, the weight decay, the parts to continue with, and the solution; ``solution.status`` says

@@ -15,6 +15,7 @@ from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
     alternation_settings,
+    growth_limit,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
@@ -155,7 +156,8 @@ class CronosOptimizer(nnx.Optimizer):
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
-            callback: called after each batch, at each step of the solve, and with the guard's figures at the end.
+            callback: called after each batch, at each step of the solve, and with the guard's figures at the end. The
+                first solve may be several, with larger and larger β.
             throw: raise on numerical failure if no earlier state can be restored.
 
         Returns:
@@ -165,7 +167,7 @@ class CronosOptimizer(nnx.Optimizer):
             ValueError: for data that do not fit.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        head, solver, growth = self.solving.head, self.solving.solver, self.solving.alternation.largest_growth
+        head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)
         rows, moments = head.gather(model, data, unpack, callback)
         key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()

@@ -17,6 +17,7 @@ from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
     alternation_settings,
+    growth_limit,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
@@ -187,7 +188,8 @@ class CronosTrainState(TrainState):
                 to solve, so give the same rows each time, or samples of the same rows.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
-            callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end.
+            callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end. The
+                first solve may be several, with larger and larger β.
             throw: raise on numerical failure if no earlier state can be restored.
 
         Returns:
@@ -200,7 +202,7 @@ class CronosTrainState(TrainState):
         rows, moments = self.head.gather(self.variables, data, unpack, callback)
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
-        growth = self.alternation.largest_growth
+        growth = growth_limit(self.alternation)
         guard, beta, changed, solution = solve_guarded(
             self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth
         )

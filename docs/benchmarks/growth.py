@@ -5,7 +5,7 @@
 The six development tasks of ``alternation.py`` and the linen loops of ``clients.py``: the rows of seed 0, before
 training and after one epoch of gradient steps, at the weight decays of a frozen and of a moving head and four and
 sixteen times the latter. Prints how many times larger the gradient is after three steps of a solve; the limit of
-``cf.Alternation(largest_growth=)`` lies between these numbers. No training, so minutes on two cores.
+``cf.Alternation(largest_growth=)`` lies between these numbers. Little training, so minutes on two cores.
 """
 
 from collections.abc import Iterator
