@@ -238,7 +238,7 @@ def test_of_a_loader_without_a_length_the_first_epoch_has_the_full_rate():
 
 def test_the_rate_falls_with_the_seconds_of_a_run_that_they_end():
     state = watched(optax.adam(1e-2), "linear").replace(factors=jnp.full(10**5, jnp.nan))
-    state, history = cf.train(state, (X, Y), epochs=10**6, batch_size=64, seconds=0.5)
+    state, history = cf.train(state, (X, Y), epochs=10**6, batch_size=64, seconds=0.5, compile_first=True)
     assert history[-1]["seconds"] < 2
     assert float(state.factors[int(state.step) - 1]) < 0.5
     assert np.all(np.diff(state.factors[: int(state.step)]) <= 0)
