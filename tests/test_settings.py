@@ -105,7 +105,7 @@ def solve_paired(user, directory):
 
 
 def alternate(user, directory):
-    state = jax.device_put(user.state(optax.adam(1e-2)))  # Flax starts with a step that is Python's
+    state = jax.device_put(user.state(optax.rmsprop(1e-2)))  # Flax starts with a step that is Python's
     state = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))(state, user.grads)
     state, solution = state.solve_head((user.x, user.labels))
     cf.save_checkpoint(directory / "state", state, 1)
