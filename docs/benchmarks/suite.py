@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from rows import Row, kept, missing, parser
 from suite_tasks import DEVELOPMENT, REPORTED, TASKS, Places, Rows
 
@@ -38,7 +37,7 @@ class Method(NamedTuple):
     rate: float
     decay: str | None = None
     alternation: cf.Alternation | None = None
-    solver: dict[str, Any] = {}
+    solver: tuple[tuple[str, Any], ...] = ()
 
 
 def alone(name: str, rates: tuple[float, ...], decays: tuple[str | None, ...]) -> dict[str, Method]:
@@ -49,9 +48,11 @@ def alone(name: str, rates: tuple[float, ...], decays: tuple[str | None, ...]) -
     }
 
 
-def ours(name: str, rate: float = 1e-3, optimizer: str = "adam", solver: Any = (), **parts: Any) -> dict[str, Method]:
+def ours(
+    name: str, rate: float = 1e-3, optimizer: str = "adam", solver: dict[str, Any] | None = None, **parts: Any
+) -> dict[str, Method]:
     """An alternation."""
-    return {name: Method(optimizer, rate, None, cf.Alternation(**parts), dict(solver))}
+    return {name: Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))}
 
 
 OPTIMIZERS = (
@@ -87,6 +88,12 @@ ALTERNATIONS = (
     | ours("3e-3, solved once and at the end", 3e-3, then_every=10**6)
     | ours("3e-3, one step a solve", 3e-3, solver={"max_iters": 1})
     | ours("3e-3, solved at the end only", 3e-3, first_epoch=10**6)
+    | ours("3e-3, wsd, solved once and at the end", 3e-3, decay="wsd", then_every=10**6)
+    | ours("3e-3, wsd, beta_ratio .05", 3e-3, decay="wsd", solver={"beta_ratio": 0.05})
+    | ours("3e-3, wsd, every third epoch", 3e-3, decay="wsd", then_every=3)
+    | ours("5e-3, wsd", 5e-3, decay="wsd")
+    | ours("3e-3, linear", 3e-3, decay="linear")
+    | ours("3e-3, beta_ratio .03", 3e-3, solver={"beta_ratio": 0.03})
     | ours("sgd 0.1", 0.1, optimizer="sgd")
     | ours("sgd 0.03", 0.03, optimizer="sgd")
 )
@@ -121,7 +128,7 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
             **common,
             tx=tx,
             head=cf.find_head(its.model, variables, rows.x[:64], **found),
-            solver=cf.Cronos(loss=its.loss, **setting.solver),
+            solver=cf.Cronos(loss=its.loss, **dict(setting.solver)),
             alternation=setting.alternation,
         )
     with warnings.catch_warnings(record=True) as told:
