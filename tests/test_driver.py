@@ -87,12 +87,23 @@ def test_solves_are_where_the_schedule_says():
     def steps(**kwargs):
         return [row["step"] for row in train(**kwargs)[1] if "objective" in row]
 
-    assert steps(epochs=9) == [4, 24, 36]
+    assert steps(epochs=12) == [4, 48]
+    assert steps(epochs=16) == [4, 44, 64]
     assert steps(epochs=2, solve_every=3) == [0, 3, 6, 8]
     frozen = made(alternation=cf.Alternation(head="frozen"))
     assert steps(state=frozen, epochs=10) == [0, 4, 8, 12, 16, 28, 40]
     often = made(alternation=cf.Alternation(first_epoch=2, dense_epochs=2, then_every=2))
     assert steps(state=often, epochs=6) == [8, 12, 20, 24]
+
+
+def test_steps_that_raise_the_loss_bring_a_solve_and_are_gone_back_from():
+    def bursts(step):
+        return jnp.where((step >= 16) & (step < 20), 300.0, 1.0)
+
+    tx = optax.chain(optax.adam(1e-2), optax.scale_by_schedule(bursts))
+    solves = [row for row in train(made(tx), epochs=6)[1] if "objective" in row]
+    assert [row["step"] for row in solves] == [4, 20, 24]
+    assert [row["rejections"] for row in solves] == [0, 1, 1]
 
 
 def test_seconds_end_a_run_early_and_with_a_solve():

@@ -25,7 +25,7 @@ _MAX_ITERS = 3
 _BETA_RATIO = {"moving": 0.02, "frozen": 0.005}
 _LARGEST_GROWTH = 16.0
 # The first epoch with a solve before it, how many have one each, and one in how many after these.
-_SOLVES = {"moving": (1, 1, 5), "frozen": (0, 5, 3)}
+_SOLVES = {"moving": (1, 1, 10), "frozen": (0, 5, 3)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,15 @@ class Alternation:
             For a pretrained backbone call ``state.solve_head(data)`` before training.
         dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
             None takes 1 for a moving head and 5 for a frozen one.
-        then_every: after these, one solve in so many epochs, ``≥ 1``. None takes 5 for a moving head and 3 for a frozen
-            one.
+        then_every: after these, one solve in so many epochs, ``≥ 1``, but none in the last ``then_every / 2`` before
+            that of the end. None takes 10 for a moving head and 3 for a frozen one. There is a solve too after an epoch
+            whose mean loss is above that of an earlier one, by more than a twentieth of the loss of the best constant
+            outputs: where gradient steps have done harm, the guard goes back.
         decay: of :func:`cronos_flax.train`: how the rate of gradient steps falls to zero at the end of the run:
-            ``"cosine"``, ``"linear"``, or ``"wsd"``, which warms up over the first twentieth, stays, and falls over the
-            last third; None keeps the rate. It is left out for optimizers with a schedule of their own, and for
-            schedule-free ones. (A schedule within ``optax.contrib``'s prodigy, dadapt_adamw and momo is not seen: say
-            None.) In a loop of your own give the optimizer an Optax schedule.
+            ``"wsd"`` (warm-up, stable, decay) warms up over the first twentieth, stays, and falls over the last third;
+            the others are ``"cosine"`` and ``"linear"``; None keeps the rate. It is left out for optimizers with a
+            schedule of their own, and for schedule-free ones. (A schedule within ``optax.contrib``'s prodigy,
+            dadapt_adamw and momo is not seen: say None.) In a loop of your own give the optimizer an Optax schedule.
         largest_growth: how many times larger the loss's gradient in the features (root mean square over rows) may be
             after the first solve than before it, ``> 0``. While it is larger, that solve is done again with twice the
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
@@ -76,7 +78,7 @@ class Alternation:
     first_epoch: int | None = None
     dense_epochs: int | None = None
     then_every: int | None = None
-    decay: str | None = "cosine"
+    decay: str | None = "wsd"
     largest_growth: float | None = None
 
     def __post_init__(self) -> None:
@@ -95,14 +97,17 @@ class Alternation:
         """Whether gradient steps move this head; one without a backbone is only solved for."""
         return self.head == "moving" and head.frozen > 0
 
-    def solve_is_due(self, epoch: int) -> bool:
-        """Whether a solve comes before this epoch; the first is number 0."""
+    def solve_is_due(self, epoch: int, end: float = math.inf) -> bool:
+        """Whether a solve comes before this epoch, of so many; the first is number 0.
+
+        The end has a solve of its own: soon before it there is none but those of the dense epochs.
+        """
         given = self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (
             usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
         )
         later = epoch - first - (dense - 1)  # than the last of the dense epochs
-        return epoch >= first and (later <= 0 or later % every == 0)
+        return epoch >= first and (later <= 0 or (later % every == 0 and end - epoch >= every / 2))
 
 
 def alternation_settings(where: str, alternation: Alternation | None, solver: Cronos, head: Head) -> Alternation:

@@ -169,8 +169,11 @@ class Loop:
         mean_loss = position.loss_sum / position.batch
         position.epoch, position.batch, position.batches = position.epoch + 1, 0, position.batch
         position.loss_sum = 0.0
+        harmed = (
+            position.has_risen(mean_loss) and isinstance(self.schedule, Alternation) and position.last_solve_step >= 0
+        )
         # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
-        self.solve_if_due()
+        self.solve_if_due(anyway=harmed)
         is_last = position.epoch >= self.epochs or self.time_is_up()
         self.solve_if_due(anyway=is_last)
         with self.clock.stopped():
@@ -190,7 +193,7 @@ class Loop:
         position = self.position
         if self.schedule is None or position.last_solve_step == position.step:
             return
-        if not (anyway or position.solve_is_due(self.schedule)):
+        if not (anyway or position.solve_is_due(self.schedule, self.epochs)):
             return
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
@@ -199,6 +202,7 @@ class Loop:
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
         self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
+        position.null_loss = null
         figures = {"initial_objective": before, "objective": after, "beta": float(on_host(stats.beta))}
         self.tell(**figures, solve_seconds=position.solve_seconds, **self.state.figures)
 

@@ -24,6 +24,7 @@ State = TypeVar("State", bound=TrainState)
 
 _KEEP = 3  # checkpoints of a run
 _ENTRIES = 16  # of each parameter, to know a state again
+_RISE = 0.05  # of the mean loss of an epoch, in the loss of the best constant outputs
 
 
 @dataclasses.dataclass
@@ -40,6 +41,8 @@ class Position:
         seconds: training time, with solves.
         solve_seconds: time of the last solve.
         epoch_seconds: time of the last epoch, with a solve.
+        least_loss: the least mean loss of an epoch so far; None before the end of the first.
+        null_loss: the loss of the best constant outputs, at the last solve.
         history: the rows so far.
     """
 
@@ -52,13 +55,21 @@ class Position:
     seconds: float = 0.0
     solve_seconds: float = 0.0
     epoch_seconds: float = 0.0
+    least_loss: float | None = None
+    null_loss: float = 0.0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def solve_is_due(self, schedule: int | Alternation) -> bool:
-        """Whether a solve comes before the next step."""
+    def solve_is_due(self, schedule: int | Alternation, epochs: int) -> bool:
+        """Whether a solve comes before the next step of a run of so many epochs."""
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        return self.batch == 0 and schedule.solve_is_due(self.epoch)
+        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs)
+
+    def has_risen(self, loss: float) -> bool:
+        """Whether the mean loss of an epoch, which has ended, is clearly above that of an earlier one."""
+        least = self.least_loss
+        self.least_loss = loss if least is None else float(np.fmin(least, loss))
+        return least is not None and not loss <= least + _RISE * self.null_loss  # it may be NaN
 
     def share_done(self, epochs: int) -> float:
         """How much of a run of so many epochs is done, from 0 to 1."""

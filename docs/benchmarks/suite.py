@@ -49,7 +49,7 @@ def alone(name: str, rates: tuple[float, ...], decays: tuple[str | None, ...]) -
 
 
 def ours(
-    name: str, rate: float = 1e-3, optimizer: str = "adam", solver: dict[str, Any] | None = None, **parts: Any
+    name: str, rate: float = 3e-3, optimizer: str = "adam", solver: dict[str, Any] | None = None, **parts: Any
 ) -> dict[str, Method]:
     """An alternation."""
     return {name: Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))}
@@ -58,45 +58,38 @@ def ours(
 OPTIMIZERS = (
     alone("adam", (3e-4, 1e-3, 3e-3, 1e-2), (None, "cosine", "wsd"))
     | alone("adamw", (1e-3, 3e-3), ("cosine",))
-    | alone("nadamw", (3e-4, 1e-3, 3e-3), ("cosine", "wsd"))
-    | alone("sgd", (0.01, 0.03, 0.1), ("cosine", "wsd"))
-    | alone("muon", (1e-3, 3e-3, 1e-2), ("cosine",))
+    | alone("nadamw", (1e-3, 3e-3), ("cosine", "wsd"))
+    | alone("sgd", (0.03, 0.1), ("cosine", "wsd"))
+    | alone("muon", (3e-3, 1e-2), ("cosine",))
     | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
     | alone("prodigy", (1.0,), (None, "cosine"))
 )
-ALTERNATIONS = (
-    ours("default")
-    | ours("rate 3e-3", 3e-3)
-    | ours("rate 1e-2", 1e-2)
-    | ours("nadamw", optimizer="nadamw")
-    | ours("nadamw, 3e-3", 3e-3, optimizer="nadamw")
-    | ours("muon, 3e-3", 3e-3, optimizer="muon")
-    | ours("wsd", decay="wsd")
-    | ours("frozen head", head="frozen", then_every=5)
-    | ours("beta_ratio .005", solver={"beta_ratio": 0.005})
-    | ours("beta_ratio .05", solver={"beta_ratio": 0.05})
-    | ours("solved at the start", first_epoch=0)
-    | ours("ten steps a solve", solver={"max_iters": 10})
-    | ours("solved at the end only", first_epoch=10**6)
-    | ours("3e-3, frozen head", 3e-3, head="frozen", then_every=5)
-    | ours("3e-3, frozen head, no decay", 3e-3, head="frozen", then_every=5, decay=None)
-    | ours("3e-3, wsd", 3e-3, decay="wsd")
-    | ours("3e-3, no decay", 3e-3, decay=None)
-    | ours("3e-3, beta_ratio .005", 3e-3, solver={"beta_ratio": 0.005})
-    | ours("3e-3, beta_ratio .05", 3e-3, solver={"beta_ratio": 0.05})
-    | ours("3e-3, solved at the start", 3e-3, first_epoch=0)
-    | ours("3e-3, solved once and at the end", 3e-3, then_every=10**6)
-    | ours("3e-3, one step a solve", 3e-3, solver={"max_iters": 1})
-    | ours("3e-3, solved at the end only", 3e-3, first_epoch=10**6)
-    | ours("3e-3, wsd, solved once and at the end", 3e-3, decay="wsd", then_every=10**6)
-    | ours("3e-3, wsd, beta_ratio .05", 3e-3, decay="wsd", solver={"beta_ratio": 0.05})
-    | ours("3e-3, wsd, every third epoch", 3e-3, decay="wsd", then_every=3)
-    | ours("5e-3, wsd", 5e-3, decay="wsd")
-    | ours("3e-3, linear", 3e-3, decay="linear")
-    | ours("3e-3, beta_ratio .03", 3e-3, solver={"beta_ratio": 0.03})
-    | ours("sgd 0.1", 0.1, optimizer="sgd")
-    | ours("sgd 0.03", 0.03, optimizer="sgd")
-)
+OURS = "CRONOS-AM"
+ALTERNATIONS = ours(OURS) | {
+    f"{OURS}, {name}": setting
+    for name, setting in (
+        ours("rate 1e-3", 1e-3)
+        | ours("rate 5e-3", 5e-3)
+        | ours("rate 1e-2", 1e-2)
+        | ours("NadamW", optimizer="nadamw")
+        | ours("SGD .03", 0.03, "sgd")
+        | ours("Muon", optimizer="muon")
+        | ours("cosine decay", decay="cosine")
+        | ours("linear decay", decay="linear")
+        | ours("no decay", decay=None)
+        | ours("frozen head", head="frozen")
+        | ours("strict", head="frozen", decay=None)
+        | ours("beta_ratio .005", solver={"beta_ratio": 0.005})
+        | ours("beta_ratio .05", solver={"beta_ratio": 0.05})
+        | ours("one step a solve", solver={"max_iters": 1})
+        | ours("ten steps a solve", solver={"max_iters": 10})
+        | ours("solved at the start", first_epoch=0)
+        | ours("solved before every third epoch", then_every=3)
+        | ours("solved before every fifth epoch", then_every=5)
+        | ours("solved twice", then_every=10**6)
+        | ours("solved at the end only", first_epoch=10**6)
+    ).items()
+}
 METHODS = OPTIMIZERS | ALTERNATIONS
 
 
