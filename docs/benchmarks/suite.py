@@ -62,7 +62,7 @@ OPTIMIZERS = (
     | alone("sgd", (0.03, 0.1), ("cosine", "wsd"))
     | alone("muon", (3e-3, 1e-2), ("cosine",))
     | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
-    | alone("prodigy", (1.0,), (None, "cosine"))
+    | alone("prodigy", (1.0,), (None, "cosine", "wsd"))
 )
 OURS = "CRONOS-AM"
 ALTERNATIONS = ours(OURS) | {
@@ -74,6 +74,8 @@ ALTERNATIONS = ours(OURS) | {
         | ours("NadamW", optimizer="nadamw")
         | ours("SGD .03", 0.03, "sgd")
         | ours("Muon", optimizer="muon")
+        | ours("Prodigy", 1.0, "prodigy")
+        | ours("Prodigy, cosine decay", 1.0, "prodigy", decay="cosine")
         | ours("cosine decay", decay="cosine")
         | ours("linear decay", decay="linear")
         | ours("no decay", decay=None)

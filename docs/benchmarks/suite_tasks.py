@@ -1,4 +1,4 @@
-"""The tasks of the suite: six to choose on, eleven others to report, and six for a grid of rates.
+"""The tasks of the suite: seven to choose on, eleven others to report, and six for a grid of rates.
 
     python docs/benchmarks/suite_tasks.py --data-dir DIR --weights DIR --cache DIR
 
@@ -49,8 +49,8 @@ class Net(nn.Module):
     """A backbone with the head ``Dense → relu → Dense``.
 
     Args:
-        kind: ``"dense"`` layers, ``"cnn"`` (convolutions with stride 2), ``"vit"`` or ``"convnext"`` (patches of 7) or
-            ``"resnet"`` (with batch norms).
+        kind: ``"dense"`` layers, or ``"plain"`` ones without biases, in the head neither; ``"cnn"`` (convolutions with
+            stride 2), ``"vit"`` or ``"convnext"`` (patches of 7), or ``"resnet"`` (with batch norms).
         widths: of the backbone's layers or blocks.
         hidden: neurons of the head.
         outputs: of the head.
@@ -65,14 +65,17 @@ class Net(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Outputs ``(n, outputs)``; ``train`` says whether batch norms use the statistics of the batch."""
         x = self.resnet(x, train) if self.kind == "resnet" else getattr(self, self.kind)(x)
-        return nn.Dense(self.outputs)(nn.relu(nn.Dense(self.hidden)(x)))
+        biased = self.kind != "plain"
+        return nn.Dense(self.outputs, biased)(nn.relu(nn.Dense(self.hidden, biased)(x)))
 
     def dense(self, x: jax.Array) -> jax.Array:
         """Dense layers."""
         x = x.reshape(len(x), -1)
         for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
+            x = nn.relu(nn.Dense(width, self.kind != "plain")(x))
         return x
+
+    plain = dense
 
     def cnn(self, x: jax.Array) -> jax.Array:
         """Convolutions of 3 × 3 with stride 2."""
@@ -156,8 +159,9 @@ def pictures(
     rows: int,
     pool: tuple[int, int] | None = None,
     classes: tuple[int, ...] = (),
+    scaling: str = "standardised",
 ) -> Rows:
-    """Standardised images.
+    """Images, standardised or divided by 255.
 
     Args:
         seed: of the draw.
@@ -167,6 +171,7 @@ def pictures(
         pool: rows to fit are drawn from these of the training split, and the 3,000 after them are scored; None for all,
             and then the test split is scored.
         classes: of the images; empty for all.
+        scaling: ``"standardised"`` or ``"/255"``.
     """
     x, y = images(name, "train", places.data)
     if classes:
@@ -178,7 +183,7 @@ def pictures(
         (low, high), end = pool, pool[1] + 3000
         x, y, x_scored, y_scored = x[low:high], y[low:high], x[high:end], y[high:end]
     chosen = drawn(x, rows, seed)
-    x_fit, x_scored = standardised(x[chosen], x_scored)
+    x_fit, x_scored = (x[chosen] / 255, x_scored / 255) if scaling == "/255" else standardised(x[chosen], x_scored)
     return Rows(x_fit, y[chosen], x_scored, y_scored)
 
 
@@ -236,6 +241,12 @@ DEVELOPMENT = {
         64,
         15,
     ),
+    "clothes /255, MLP": Task(
+        functools.partial(pictures, name=CLOTHES, rows=4000, pool=(30_000, 50_000), scaling="/255"),
+        Net("plain", (160, 80), 20, 10),
+        128,
+        25,
+    ),
     "clothes, ViT": Task(
         functools.partial(pictures, name=CLOTHES, rows=2000, pool=(30_000, 50_000)),
         Net("vit", (64, 64), 64, 10),
@@ -253,14 +264,13 @@ DEVELOPMENT = {
         functools.partial(features, name="noisy_ag_news", rows=3000, scored="train"), Net("dense", (96,), 96, 4), 64, 15
     ),
 }
-ONE = {"/255": "unit", "standardised": "standardised"}
 REPORTED = {
     **{
-        f"experiment #1, {name}, batch {size}": Task(
+        f"experiment #1, {scaling}, batch {size}": Task(
             functools.partial(planes, scaling=scaling), MLP(1), size, {128: 20, 1024: 25}[size], "squared"
         )
         for size in (128, 1024)
-        for name, scaling in ONE.items()
+        for scaling in ("/255", "standardised")
     },
     "clothes 6,000, CNN": Task(
         functools.partial(pictures, name=CLOTHES, rows=6000), Net("cnn", (16, 32), 64, 10), 128, 15
