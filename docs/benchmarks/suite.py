@@ -2,6 +2,7 @@
 
     python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part development --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part reported --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part rates --out rows.jsonl
     python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz       # the tables of kept rows
 
 ``suite_tasks.py`` has the tasks, and makes the features that some of them need. Settings are chosen on the development
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rows import Row, kept, missing, parser
-from suite_tasks import DEVELOPMENT, REPORTED, TASKS, Places, Rows
+from suite_tasks import DEVELOPMENT, GRID, REPORTED, TASKS, Places, Rows
 
 import cronos_flax as cf
+from cronos_flax.compare import style
 from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
+PARTS = {"development": DEVELOPMENT, "reported": REPORTED, "rates": GRID}
 SHARE = 0.8  # of the epochs of an optimizer
 
 
@@ -92,7 +95,18 @@ ALTERNATIONS = ours(OURS) | {
         | ours("solved at the end only", first_epoch=10**6)
     ).items()
 }
-METHODS = OPTIMIZERS | ALTERNATIONS
+# For rates a thousand times apart.
+LOWEST = {"adam": -4.5, "sgd": -3.5}
+RATES = {
+    name: [f"{OURS}, {name} {10**exponent:.2g}" for exponent in np.arange(low, low + 3.1, 0.5)]
+    for name, low in LOWEST.items()
+}
+RATED = {
+    method: ours(method, 10 ** (low + i / 2), name)[method]
+    for name, low in LOWEST.items()
+    for i, method in enumerate(RATES[name])
+}
+METHODS = OPTIMIZERS | ALTERNATIONS | RATED
 
 
 @functools.cache
@@ -145,6 +159,7 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
     figures = getattr(state, "figures", {})
     return {
         "end": accuracies[-1],
+        "first": accuracies[0],  # after the first solve, if that comes after the first epoch
         "peak": max(accuracies),
         "before": accuracies[-2],
         "seconds": history[-1]["seconds"],
@@ -162,28 +177,87 @@ def wanted(tasks: list[str], methods: list[str], seeds: range) -> Iterator[tuple
         yield task, method, seed
 
 
-def table(rows: list[Row], tasks: list[str]) -> str:
-    """Accuracy at the end by method and task, mean rank and distance to the best; for methods run on all of them."""
-    by: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        by.setdefault(row["method"], {}).setdefault(row["task"], []).append(row)
-    whole = {name: own for name, own in by.items() if all(task in own for task in tasks)}
-    if not whole:
-        return ""
-    least = {name: min(len(own[task]) for task in tasks) for name, own in whole.items()}
-    means = np.array([[np.mean([row["end"] for row in own[task]]) for task in tasks] for own in whole.values()])
-    under = means - means.max(axis=0)
-    lines = [f"| method | seeds | {' | '.join(tasks)} | mean | worst | solving | rejected | s |"]
-    lines.append("|---" * (len(tasks) + 7) + "|")
-    for i in np.argsort(-means.mean(axis=1)):
-        name, own = list(whole.items())[i]
-        each = [row for task in tasks for row in own[task]]
-        most = max(sum(r["solving"] for r in own[task]) / sum(r["seconds"] for r in own[task]) for task in tasks)
-        cells = [f"{value:.2f}" for value in means[i]]
-        cells += [f"{means[i].mean():.2f}", f"{under[i].min():.1f}", f"{100 * most:.0f} %"]
-        cells += [f"{sum(row['rejections'] for row in each):.0f}"]
-        cells += [f"{sum(np.mean([row['seconds'] for row in own[task]]) for task in tasks):.0f}"]
-        lines.append(f"| {name} | {least[name]} | {' | '.join(cells)} |")
+class Scores(NamedTuple):
+    """What methods reach on tasks: those that have been run on all of them, with the same seeds."""
+
+    methods: list[str]
+    tasks: list[str]
+    runs: list[list[list[Row]]]  # by method and task
+
+    @classmethod
+    def of(cls, rows: list[Row], tasks: list[str], seeds: int) -> "Scores":
+        """Of so many seeds."""
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            if row["seed"] < seeds:
+                found.setdefault((row["method"], row["task"]), []).append(row)
+        names = dict.fromkeys(row["method"] for row in rows)
+        whole = [name for name in names if all(len(found.get((name, task), ())) == seeds for task in tasks)]
+        return cls(whole, tasks, [[found[name, task] for task in tasks] for name in whole])
+
+    @property
+    def means(self) -> np.ndarray:
+        """Accuracy at the end in %, mean over seeds, by method and task."""
+        return np.array([[np.mean([row["end"] for row in runs]) for runs in own] for own in self.runs])
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Of the means, by method and task: 1 is the best."""
+        return 1 + np.sum(self.means[None] > self.means[:, None], axis=1)
+
+    def table(self) -> str:
+        """Accuracies with mean rank, the task where the method is furthest under the best, time and share of solves."""
+        means, ranks = self.means, self.ranks.mean(axis=1)
+        under = means - means.max(axis=0)
+        lines = [f"| method | {' | '.join(self.tasks)} | mean | mean rank | furthest under | rejected | solving | s |"]
+        lines.append("|---" * (len(self.tasks) + 7) + "|")
+        for i in np.lexsort((-means.mean(axis=1), ranks)):
+            shares = [sum(r["solving"] for r in runs) / sum(r["seconds"] for r in runs) for runs in self.runs[i]]
+            cells = [self.methods[i], *(f"{value:.2f}" for value in means[i]), f"{means[i].mean():.2f}"]
+            cells += [f"{ranks[i]:.2f}", f"{-under[i].min():.2f}"]
+            cells += [f"{sum(row['rejections'] for runs in self.runs[i] for row in runs):.0f}"]
+            cells += [f"{100 * max(shares):.0f} %" if max(shares) else ""]
+            cells += [f"{sum(np.mean([row['seconds'] for row in runs]) for runs in self.runs[i]):.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def draw(self, path: Path) -> None:
+        """Save a picture: how far each method is under the best of all, a dot for each task."""
+        under, order = self.means.max(axis=0) - self.means, np.argsort(-self.ranks.mean(axis=1))
+        with style.styled(8, 1.2 + 0.42 * len(order)) as figure:
+            axes = figure.subplots()
+            for place, i in enumerate(order):
+                color = style.OURS if self.methods[i] == OURS else style.QUIET
+                axes.plot(under[i], np.full(len(self.tasks), place), "o", color=color, markersize=6, alpha=0.8)
+                axes.plot([np.median(under[i])] * 2, [place - 0.28, place + 0.28], color="0.2", linewidth=1.6)
+            axes.set_yticks(range(len(order)), [self.methods[i] for i in order])
+            axes.set_xscale("symlog", linthresh=1)
+            ticks = (0, 0.5, 1, 2, 5, 10, 20)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xlim(-0.05, 1.1 * under.max())
+            axes.set_xlabel("points under the best method of the task; the line is the median over tasks")
+            axes.set_title("One setting for all tasks")
+            style.save(figure, path)
+
+
+def rates_table(rows: list[Row], seeds: int) -> str:
+    """Accuracy at the end by rate, and what a run must not do: end below its first solve, or far under its grid."""
+    of = {(row["task"], row["method"], row["seed"]): row for row in rows}
+    lines = [
+        "| task | optimizer | the seven rates | below the first solve | furthest under the median | lowest rate, told |"
+    ]
+    lines.append("|---" * 6 + "|")
+    for task, (name, methods) in itertools.product(GRID, RATES.items()):
+        if not all((task, method, seed) in of for method in methods for seed in range(seeds)):
+            continue
+        runs = [[of[task, method, seed] for method in methods] for seed in range(seeds)]
+        ends = np.array([[row["end"] for row in own] for own in runs])
+        below = sum(row["end"] < row["first"] for own in runs for row in own)
+        low = [row for own in runs for row in own if row["rate"] < 0.01]
+        told = f"{sum(bool(row['warned']) for row in low)} of {len(low)}" if low else "none below .01"
+        under = float(np.max(np.median(ends, axis=1, keepdims=True) - ends))
+        cells = [task, name, " ".join(f"{value:.1f}" for value in ends.mean(axis=0)), str(below), f"{under:.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {min(row['rate'] for own in runs for row in own):.2g}, {told} |")
     return "\n".join(lines)
 
 
@@ -192,19 +266,27 @@ def main() -> None:
     made = parser(__file__, __doc__, data=False)
     made.add_argument("--weights", type=Path, help="directory of published weights")
     made.add_argument("--cache", type=Path, help="directory of features")
-    made.add_argument("--part", choices=("development", "reported"), default="development")
-    made.add_argument("--methods", nargs="*", default=list(METHODS), help="some of the methods")
+    made.add_argument("--part", choices=list(PARTS), default="development")
+    made.add_argument("--methods", nargs="*", help="some of the methods")
     made.add_argument("--tasks", nargs="*", help="some of the tasks")
-    made.add_argument("--seeds", type=int, default=5)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--picture", type=Path, help="where to draw the scores")
     given = made.parse_args()
-    tasks = given.tasks or list(DEVELOPMENT if given.part == "development" else REPORTED)
+    methods = given.methods or list(RATED if given.part == "rates" else OPTIMIZERS | ALTERNATIONS)
+    tasks = given.tasks or list(PARTS[given.part])
     if given.data_dir is None:
         rows = kept(given.out)
     else:
         places = Places(given.data_dir, given.weights, given.cache)
         do = functools.partial(run, places=places)
-        rows = missing(given.out, ("task", "method", "seed"), wanted(tasks, given.methods, range(given.seeds)), do)
-    print(table(rows, tasks))
+        rows = missing(given.out, ("task", "method", "seed"), wanted(tasks, methods, range(given.seeds)), do)
+    if given.part == "rates":
+        print(rates_table(rows, given.seeds))
+        return
+    scores = Scores.of(rows, tasks, given.seeds)
+    print(scores.table())
+    if given.picture is not None:
+        scores.draw(given.picture)
 
 
 if __name__ == "__main__":
