@@ -7,8 +7,8 @@
 
 ``suite_tasks.py`` has the tasks, and makes the features that some of them need. Settings are chosen on the development
 tasks; the chosen ones are run on the reported tasks. Every run is one row of the file, written when it is done; rows
-that are there are not run again. Seed after seed, task after task, all methods one after the other. A run of CRONOS-AM has the
-epochs that take as long as those of an optimizer; its variants have four fifths of these.
+that are there are not run again. Seed after seed, task after task, all methods one after the other. A run of CRONOS-AM
+has the epochs that take as long as those of an optimizer; its variants have four fifths of these.
 """
 
 import functools
