@@ -210,7 +210,7 @@ def fitted(task: Task, name: str, labels: str, method: str, rate: float | None, 
 
 
 def wanted() -> Iterable[tuple[str, str, str, float | None, int]]:
-    """The key of every row: task, labels, method, rate, draw; all fits of a method together, so that it compiles once."""
+    """The key of every row: task, labels, method, rate, draw; fits of a method together: it compiles once."""
     for name, kinds in ((FEW, (TRUE,)), (NOISY, (PEOPLE, TRUE))):
         for method, labels in itertools.product(METHODS[name], kinds):
             rates = RATES[name] if method in (SMOOTHED, ADAMW) else (None,)
