@@ -57,9 +57,9 @@ def solved(train: cf.Features, draw: int, **settings: Any) -> Callable[[np.ndarr
     return lambda X: np.asarray(cf.predict(solution.params, X)).argmax(1)
 
 
-def searched(train: cf.Features) -> Callable[[np.ndarray], np.ndarray]:
+def searched(train: Any, strengths: np.ndarray = STRENGTHS) -> Callable[[np.ndarray], np.ndarray]:
     """The same by logistic regression, its strength chosen by three-fold cross-validation."""
-    choice = {"Cs": STRENGTHS, "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "use_legacy_attributes": False}
+    choice = {"Cs": strengths, "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "use_legacy_attributes": False}
     return LogisticRegressionCV(**choice, max_iter=1000).fit(train.X, train.y).predict
 
 
