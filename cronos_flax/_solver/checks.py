@@ -69,11 +69,6 @@ def all_finite(tree: Any) -> bool:
     return bool(on_host(_are_finite(tree)))
 
 
-@jax.jit
-def _are_weights(weight: Array) -> Array:
-    return jnp.all(weight >= 0) & jnp.any(weight > 0)
-
-
 def _floats(
     name: str, value: ArrayLike, shapes: str, ndims: tuple[int, ...], remedy: str, known_finite: bool = False
 ) -> Array:
@@ -210,7 +205,8 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
         )
     if not concrete(weight):  # a negative one makes the loss NaN, which the status says
         return jnp.where(weight >= 0, weight, jnp.asarray(jnp.nan, weight.dtype)).astype(y.dtype)
-    if not on_host(_are_weights(weight)):
+    there = on_host(weight)
+    if not (np.all(there >= 0) and np.any(there > 0)):
         raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
     return weight.astype(y.dtype)
 

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver.arrays import native
 from cronos_flax._solver.loss import Loss, where_taken
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
+_FEW = 4_000_000  # numbers up to which targets are made of labels on the host
 _HINGE_FLOOR = 0.1  # distance to the kink below which the hinge's parabola gets no narrower
 
 
@@ -297,8 +299,17 @@ def _range(y: Array | np.ndarray) -> tuple[int, int]:
     return int(labels.min()), int(labels.max())
 
 
-@partial(jax.jit, static_argnums=1)
 def _one_hot(labels: Array, num_classes: int) -> Array:
+    """``jax.nn.one_hot``; on the host where it is little, for on the device every number of rows is a program."""
+    is_traced = isinstance(labels, jax.core.Tracer)
+    if is_traced or labels.size * num_classes > _FEW or not isinstance(labels.sharding, SingleDeviceSharding):
+        return _one_hot_on_device(labels, num_classes)
+    ones = on_host(labels)[:, None] == np.arange(num_classes)[None, :]
+    return beside(labels, ones.astype(jax.dtypes.canonicalize_dtype(float)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _one_hot_on_device(labels: Array, num_classes: int) -> Array:
     return jax.nn.one_hot(labels, num_classes)
 
 

@@ -5,13 +5,12 @@ Only where every step looks at all rows: no sample then sees the padding. Result
 
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from cronos_flax._solver.settings import Refreshed
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import beside, on_host
 
 _LEAST, _STRIDE = 128, 256  # sizes are 128, 256, and from there the multiples of 256
 
@@ -43,10 +42,5 @@ def padded(data: tuple[Any, Array, Array], settings: Refreshed) -> tuple[Array, 
     more = np.zeros(size - n, np.int32)
     # On the host, for on the device every n would be a program. A row that is there has a finite loss.
     parts = (X, X[more]), (y, y[more]), (weight, np.zeros_like(weight, shape=len(more)))
-    X, y, weight = (_beside(rows, np.concatenate(both)) for rows, both in zip(data, parts, strict=True))
+    X, y, weight = (beside(rows, np.concatenate(both)) for rows, both in zip(data, parts, strict=True))
     return X, y, weight
-
-
-def _beside(rows: Array, values: np.ndarray) -> Array:
-    """The values where these rows are, and committed to that device if these are."""
-    return jax.device_put(values, rows.sharding) if rows.committed else on_device(values)

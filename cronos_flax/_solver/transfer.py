@@ -21,6 +21,11 @@ def on_device(value: Any, dtype: Any = None) -> Array:
     return jax.device_put(array if dtype is None else array.astype(jax.dtypes.canonicalize_dtype(dtype)))
 
 
+def beside(rows: Array, values: np.ndarray) -> Array:
+    """The values where these rows are, and committed to that device if these are."""
+    return jax.device_put(values, rows.sharding) if rows.committed else on_device(values)
+
+
 def batch_on_device(tree: Any) -> Any:
     """A pytree with its NumPy arrays on the device; all else, Python numbers too, as it was."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
