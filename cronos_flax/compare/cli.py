@@ -172,7 +172,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     how.add_argument(
         "--optimizer", default="adam", metavar="NAME", help="of the backbone: one of the optimizers of compare"
     )
-    how.add_argument("--rate", type=_positive_float, default=1e-3, metavar="R", help="its learning rate")
+    how.add_argument("--rate", type=_positive_float, default=3e-3, metavar="R", help="its learning rate")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes split, weights and order of rows")
     _add_output(train.add_argument_group("output"))
 
@@ -193,7 +193,7 @@ def _method_lines(names: Sequence[str]) -> list[str]:
     from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE, STRICT
 
     said = {
-        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 1e-3",
+        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 3e-3",
         STRICT: "the same with a head that only solves move, at a constant rate",
         FROZEN: "the head solved once, on the untrained backbone",
         PROBE: "a linear model on the features of the untrained backbone",

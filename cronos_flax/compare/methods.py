@@ -34,7 +34,7 @@ from cronos_flax.compare.task import Row, Run, Task
 ALTERNATION, STRICT, FROZEN, PROBE = "cronos-am", "cronos-am-strict", "cronos", "linear-probe"
 
 _WEIGHT_DECAY = 1e-4
-_BACKBONE, _BACKBONE_RATE = "adam", 1e-3  # of CRONOS-AM without a search
+_BACKBONE, _BACKBONE_RATE = "adam", 3e-3  # of CRONOS-AM without a search
 _PROBE_DECADES = (-3.0, 3.0)
 _ITERATIONS, _MOST_SOLVES = 10, 50  # on a frozen backbone: iterations between two checks, and checks
 _STAGNATION = 1e-3  # relative decrease of the loss between two checks below which the run ends
