@@ -210,12 +210,12 @@ class Scores(NamedTuple):
         """Accuracies with mean rank, the task where the method is furthest under the best, time and share of solves."""
         means, ranks = self.means, self.ranks.mean(axis=1)
         under = means - means.max(axis=0)
-        lines = [f"| method | {' | '.join(self.tasks)} | mean | mean rank | furthest under | rejected | solving | s |"]
+        lines = [f"| method | mean rank | mean | furthest under | {' | '.join(self.tasks)} | rejected | solving | s |"]
         lines.append("|---" * (len(self.tasks) + 7) + "|")
         for i in np.lexsort((-means.mean(axis=1), ranks)):
             shares = [sum(r["solving"] for r in runs) / sum(r["seconds"] for r in runs) for runs in self.runs[i]]
-            cells = [self.methods[i], *(f"{value:.2f}" for value in means[i]), f"{means[i].mean():.2f}"]
-            cells += [f"{ranks[i]:.2f}", f"{-under[i].min():.2f}"]
+            cells = [self.methods[i], f"{ranks[i]:.2f}", f"{means[i].mean():.2f}", f"{-under[i].min():.2f}"]
+            cells += [f"{value:.2f}" for value in means[i]]
             cells += [f"{sum(row['rejections'] for runs in self.runs[i] for row in runs):.0f}"]
             cells += [f"{100 * max(shares):.0f} %" if max(shares) else ""]
             cells += [f"{sum(np.mean([row['seconds'] for row in runs]) for runs in self.runs[i]):.0f}"]
