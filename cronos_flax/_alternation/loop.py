@@ -169,9 +169,7 @@ class Loop:
         mean_loss = position.loss_sum / position.batch
         position.epoch, position.batch, position.batches = position.epoch + 1, 0, position.batch
         position.loss_sum = 0.0
-        harmed = (
-            position.has_risen(mean_loss) and isinstance(self.schedule, Alternation) and position.last_solve_step >= 0
-        )
+        harmed = isinstance(self.schedule, Alternation) and position.has_risen(mean_loss)
         # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
         self.solve_if_due(anyway=harmed)
         is_last = position.epoch >= self.epochs or self.time_is_up()

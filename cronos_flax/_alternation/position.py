@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,7 @@ class Position:
         seconds: training time, with solves.
         solve_seconds: time of the last solve.
         epoch_seconds: time of the last epoch, with a solve.
-        least_loss: the least mean loss of an epoch so far; None before the end of the first.
-        null_loss: the loss of the best constant outputs, at the last solve.
+        null_loss: the loss of the best constant outputs at the last solve; None before the first.
         history: the rows so far.
     """
 
@@ -55,8 +55,7 @@ class Position:
     seconds: float = 0.0
     solve_seconds: float = 0.0
     epoch_seconds: float = 0.0
-    least_loss: float | None = None
-    null_loss: float = 0.0
+    null_loss: float | None = None
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def solve_is_due(self, schedule: int | Alternation, epochs: int) -> bool:
@@ -66,10 +65,11 @@ class Position:
         return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs)
 
     def has_risen(self, loss: float) -> bool:
-        """Whether the mean loss of an epoch, which has ended, is clearly above that of an earlier one."""
-        least = self.least_loss
-        self.least_loss = loss if least is None else float(np.fmin(least, loss))
-        return least is not None and not loss <= least + _RISE * self.null_loss  # it may be NaN
+        """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
+        if self.null_loss is None:
+            return False
+        least = min((row["loss"] for row in self.history if math.isfinite(row.get("loss", math.nan))), default=math.inf)
+        return not loss <= least + _RISE * self.null_loss  # it may be NaN
 
     def share_done(self, epochs: int) -> float:
         """How much of a run of so many epochs is done, from 0 to 1."""

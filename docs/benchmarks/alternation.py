@@ -12,87 +12,60 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from rows import Row, missing, parser
+from suite_tasks import (
+    CLOTHES,
+    Net,
+    Places,
+    Rows,
+    drawn,
+    pictures,
+    some_clothes,
+    some_vehicles,
+    standardised,
+    teacher,
+)
 
 import cronos_flax as cf
-from cronos_flax.compare.data import load_tfds
 
 SEEDS = (0, 1)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
-class Body(nn.Module):
-    """A backbone with the head ``Dense(64) → relu → Dense``.
-
-    Args:
-        kind: ``"cnn"`` (strided convolutions), ``"mlp"`` or ``"vit"`` (patches of 7, two blocks).
-        widths: of the backbone's layers.
-        outputs: number of classes.
-    """
-
-    kind: str
-    widths: tuple[int, ...]
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits ``(n, outputs)``."""
-        x = getattr(self, self.kind)(x)
-        return nn.Dense(self.outputs)(nn.relu(nn.Dense(64)(x)))
-
-    def cnn(self, x: jax.Array) -> jax.Array:
-        """Convolutions of 3 × 3 with stride 2."""
-        for width in self.widths:
-            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
-        return x.reshape(len(x), -1)
-
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Dense layers."""
-        x = x.reshape(len(x), -1)
-        for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-        return x
-
-    def vit(self, x: jax.Array) -> jax.Array:
-        """Transformer blocks before the mean over patches."""
-        width = self.widths[0]
-        x = nn.Conv(width, (7, 7), strides=7)(x).reshape(len(x), -1, width)
-        x = x + self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], width))
-        for _ in self.widths:
-            h = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(4)(h, h)
-            x = x + nn.Dense(width)(nn.gelu(nn.Dense(2 * width)(nn.LayerNorm()(x))))
-        return nn.LayerNorm()(x).mean(axis=1)
-
-
 class Case(NamedTuple):
-    """A task: its data, its network and how it is trained."""
+    """A task: its rows by seed, its network and how it is trained."""
 
-    data: str  # a set of images, or "teacher"
-    classes: tuple[int, ...]  # of the images; empty for all
-    rows: int  # to fit
-    pool: tuple[int, int]  # rows to fit are drawn from these of the training split; the 3,000 after them are scored
-    model: Body
+    rows: Callable[[int, Places], Rows]
+    model: Net
     batch_size: int
     epochs: int
 
 
-FASHION, CIFAR = "fashion_mnist", "cifar10_airplane_automobile"
+def of_teacher(seed: int, places: Places) -> Rows:
+    """Those of the suite's teacher, standardised and in another order."""
+    x, y, x_scored, y_scored = teacher(seed, places)
+    order = drawn(x, None, seed)
+    x, x_scored = standardised(x[order], x_scored)
+    return Rows(x, y[order], x_scored, y_scored)
+
+
+tops = partial(pictures, name=CLOTHES, pool=(0, 13_000), classes=(2, 4, 6))
 CASES = {
-    "clothes, CNN": Case(FASHION, (), 4000, (30_000, 50_000), Body("cnn", (12, 24), 10), 64, 15),
-    "vehicles, CNN": Case(CIFAR, (), 4000, (0, 7000), Body("cnn", (16, 32, 32), 2), 64, 20),
-    "vehicles, MLP": Case(CIFAR, (), 3000, (0, 7000), Body("mlp", (200, 80), 2), 128, 40),
-    "tops, MLP": Case(FASHION, (2, 4, 6), 4000, (0, 13_000), Body("mlp", (256, 128), 3), 128, 25),
-    "teacher, MLP": Case("teacher", (), 5000, (0, 5000), Body("mlp", (128, 64), 6), 64, 25),
-    "clothes, ViT": Case(FASHION, (), 2000, (30_000, 50_000), Body("vit", (96, 96), 10), 64, 12),
+    "clothes, CNN": Case(partial(some_clothes, rows=4000), Net("cnn", (12, 24), 64, 10), 64, 15),
+    "vehicles, CNN": Case(partial(some_vehicles, rows=4000), Net("cnn", (16, 32, 32), 64, 2), 64, 20),
+    "vehicles, MLP": Case(partial(some_vehicles, rows=3000), Net("dense", (200, 80), 64, 2), 128, 40),
+    "tops, MLP": Case(partial(tops, rows=4000), Net("dense", (256, 128), 64, 3), 128, 25),
+    "teacher, MLP": Case(of_teacher, Net("dense", (128, 64), 64, 6), 64, 25),
+    "clothes, ViT": Case(partial(some_clothes, rows=2000), Net("vit", (96, 96), 64, 10), 64, 12),
 }
 MOVING = cf.Alternation(decay="cosine", then_every=5)  # the default when the rows were made
 FROZEN = dataclasses.replace(MOVING, head="frozen")
@@ -116,38 +89,10 @@ ADAM = {
 }
 
 
-@functools.cache
-def whole(name: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The training split of a set of images."""
-    images, labels = load_tfds(name, "train", data_dir)
-    return np.asarray(images, "float32"), np.asarray(labels)
-
-
-def split(case: Case, seed: int, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows to fit and rows to score."""
-    if case.data == "teacher":  # two layers of tanh in 40 dimensions, with weights of the seed
-        rng = np.random.default_rng(1000 + seed)
-        x, h = rng.normal(size=(8000, 40)).astype("float32"), None
-        for shape in ((40, 60), (60, 60), (60, 6)):
-            kernel = rng.normal(size=shape) / shape[0] ** 0.5
-            h = x @ kernel if h is None else np.tanh(1.6 * h) @ kernel
-        y = (h - h.mean(axis=0)).argmax(axis=1)
-    else:
-        x, y = whole(case.data, data_dir)
-        if case.classes:
-            there = np.isin(y, case.classes)
-            x, y = x[there], np.searchsorted(case.classes, y[there])
-    low, high = case.pool
-    fit = low + np.random.default_rng(seed).permutation(high - low)[: case.rows]
-    mean, std = x[fit].mean(), x[fit].std()
-    scored = slice(high, high + 3000)
-    return (x[fit] - mean) / std, y[fit], (x[scored] - mean) / std, y[scored]
-
-
 def run(task: str, method: str, seed: int, *, data_dir: Path) -> Row:
     """Train once; the figures of the row."""
     case = CASES[task]
-    x, y, x_held, y_held = split(case, seed, data_dir)
+    x, y, x_held, y_held = case.rows(seed, Places(data_dir))
     params = case.model.init(jax.random.key(seed), x[:1])["params"]
     common: dict[str, Any] = {"apply_fn": case.model.apply, "params": params}
     steps = case.epochs * (len(x) // case.batch_size)
@@ -226,5 +171,5 @@ if __name__ == "__main__":
     options = arguments.parse_args()
     wanted = [] if options.out.suffix == ".gz" else itertools.product(SEEDS, options.methods, CASES)
     keys = ((task, method, seed) for seed, method, task in wanted)
-    do = functools.partial(run, data_dir=options.data_dir)
+    do = partial(run, data_dir=options.data_dir)
     print(table(missing(options.out, ("task", "method", "seed"), keys, do)))

@@ -14,20 +14,17 @@ Every fit is one row of the file, written when it is done; rows that are there a
 
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from pretrained import SEARCH, example, searched
+from pretrained import SEARCH, searched
 from rows import kept, missing, parser
-from tokenizers import Tokenizer
+from sentences import texts_of, vectors
 
 import cronos_flax as cf
 
@@ -55,30 +52,6 @@ class Rows(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ features
-
-
-def texts_of(data_dir: Path, name: str, split: str, most: int | None) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Texts of a set in a fixed random order, and their labels by column."""
-    import tensorflow_datasets as tfds
-
-    source = tfds.data_source(name, split=split, data_dir=str(data_dir))
-    chosen = np.random.default_rng(0).permutation(len(source))[:most]
-    found = source.__getitems__([int(i) for i in chosen])
-    columns = [column for column in ("label", "true_label") if column in found[0]]
-    return [row["text"].decode() for row in found], {c: np.array([row[c] for row in found]) for c in columns}
-
-
-def vectors(weights: Path, texts: list[str]) -> np.ndarray:
-    """Of MiniLM, ``(n, 384)``, in the order of the texts."""
-    encoder = example.load(weights / "model.safetensors", json.loads((weights / "config.json").read_text()))
-    tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(example.LONGEST)
-    ids = [text.ids for text in tokenizer.encode_batch(texts)]
-    read = nnx.jit(lambda encoder, ids, mask: example.sentence(encoder(ids, mask), ids, mask))
-    batches = example.by_length(ids, np.arange(len(ids)))
-    out = np.concatenate([read(encoder, *batch[:2]) for batch in batches])
-    return out[np.argsort(np.concatenate([batch[2] for batch in batches]))]
 
 
 def features_of(args: Any, name: str, split: str, most: int | None = None) -> dict[str, np.ndarray]:
@@ -279,10 +252,7 @@ def wrong(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the tables."""
-    made = parser(__file__, __doc__, data=False)
-    made.add_argument("--weights", type=Path, help="directory of MiniLM")
-    made.add_argument("--cache", type=Path, help="directory for the features")
-    args = made.parse_args()
+    args = parser(__file__, __doc__, data=False, pretrained=True).parse_args()
     rows = kept(args.out)
     if args.weights is not None:
         task = functools.cache(functools.partial(task_of, args))

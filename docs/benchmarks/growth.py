@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from rows import parser
+from suite_tasks import Places
 
 import cronos_flax as cf
 from cronos_flax._alternation.first_solve import gradient_growth
@@ -44,7 +45,7 @@ def growths(head: Any, variables: Any, data: tuple[np.ndarray, np.ndarray]) -> l
 def on_tasks(data_dir: Path) -> Iterator[tuple[str, list[float]]]:
     """Before training, and after an epoch."""
     for name, case in alternation.CASES.items():
-        x, y, *_ = alternation.split(case, 0, data_dir)
+        x, y, *_ = case.rows(0, Places(data_dir))
         params = jax.jit(case.model.init)(jax.random.key(0), x[:1])["params"]
         head = cf.find_head(case.model, {"params": params}, x[:64])
         state = TrainState.create(apply_fn=case.model.apply, params=params, tx=optax.adam(1e-3))

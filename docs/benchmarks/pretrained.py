@@ -108,10 +108,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the table."""
-    made = parser(__file__, __doc__, data=False)
-    made.add_argument("--weights", type=Path, help="directory of MiniLM")
-    made.add_argument("--cache", type=Path, help="directory for the features")
-    args = made.parse_args()
+    args = parser(__file__, __doc__, data=False, pretrained=True).parse_args()
     rows = kept(args.out)
     if args.weights is not None:
         train, test = (features_of(args.weights, args.data_dir, args.cache, split) for split in ("train", "test"))

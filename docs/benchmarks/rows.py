@@ -45,7 +45,9 @@ def missing(path: Path, names: Sequence[str], wanted: Iterable[tuple], do: Calla
     return rows
 
 
-def parser(script: str, doc: str | None, *, data: bool | None = None, weights: bool = False) -> argparse.ArgumentParser:
+def parser(
+    script: str, doc: str | None, *, data: bool | None = None, weights: bool = False, pretrained: bool = False
+) -> argparse.ArgumentParser:
     """The options that the benchmarks share.
 
     Args:
@@ -53,11 +55,15 @@ def parser(script: str, doc: str | None, *, data: bool | None = None, weights: b
         doc: its docstring, whose first line is the description.
         data: whether prepared TFDS sets are required; None for a script that does not read any.
         weights: whether published weights can be used.
+        pretrained: whether features of published weights are made, and kept in a directory.
     """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     if data is not None:
         made.add_argument("--data-dir", type=Path, required=data, help="directory of prepared TFDS sets")
     if weights:
         made.add_argument("--weights", type=Path, help="directory of resnet20_cifar10.safetensors")
+    if pretrained:
+        made.add_argument("--weights", type=Path, help="directory of published weights")
+        made.add_argument("--cache", type=Path, help="directory for what is made of them")
     made.add_argument("--out", type=Path, default=Path(f"{Path(script).stem}.jsonl"), help="rows; kept, and added to")
     return made

@@ -1,21 +1,21 @@
 """The suite: CRONOS-AM and optimizers, each with one fixed setting for all tasks.
 
-    python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part development --out rows.jsonl
-    python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part reported --out rows.jsonl
-    python docs/benchmarks/suite.py --data-dir DIR --weights DIR --cache DIR --part rates --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part development --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part reported --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part rates --out rows.jsonl
     python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz       # the tables of kept rows
 
-``suite_tasks.py`` has the tasks, and makes the features that some of them need. Settings are chosen on the development
-tasks; the chosen ones are run on the reported tasks. Every run is one row of the file, written when it is done; rows
-that are there are not run again. Seed after seed, task after task, all methods one after the other. A run of CRONOS-AM
-has the epochs that take as long as those of an optimizer; its variants have four fifths of these.
+``suite_tasks.py`` has the tasks, and ``suite_features.py`` makes the features that some of them need. Settings are
+chosen on the development tasks; the chosen ones are run on the reported tasks, by ``--methods``. Every run is one row
+of the file, written when it is done; rows that are there are not run again. Seed after seed, task after task, all
+methods one after the other. A run of CRONOS-AM has the epochs that take as long as those of an optimizer; its variants
+have four fifths of these.
 """
 
 import functools
 import itertools
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
 PARTS = {"development": DEVELOPMENT, "reported": REPORTED, "rates": GRID}
+OURS = "CRONOS-AM"
 SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM have
 
 
@@ -51,11 +52,9 @@ def alone(name: str, rates: tuple[float, ...], decays: tuple[str | None, ...]) -
     }
 
 
-def ours(
-    name: str, rate: float = 3e-3, optimizer: str = "adam", solver: dict[str, Any] | None = None, **parts: Any
-) -> dict[str, Method]:
+def ours(rate: float = 3e-3, optimizer: str = "adam", solver: dict[str, Any] | None = None, **parts: Any) -> Method:
     """An alternation."""
-    return {name: Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))}
+    return Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))
 
 
 OPTIMIZERS = (
@@ -67,45 +66,37 @@ OPTIMIZERS = (
     | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
     | alone("prodigy", (1.0,), (None, "cosine", "wsd"))
 )
-OURS = "CRONOS-AM"
-ALTERNATIONS = ours(OURS) | {
-    f"{OURS}, {name}": setting
-    for name, setting in (
-        ours("four fifths of the epochs")
-        | ours("rate 1e-3", 1e-3)
-        | ours("rate 5e-3", 5e-3)
-        | ours("rate 1e-2", 1e-2)
-        | ours("NadamW", optimizer="nadamw")
-        | ours("SGD .03", 0.03, "sgd")
-        | ours("Muon", optimizer="muon")
-        | ours("Prodigy", 1.0, "prodigy")
-        | ours("Prodigy, cosine decay", 1.0, "prodigy", decay="cosine")
-        | ours("cosine decay", decay="cosine")
-        | ours("linear decay", decay="linear")
-        | ours("no decay", decay=None)
-        | ours("frozen head", head="frozen")
-        | ours("strict", head="frozen", decay=None)
-        | ours("beta_ratio .005", solver={"beta_ratio": 0.005})
-        | ours("beta_ratio .05", solver={"beta_ratio": 0.05})
-        | ours("one step a solve", solver={"max_iters": 1})
-        | ours("ten steps a solve", solver={"max_iters": 10})
-        | ours("solved at the start", first_epoch=0)
-        | ours("solved before every third epoch", then_every=3)
-        | ours("solved before every fifth epoch", then_every=5)
-        | ours("solved twice", then_every=10**6)
-        | ours("solved at the end only", first_epoch=10**6)
-    ).items()
+VARIANTS = {
+    "four fifths of the epochs": ours(),
+    "rate 1e-3": ours(1e-3),
+    "rate 5e-3": ours(5e-3),
+    "rate 1e-2": ours(1e-2),
+    "NadamW": ours(optimizer="nadamw"),
+    "SGD .03": ours(0.03, "sgd"),
+    "Muon": ours(optimizer="muon"),
+    "Prodigy": ours(1.0, "prodigy"),
+    "Prodigy, cosine decay": ours(1.0, "prodigy", decay="cosine"),
+    "cosine decay": ours(decay="cosine"),
+    "linear decay": ours(decay="linear"),
+    "no decay": ours(decay=None),
+    "frozen head": ours(head="frozen"),
+    "strict": ours(head="frozen", decay=None),
+    "beta_ratio .005": ours(solver={"beta_ratio": 0.005}),
+    "beta_ratio .05": ours(solver={"beta_ratio": 0.05}),
+    "one step a solve": ours(solver={"max_iters": 1}),
+    "ten steps a solve": ours(solver={"max_iters": 10}),
+    "solved at the start": ours(first_epoch=0),
+    "solved before every third epoch": ours(then_every=3),
+    "solved before every fifth epoch": ours(then_every=5),
+    "solved twice": ours(then_every=10**6),
+    "solved at the end only": ours(first_epoch=10**6),
 }
-# For rates a thousand times apart.
-LOWEST = {"adam": -4.5, "sgd": -3.5}
-RATES = {
-    name: [f"{OURS}, {name} {10**exponent:.2g}" for exponent in np.arange(low, low + 3.1, 0.5)]
-    for name, low in LOWEST.items()
-}
+ALTERNATIONS = {OURS: ours()} | {f"{OURS}, {name}": method for name, method in VARIANTS.items()}
+LOWEST = {"adam": -4.5, "sgd": -3.5}  # exponents of the lowest of seven rates, which are half a decade apart
 RATED = {
-    method: ours(method, 10 ** (low + i / 2), name)[method]
+    f"{OURS}, {name} {rate:.2g}": ours(rate, name)
     for name, low in LOWEST.items()
-    for i, method in enumerate(RATES[name])
+    for rate in 10 ** np.arange(low, low + 3.1, 0.5)
 }
 METHODS = OPTIMIZERS | ALTERNATIONS | RATED
 
@@ -161,7 +152,6 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
     return {
         "end": accuracies[-1],
         "first": accuracies[0],  # after the first solve, if that comes after the first epoch
-        "peak": max(accuracies),
         "before": accuracies[-2],
         "seconds": history[-1]["seconds"],
         "solving": sum(row.get("solve_seconds", 0.0) for row in history),
@@ -172,10 +162,14 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
     }
 
 
-def wanted(tasks: list[str], methods: list[str], seeds: range) -> Iterator[tuple[str, str, int]]:
-    """Runs in their order: the methods side by side."""
-    for seed, task, method in itertools.product(seeds, tasks, methods):
-        yield task, method, seed
+def mean_ranks(scores: np.ndarray) -> np.ndarray:
+    """Of methods, over tasks; of scores by method and task."""
+    return np.mean(1 + np.sum(scores[None] > scores[:, None], axis=1), axis=1)
+
+
+def share(runs: list[Row]) -> float:
+    """Of training time that solves and their feature passes take."""
+    return sum(row["solving"] for row in runs) / sum(row["seconds"] for row in runs)
 
 
 class Scores(NamedTuple):
@@ -196,35 +190,54 @@ class Scores(NamedTuple):
         whole = [name for name in names if all(len(found.get((name, task), ())) == seeds for task in tasks)]
         return cls(whole, tasks, [[found[name, task] for task in tasks] for name in whole])
 
+    def ends(self, figure: str = "end") -> np.ndarray:
+        """Accuracy at the end (or before the last epoch) in %, by method, task and seed."""
+        return np.array([[[row[figure] for row in runs] for runs in own] for own in self.runs])
+
     @property
     def means(self) -> np.ndarray:
         """Accuracy at the end in %, mean over seeds, by method and task."""
-        return np.array([[np.mean([row["end"] for row in runs]) for runs in own] for own in self.runs])
+        return self.ends().mean(axis=2)
 
     @property
     def ranks(self) -> np.ndarray:
-        """Of the means, by method and task: 1 is the best."""
-        return 1 + np.sum(self.means[None] > self.means[:, None], axis=1)
+        """Mean rank of the means over tasks, by method: 1 is the best."""
+        return mean_ranks(self.means)
 
     def table(self) -> str:
-        """Accuracies with mean rank, the task where the method is furthest under the best, time and share of solves."""
-        means, ranks = self.means, self.ranks.mean(axis=1)
-        under = means - means.max(axis=0)
-        lines = [f"| method | mean rank | mean | furthest under | {' | '.join(self.tasks)} | rejected | solving | s |"]
-        lines.append("|---" * (len(self.tasks) + 7) + "|")
-        for i in np.lexsort((-means.mean(axis=1), ranks)):
-            shares = [sum(r["solving"] for r in runs) / sum(r["seconds"] for r in runs) for runs in self.runs[i]]
-            cells = [self.methods[i], f"{ranks[i]:.2f}", f"{means[i].mean():.2f}", f"{-under[i].min():.2f}"]
+        """Mean rank, of each seed alone too; mean accuracies; the most under the best of a task; pairs; accuracies."""
+        means, before = self.means, self.ends("before").mean(axis=(1, 2))
+        each = np.stack([mean_ranks(ends) for ends in np.moveaxis(self.ends(), 2, 0)], axis=1)
+        under = np.max(means.max(axis=0) - means, axis=1)
+        first = means[self.methods.index(OURS)] if OURS in self.methods else np.full(len(self.tasks), np.nan)
+        columns = "mean rank", "of each seed", "mean", "mean an epoch before", "furthest under", f"{OURS} ahead on"
+        lines = [f"| method | {' | '.join((*columns, *self.tasks))} | rejected | solving |"]
+        lines.append("|---" * (len(self.tasks) + 9) + "|")
+        for i in np.lexsort((-means.mean(axis=1), self.ranks)):
+            cells = [self.methods[i], f"{self.ranks[i]:.2f}", ", ".join(f"{rank:.2f}" for rank in each[i])]
+            cells += [f"{means[i].mean():.2f}", f"{before[i]:.2f}", f"{under[i]:.2f}"]
+            cells += [f"{np.sum(first > means[i])}" if self.methods[i] != OURS else ""]
             cells += [f"{value:.2f}" for value in means[i]]
             cells += [f"{sum(row['rejections'] for runs in self.runs[i] for row in runs):.0f}"]
-            cells += [f"{100 * max(shares):.0f} %" if max(shares) else ""]
-            cells += [f"{sum(np.mean([row['seconds'] for row in runs]) for runs in self.runs[i]):.0f}"]
+            most = max(map(share, self.runs[i]))
+            cells += [f"{100 * most:.0f} %" if most else ""]
             lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def times(self) -> str:
+        """The time of CRONOS-AM in that of an optimizer, by its epochs and the share that solves take."""
+        if OURS not in self.methods:
+            return ""
+        lines = ["| task | solving | time ÷ an optimizer's |", "|---|---|---|"]
+        for task, runs in zip(self.tasks, self.runs[self.methods.index(OURS)], strict=True):
+            part = share(runs)
+            ratio = TASKS[task].solved_epochs / TASKS[task].epochs / (1 - part)
+            lines.append(f"| {task} | {100 * part:.0f} % | {ratio:.2f} |")
         return "\n".join(lines)
 
     def draw(self, path: Path) -> None:
         """Save a picture: how far each method is under the best of all, a dot for each task."""
-        under, order = self.means.max(axis=0) - self.means, np.argsort(-self.ranks.mean(axis=1))
+        under, order = self.means.max(axis=0) - self.means, np.argsort(-self.ranks)
         with style.styled(8, 1.2 + 0.42 * len(order)) as figure:
             axes = figure.subplots()
             for place, i in enumerate(order):
@@ -244,29 +257,29 @@ class Scores(NamedTuple):
 def rates_table(rows: list[Row], seeds: int) -> str:
     """Accuracy at the end by rate, and what a run must not do: end below its first solve, or far under its grid."""
     of = {(row["task"], row["method"], row["seed"]): row for row in rows}
-    lines = [
-        "| task | optimizer | the seven rates | below the first solve | furthest under the median | lowest rate, told |"
-    ]
-    lines.append("|---" * 6 + "|")
-    for task, (name, methods) in itertools.product(GRID, RATES.items()):
+    columns = "the seven rates", "below the first solve", "furthest under the median", "lowest rate", "below .01, told"
+    lines = [f"| task | optimizer | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for task, name in itertools.product(GRID, LOWEST):
+        methods = [method for method, setting in RATED.items() if setting.optimizer == name]
         if not all((task, method, seed) in of for method in methods for seed in range(seeds)):
             continue
-        runs = [[of[task, method, seed] for method in methods] for seed in range(seeds)]
-        ends = np.array([[row["end"] for row in own] for own in runs])
-        below = sum(row["end"] < row["first"] for own in runs for row in own)
-        low = [row for own in runs for row in own if row["rate"] < 0.01]
-        told = f"{sum(bool(row['warned']) for row in low)} of {len(low)}" if low else "none below .01"
-        under = float(np.max(np.median(ends, axis=1, keepdims=True) - ends))
-        cells = [task, name, " ".join(f"{value:.1f}" for value in ends.mean(axis=0)), str(below), f"{under:.1f}"]
-        lines.append(f"| {' | '.join(cells)} | {min(row['rate'] for own in runs for row in own):.2g}, {told} |")
+        each = [[of[task, method, seed] for method in methods] for seed in range(seeds)]
+        runs = [row for own in each for row in own]
+        ends = np.array([[row["end"] for row in own] for own in each])
+        below = [row["first"] - row["end"] for row in runs if row["end"] < row["first"]]
+        low = [row for row in runs if row["rate"] < 0.01]
+        cells = [task, name, " ".join(f"{value:.1f}" for value in ends.mean(axis=0))]
+        cells += [f"{len(below)}, by {min(below):.1f} to {max(below):.1f}" if below else "0"]
+        cells += [f"{np.max(np.median(ends, axis=1, keepdims=True) - ends):.1f}"]
+        cells += [f"{min(row['rate'] for row in runs):.2g}", f"{len(low)}, {sum(bool(r['warned']) for r in low)}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run what is missing, print the tables."""
     made = parser(__file__, __doc__, data=False)
-    made.add_argument("--weights", type=Path, help="directory of published weights")
-    made.add_argument("--cache", type=Path, help="directory of features")
+    made.add_argument("--cache", type=Path, default=Path(), help="directory of features")
     made.add_argument("--part", choices=list(PARTS), default="development")
     made.add_argument("--methods", nargs="*", help="some of the methods")
     made.add_argument("--tasks", nargs="*", help="some of the tasks")
@@ -278,14 +291,15 @@ def main() -> None:
     if given.data_dir is None:
         rows = kept(given.out)
     else:
-        places = Places(given.data_dir, given.weights, given.cache)
+        places = Places(given.data_dir, given.cache)
         do = functools.partial(run, places=places)
-        rows = missing(given.out, ("task", "method", "seed"), wanted(tasks, methods, range(given.seeds)), do)
+        wanted = ((task, method, s) for s, task, method in itertools.product(range(given.seeds), tasks, methods))
+        rows = missing(given.out, ("task", "method", "seed"), wanted, do)
     if given.part == "rates":
         print(rates_table(rows, given.seeds))
         return
     scores = Scores.of(rows, tasks, given.seeds)
-    print(scores.table())
+    print(scores.table(), scores.times(), sep="\n\n")
     if given.picture is not None:
         scores.draw(given.picture)
 

@@ -1,39 +1,28 @@
 """The tasks of the suite: seven to choose on, eleven others to report, and six for a grid of rates.
 
-    python docs/benchmarks/suite_tasks.py --data-dir DIR --weights DIR --cache DIR
-
-This prepares what several runs share: the features of sentences and photographs from frozen pretrained networks (by the
-models of ``examples/pretrained``), once, in the directory of ``--cache``. About five minutes on one core.
+``suite_features.py`` makes the features that some of them need.
 """
 
-import argparse
 import functools
-import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from sklearn.datasets import load_digits
 
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "pretrained"))
-BLOCK = 200  # photographs of a pass
-
 
 class Places(NamedTuple):
-    """Where data lie: prepared TFDS sets, published weights, and features that this file makes of them."""
+    """Where data lie: prepared TFDS sets, and features of ``suite_features.py``."""
 
     data: Path
-    weights: Path
-    cache: Path
+    cache: Path = Path()
 
 
 class Rows(NamedTuple):
@@ -105,7 +94,7 @@ class Net(nn.Module):
 
     def resnet(self, x: jax.Array, train: bool) -> jax.Array:
         """Residual blocks with batch norms before the mean over pixels; each block halves the image."""
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.relu(norm()(nn.Conv(self.widths[0], (3, 3), strides=2, use_bias=False)(x)))
         for width in self.widths:
             y = nn.relu(norm()(nn.Conv(width, (3, 3), strides=2, use_bias=False)(x)))
@@ -219,169 +208,56 @@ def teacher(seed: int, places: Places) -> Rows:
     return Rows(x[:5000], y[:5000], x[5000:], y[5000:])
 
 
-def features(
-    seed: int, places: Places, *, name: str, rows: int | None = None, scored: str = "test", most: int | None = None
-) -> Rows:
-    """Features of a frozen pretrained network, standardised; ``most`` rows of the split ``scored`` are scored."""
+def features(seed: int, places: Places, *, name: str, rows: int | None = None, held: int = 0) -> Rows:
+    """Features of a frozen pretrained network, standardised; the test split is scored, or ``held`` training rows."""
     with np.load(places.cache / f"{name}.npz") as kept:
-        x, y = kept["x_train"], kept["y_train"]
-        x_scored, y_scored = (x[-3000:], y[-3000:]) if scored == "train" else (kept["x_test"], kept["y_test"])
-    if scored == "train":
-        x, y = x[:-3000], y[:-3000]
+        x, y, x_scored, y_scored = (kept[part] for part in ("x_train", "y_train", "x_test", "y_test"))
+    if held:
+        x, y, x_scored, y_scored = x[:-held], y[:-held], x[-held:], y[-held:]
     chosen = drawn(x, rows, seed)
-    x, x_scored = standardised(x[chosen], x_scored[:most])
-    return Rows(x, y[chosen], x_scored, y_scored[:most])
+    x, x_scored = standardised(x[chosen], x_scored)
+    return Rows(x, y[chosen], x_scored, y_scored)
 
 
 CLOTHES, VEHICLES = "fashion_mnist", "cifar10_airplane_automobile"
-# Choices are made on these: other rows, other sets, other widths or other networks than those below. No test split.
+some_clothes = partial(pictures, name=CLOTHES, pool=(30_000, 50_000))
+some_vehicles = partial(pictures, name=VEHICLES, pool=(0, 7000))
+clothes, vehicles = (partial(pictures, name=name) for name in (CLOTHES, VEHICLES))
+news = partial(features, name="noisy_ag_news", rows=3000, held=3000)
+banking, films, flowers = (partial(features, name=n) for n in ("banking77", "imdb_reviews", "flowers128"))
+
+
+# Choices are made on these: with other widths or networks than those below. No row of a test split.
 DEVELOPMENT = {
-    "clothes, CNN": Task(
-        functools.partial(pictures, name=CLOTHES, rows=3000, pool=(30_000, 50_000)),
-        Net("cnn", (12, 24), 64, 10),
-        64,
-        15,
-        12,
-    ),
+    "clothes, CNN": Task(partial(some_clothes, rows=3000), Net("cnn", (12, 24), 64, 10), 64, 15, 12),
     "clothes /255, MLP": Task(
-        functools.partial(pictures, name=CLOTHES, rows=4000, pool=(30_000, 50_000), scaling="/255"),
-        Net("plain", (160, 80), 20, 10),
-        128,
-        25,
-        23,
+        partial(some_clothes, rows=4000, scaling="/255"), Net("plain", (160, 80), 20, 10), 128, 25, 23
     ),
-    "clothes, ViT": Task(
-        functools.partial(pictures, name=CLOTHES, rows=2000, pool=(30_000, 50_000)),
-        Net("vit", (64, 64), 64, 10),
-        64,
-        12,
-        11,
-    ),
-    "vehicles, MLP": Task(
-        functools.partial(pictures, name=VEHICLES, rows=3000, pool=(0, 7000)),
-        Net("dense", (200, 80), 64, 2),
-        128,
-        25,
-        23,
-    ),
-    "vehicles, ResNet": Task(
-        functools.partial(pictures, name=VEHICLES, rows=2500, pool=(0, 7000)), Net("resnet", (12, 24), 48, 2), 64, 10, 9
-    ),
+    "clothes, ViT": Task(partial(some_clothes, rows=2000), Net("vit", (64, 64), 64, 10), 64, 12, 11),
+    "vehicles, MLP": Task(partial(some_vehicles, rows=3000), Net("dense", (200, 80), 64, 2), 128, 25, 23),
+    "vehicles, ResNet": Task(partial(some_vehicles, rows=2500), Net("resnet", (12, 24), 48, 2), 64, 10, 9),
     "teacher, MLP": Task(teacher, Net("dense", (128, 64), 64, 6), 64, 25, 23),
-    "news, features": Task(
-        functools.partial(features, name="noisy_ag_news", rows=3000, scored="train"),
-        Net("dense", (96,), 96, 4),
-        64,
-        15,
-        13,
-    ),
+    "news, features": Task(news, Net("dense", (96,), 96, 4), 64, 15, 13),
 }
 REPORTED = {
     **{
         f"experiment #1, {scaling}, batch {size}": Task(
-            functools.partial(planes, scaling=scaling), MLP(1), size, *{128: (20, 18), 1024: (25, 22)}[size], "squared"
+            partial(planes, scaling=scaling), MLP(1), size, *epochs, "squared"
         )
-        for size in (128, 1024)
+        for size, epochs in {128: (20, 18), 1024: (25, 22)}.items()
         for scaling in ("/255", "standardised")
     },
-    "clothes 6,000, CNN": Task(
-        functools.partial(pictures, name=CLOTHES, rows=6000), Net("cnn", (16, 32), 64, 10), 128, 15, 12
-    ),
-    "clothes 20,000, MLP": Task(
-        functools.partial(pictures, name=CLOTHES, rows=20_000), Net("dense", (256, 128), 64, 10), 128, 10, 8
-    ),
+    "clothes 6,000, CNN": Task(partial(clothes, rows=6000), Net("cnn", (16, 32), 64, 10), 128, 15, 12),
+    "clothes 20,000, MLP": Task(partial(clothes, rows=20_000), Net("dense", (256, 128), 64, 10), 128, 10, 8),
     "digits, MLP": Task(digits, Net("dense", (64, 32), 64, 10), 64, 30, 15),
-    "vehicles, ResNet 16-32-64": Task(
-        functools.partial(pictures, name=VEHICLES, rows=6000), Net("resnet", (16, 32, 64), 64, 2), 128, 10, 9
-    ),
-    "banking77, MiniLM": Task(functools.partial(features, name="banking77"), Net("dense", (256,), 256, 77), 128, 15, 8),
-    "IMDb, MiniLM": Task(functools.partial(features, name="imdb_reviews"), Net("dense", (128,), 64, 2), 64, 10, 5),
-    "flowers, Lite0": Task(functools.partial(features, name="flowers128"), Net("dense", (128,), 128, 5), 64, 15, 12),
+    "vehicles, ResNet 16-32-64": Task(partial(vehicles, rows=6000), Net("resnet", (16, 32, 64), 64, 2), 128, 10, 9),
+    "banking77, MiniLM": Task(banking, Net("dense", (256,), 256, 77), 128, 15, 8),
+    "IMDb, MiniLM": Task(films, Net("dense", (128,), 64, 2), 64, 10, 5),
+    "flowers, Lite0": Task(flowers, Net("dense", (128,), 128, 5), 64, 15, 12),
 }
 # For rates a thousand times apart: four of the above, and two wide backbones.
 GRID = {name: DEVELOPMENT[name] for name in ("clothes, CNN", "vehicles, MLP", "vehicles, ResNet", "teacher, MLP")} | {
-    f"clothes, {name} 384 wide": Task(
-        functools.partial(pictures, name=CLOTHES, rows=1000, pool=(30_000, 50_000)), Net(kind, (384,), 64, 10), 50, 5, 5
-    )
+    f"clothes, {name} 384 wide": Task(partial(some_clothes, rows=1000), Net(kind, (384,), 64, 10), 50, 5, 5)
     for name, kind in (("ViT", "vit"), ("ConvNeXt", "convnext"))
 }
 TASKS = DEVELOPMENT | REPORTED | GRID
-
-
-# ------------------------------------------------------------------------------------------------ features
-
-
-def texts_of(name: str, split: str, data: Path, most: int | None) -> tuple[list[str], np.ndarray]:
-    """Texts and labels, in a fixed random order."""
-    import tensorflow_datasets as tfds
-
-    source = tfds.data_source(name, split=split, data_dir=str(data))
-    chosen = np.random.default_rng(0).permutation(len(source))[:most]
-    found = source.__getitems__([int(i) for i in chosen])
-    label = "true_label" if "true_label" in found[0] else "label"
-    return [row["text"].decode() for row in found], np.array([row[label] for row in found])
-
-
-def of_texts(name: str, places: Places, most: tuple[int | None, int | None]) -> dict[str, np.ndarray]:
-    """The sentence vectors of MiniLM for the training and test rows of a set, at most so many."""
-    import text as example
-    from tokenizers import Tokenizer
-
-    folder = places.weights / "minilm"
-    encoder = example.load(folder / "model.safetensors", json.loads((folder / "config.json").read_text()))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(example.LONGEST)
-    encode = nnx.jit(lambda encoder, ids, mask: example.sentence(encoder(ids, mask), ids, mask))
-    kept: dict[str, np.ndarray] = {}
-    for split, count in zip(("train", "test"), most, strict=True):
-        texts, y = texts_of(name, split, places.data, count)
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-        order = np.argsort([len(row) for row in ids], kind="stable")
-        x = np.zeros((len(ids), 384), "float32")
-        for begin in range(0, len(order), example.PASS_BATCH):
-            rows = order[begin : begin + example.PASS_BATCH]
-            x[rows] = encode(encoder, *example.padded([ids[i] for i in rows]))
-        kept |= {f"x_{split}": x, f"y_{split}": y}
-    return kept
-
-
-def of_photographs(name: str, places: Places) -> dict[str, np.ndarray]:
-    """The pooled features of EfficientNet-Lite0."""
-    import images as example
-
-    model = example.Lite()
-    folder, kept = places.weights / "efficientnet_lite0", {}
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 128, 128, 3)))
-    variables = example.load(folder / "model.safetensors", shapes)
-
-    @jax.jit
-    def pooled(x: jax.Array) -> jax.Array:
-        _, seen = model.apply(variables, x, capture_intermediates=lambda module, _: module.name == "top_norm")
-        return nn.relu6(seen["intermediates"]["top_norm"]["__call__"][0]).mean(axis=(1, 2))
-
-    for split in ("train", "test"):
-        x, y = load_tfds(name, split, places.data)
-        blocks = [np.asarray(pooled(x[i : i + BLOCK])) for i in range(0, len(x), BLOCK)]
-        kept |= {f"x_{split}": np.concatenate(blocks), f"y_{split}": np.asarray(y)}
-    return kept
-
-
-MADE: dict[str, Callable[[Places], dict[str, Any]]] = {
-    "noisy_ag_news": lambda places: of_texts("noisy_ag_news", places, (None, 1)),
-    "banking77": lambda places: of_texts("banking77", places, (None, None)),
-    "imdb_reviews": lambda places: of_texts("imdb_reviews", places, (2400, 4000)),
-    "flowers128": lambda places: of_photographs("flowers128", places),
-}
-
-if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for option in ("--data-dir", "--weights", "--cache"):
-        options.add_argument(option, type=Path, required=True)
-    given = options.parse_args()
-    asked = Places(given.data_dir, given.weights, given.cache)
-    asked.cache.mkdir(parents=True, exist_ok=True)
-    for set_name, make in MADE.items():
-        if not (asked.cache / f"{set_name}.npz").exists():
-            np.savez(asked.cache / f"{set_name}.npz", **make(asked))
-            print(set_name, flush=True)

@@ -218,10 +218,7 @@ def tables(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the tables."""
-    made = parser(__file__, __doc__, data=False)
-    made.add_argument("--weights", type=Path, help="directory of minilm and of resnet20_cifar10.safetensors")
-    made.add_argument("--cache", type=Path, help="directory for the sets")
-    args = made.parse_args()
+    args = parser(__file__, __doc__, data=False, pretrained=True).parse_args()
     rows = kept(args.out)
     if args.cache is not None:
         others_first = sorted(METHODS, key=lambda method: method.startswith("Cronos"))
