@@ -53,7 +53,7 @@ def close(a, b, **tolerance):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_moving_head_takes_steps_on_the_objective_that_solves_lower(name):
     tx = OPTIMIZERS[name]
-    state, solution = made(tx, guard=False).solve_head((X, Y))
+    state, solution = made(tx, guard=False, alternation=cf.Alternation(largest_step=None)).solve_head((X, Y))
     params, beta = state.params, float(solution.stats.beta)
     assert beta > 0
     opt_state = tx.init(params)

@@ -1,4 +1,7 @@
-"""Optimizers in an alternation: their rate is part of their state; they move the head with its weight decay, or not."""
+"""Optimizers in an alternation: their rate is part of their state; they move the head with its weight decay, or not.
+
+No step moves a kernel by more than a share of its size.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,6 +12,7 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
+from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, Path, check_head, format_path
 from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.transfer import on_device
@@ -30,12 +34,15 @@ class RatedState(NamedTuple):
     head_decay: Float[Array, ""]
 
 
-def rated(tx: optax.GradientTransformation, paths: tuple[Path, ...] = ()) -> optax.GradientTransformationExtraArgs:
-    """``tx`` on the regularised loss that solves minimise, with its updates multiplied by rates in the state.
+def rated(
+    tx: optax.GradientTransformation, paths: tuple[Path, ...] = (), largest_step: float | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """``tx`` on the regularised loss that solves minimise, its updates limited and multiplied by rates in the state.
 
     Args:
         tx: any Optax optimizer, of gradients of the loss.
         paths: of the layers whose kernels have the weight decay ``head_decay`` in their gradients.
+        largest_step: of a kernel, as a share of its size, before the rates: see :func:`limited`; None for no limit.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -47,6 +54,8 @@ def rated(tx: optax.GradientTransformation, paths: tuple[Path, ...] = ()) -> opt
         if paths:
             updates = _with_decay(updates, params, state.head_decay, paths)
         updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
+        if largest_step is not None:
+            updates = limited(updates, _given(params, "steps are limited by the size of kernels"), largest_step)
         rate = state.backbone_rate * state.run_decay
         updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         return updates, state._replace(optimizer_state=optimizer_state)
@@ -56,16 +65,21 @@ def rated(tx: optax.GradientTransformation, paths: tuple[Path, ...] = ()) -> opt
 
 def _with_decay(grads: Any, params: Any, beta: Array, paths: tuple[Path, ...]) -> Any:
     """The gradients of the loss and ``(beta/2) ‖kernel‖²`` of these layers."""
+    params = _given(params, "the head has weight decay in gradient steps")
     if isinstance(params, optax.LookaheadParams):
         params = params.fast
-    if params is None:
-        raise ValueError("update: `params` must be given, as the head has weight decay in gradient steps, got None.")
     kernels = tuple((*path, "kernel") for path in paths)
 
     def with_decay(path: tuple, grad: Array, param: Array) -> Array:
         return (grad + beta * param).astype(grad.dtype) if begins_with(path, kernels) else grad
 
     return jax.tree_util.tree_map_with_path(with_decay, grads, params)
+
+
+def _given(params: Any, why: str) -> Any:
+    if params is None:
+        raise ValueError(f"update: `params` must be given, as {why}, got None.")
+    return params
 
 
 def begins_with(path: tuple, prefixes: tuple[Path, ...]) -> bool:
@@ -122,9 +136,13 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
 
 
 @functools.lru_cache(maxsize=16)  # the same object for each state of a sweep, so that a jitted step compiles once
-def alternating(tx: optax.GradientTransformation, head: Head, moving: bool) -> optax.GradientTransformation:
+def alternating(
+    tx: optax.GradientTransformation, head: Head, moving: bool, largest_step: float | None
+) -> optax.GradientTransformation:
     """``tx`` at the rates of an alternation; between solves the head moves with the backbone, or stands still."""
-    return rated(tx, head.paths) if moving else backbone_only(rated(tx), head)
+    if moving:
+        return rated(tx, head.paths, largest_step)
+    return backbone_only(rated(tx, largest_step=largest_step), head)
 
 
 def check_optimizer(where: str, tx: Any) -> None:

@@ -34,8 +34,8 @@ class Alternation:
 
     All parts lower one objective, ``F = loss + (β/2) (‖kernel1‖² + ‖kernel2‖²)``, with the head's two kernels (a solve
     also counts the hidden bias, see :class:`cronos_flax.Cronos`). Gradient steps lower it along the gradient. A solve
-    lowers it in the head, where it is convex. ``Alternation(head="frozen", decay=None)`` is the alternation of the
-    paper, in which only solves move the head.
+    lowers it in the head, where it is convex. ``Alternation(head="frozen", decay=None,
+    largest_step=None)`` is the alternation of the paper, in which only solves move the head.
 
     Args:
         head: what gradient steps do to the head between solves. ``"moving"``: they move it with the backbone, on F, so
@@ -56,6 +56,11 @@ class Alternation:
             the others are ``"cosine"`` and ``"linear"``; None keeps the rate. It is left out for optimizers with a
             schedule of their own, and for schedule-free ones. (A schedule within ``optax.contrib``'s prodigy,
             dadapt_adamw and momo is not seen: say None.) In a loop of your own give the optimizer an Optax schedule.
+        largest_step: how far one gradient step may move a kernel, as a share of its size, ``> 0``; None for no limit.
+            The spectral norm of an update is at most this share of that of a random matrix as large as the kernel; a
+            larger update is made smaller as a whole. So a rate that is too high for a layer (Adam at .003 on thousands
+            of inputs of one sign, wide blocks) does not wreck it. The guard's rate and ``decay`` come on top. Biases
+            and scales are not limited.
         largest_growth: how many times larger the loss's gradient in the features (root mean square over rows) may be
             after the first solve than before it, ``> 0``. While it is larger, that solve is done again with twice the
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
@@ -79,6 +84,7 @@ class Alternation:
     dense_epochs: int | None = None
     then_every: int | None = None
     decay: str | None = "wsd"
+    largest_step: float | None = 0.02
     largest_growth: float | None = None
 
     def __post_init__(self) -> None:
@@ -89,9 +95,9 @@ class Alternation:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
             choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
-        growth = self.largest_growth
-        if growth is not None and not (isinstance(growth, numbers.Real) and growth > 0):
-            raise ValueError(f"Alternation: `largest_growth` must be a number > 0 or None, got {growth!r}.")
+        for name, limit in (("largest_step", self.largest_step), ("largest_growth", self.largest_growth)):
+            if limit is not None and not (isinstance(limit, numbers.Real) and limit > 0):
+                raise ValueError(f"Alternation: `{name}` must be a number > 0 or None, got {limit!r}.")
 
     def moves(self, head: Head) -> bool:
         """Whether gradient steps move this head; one without a backbone is only solved for."""

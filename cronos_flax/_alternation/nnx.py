@@ -98,12 +98,13 @@ class CronosOptimizer(nnx.Optimizer):
         solver = solver_or_default("CronosOptimizer", solver)
         alternation = alternation_settings("CronosOptimizer", alternation, solver, head)
         solver = alternation_defaults(solver, head, alternation)
-        settings = guard_settings("CronosOptimizer", guard)
+        settings, largest_step = guard_settings("CronosOptimizer", guard), alternation.largest_step
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             if alternation.moves(head):
-                super().__init__(model, rated(tx, head.paths), wrt=wrt)
+                super().__init__(model, rated(tx, head.paths, largest_step), wrt=wrt)
             else:
-                super().__init__(model, rated(tx), wrt=_OutsideHead(wrt, head.paths))
+                outside = _OutsideHead(wrt, head.paths)
+                super().__init__(model, rated(tx, largest_step=largest_step), wrt=outside)
         self.solving = nnx.static(_Solving(head, solver, alternation))
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))

@@ -114,7 +114,7 @@ class CronosTrainState(TrainState):
         alternation = alternation_settings("CronosTrainState", alternation, solver, head)
         solver = alternation_defaults(solver, head, alternation)
         settings = guard_settings("CronosTrainState", guard)
-        tx = alternating(tx, head, alternation.moves(head))
+        tx = alternating(tx, head, alternation.moves(head), alternation.largest_step)
         kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)

@@ -35,6 +35,7 @@ ALTERNATION, STRICT, FROZEN, PROBE = "cronos-am", "cronos-am-strict", "cronos", 
 
 _WEIGHT_DECAY = 1e-4
 _BACKBONE, _BACKBONE_RATE = "adam", 3e-3  # of CRONOS-AM without a search
+_PAPER = Alternation(head="frozen", decay=None, largest_step=None)
 _PROBE_DECADES = (-3.0, 3.0)
 _ITERATIONS, _MOST_SOLVES = 10, 50  # on a frozen backbone: iterations between two checks, and checks
 _STAGNATION = 1e-3  # relative decrease of the loss between two checks below which the run ends
@@ -207,7 +208,7 @@ def _trained(task: Task, run: Run, watch: Callable[[Row], Any], directory: Path 
     state: Any
     if kind is not None:
         tx = optimizer(_BACKBONE, _BACKBONE_RATE) if name is None else optimizer(name, run.rate)
-        alternation = Alternation(head="frozen", decay=None) if kind == STRICT else Alternation()
+        alternation = _PAPER if kind == STRICT else Alternation()
         state = CronosTrainState.create(
             **common, tx=tx, head=task.head_in_training, solver=Cronos(loss=task.loss), alternation=alternation
         )

@@ -67,7 +67,7 @@ CASES = {
     "teacher, MLP": Case(of_teacher, Net("dense", (128, 64), 64, 6), 64, 25),
     "clothes, ViT": Case(partial(some_clothes, rows=2000), Net("vit", (96, 96), 64, 10), 64, 12),
 }
-MOVING = cf.Alternation(decay="cosine", then_every=5)  # the default when the rows were made
+MOVING = cf.Alternation(decay="cosine", then_every=5, largest_step=None)  # the default when the rows were made
 FROZEN = dataclasses.replace(MOVING, head="frozen")
 # By name: the rate of Adam, the parts, and settings of the solver.
 VARIANTS: dict[str, tuple[float, cf.Alternation, dict[str, Any]]] = {

@@ -92,7 +92,7 @@ def _stay(self: Any, parts: Any, stats: Any, rounding: float) -> Any:
 
 
 judge = cf.GuardState.judge
-STRICT = cf.Alternation(head="frozen", decay=None)  # what all rows are of
+STRICT = cf.Alternation(head="frozen", decay=None, largest_step=None)  # what all rows are of
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no guard": {"create": {"guard": False}},

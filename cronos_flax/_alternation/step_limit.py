@@ -1,0 +1,70 @@
+"""How far one step of an optimizer may move a kernel, as a share of the kernel's size.
+
+Adam moves each entry of a kernel by about its rate, whatever the kernel's entries are, and all entries of a column in
+one direction where the inputs have one sign. On many inputs a single step then changes the outputs of a layer by more
+than they are. What counts is the spectral norm: it bounds how far a layer's outputs move.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+_ROUNDS = 2  # of power iteration: the norm comes out a few percent too small, more for an update of many directions
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def limited(updates: Any, params: Any, largest: float) -> Any:
+    """Updates of which none moves a kernel by more than a share of its size.
+
+    A kernel is a parameter of two or more axes, the last one its outputs. Its update ΔW becomes
+
+        ΔW · min(1, largest · size(W) / ‖ΔW‖₂)
+
+    so its direction stays. Biases, scales and other vectors are not limited.
+
+    Args:
+        updates: of an optimizer, to be added to the parameters.
+        params: the parameters, a tree of the same structure.
+        largest: the share.
+
+    References:
+        Yang, Simon, Bernstein, *A Spectral Condition for Feature Learning*, arXiv:2310.17813: features learn at
+        the same pace in networks of all widths if the spectral norms of updates are in proportion to those of kernels.
+    """
+
+    def limit(update: Array, param: Array) -> Array:
+        if jnp.ndim(update) < 2:
+            return update
+        step, kernel = _as_matrix(update), _as_matrix(param)
+        factor = jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))
+        return (factor * update).astype(update.dtype)
+
+    return jax.tree.map(limit, updates, params)
+
+
+def size(kernel: Float[Array, "m n"]) -> Float[Array, ""]:
+    """The spectral norm that a random matrix with the entries' root mean square σ has, about ``σ (√m + √n)``.
+
+    A kernel that is smaller than a fresh one, of σ = 1/√m, counts as a fresh one: it may begin at zero.
+    """
+    m, n = kernel.shape
+    sigma = jnp.sqrt(jnp.mean(jnp.square(kernel)))
+    return jnp.maximum(sigma, m**-0.5) * (m**0.5 + n**0.5)
+
+
+def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    """The largest singular value, from below, by power iteration."""
+    columns = jnp.arange(matrix.shape[1])
+    vector = 1 + jnp.sin(columns) / 2  # one for all steps, so that a run repeats; neither sparse nor with a period
+    for _ in range(_ROUNDS):
+        image = matrix.T @ (matrix @ vector)
+        vector = image / jnp.maximum(jnp.linalg.norm(image), _TINY)
+    return jnp.linalg.norm(matrix @ vector)
+
+
+def _as_matrix(kernel: Array) -> Float[Array, "m n"]:
+    """All axes but the last are inputs, as in Flax's dense layers and convolutions."""
+    return jnp.reshape(kernel, (-1, kernel.shape[-1])).astype(jnp.float32)
