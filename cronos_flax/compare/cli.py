@@ -15,18 +15,6 @@ _EXTRA = "pip install 'cronos_flax[examples]'"
 _INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults and keeps line breaks."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_Help, **kwargs)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -47,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for name in ("absl", "asyncio"):  # TFDS and Orbax log through them; their errors are raised too
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    parser, commands = _parsers()
+    from cronos_flax.compare.options import parsers
+
+    parser, commands = parsers()
     args = parser.parse_args(argv)
     if not args.compile_anew:
         from cronos_flax.compare import programs
@@ -74,155 +64,6 @@ def _wrapped(text: str, first: str, others: str) -> str:
     return textwrap.fill(
         text, 79, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    from cronos_flax.compare.arrays import KINDS
-    from cronos_flax.compare.data import EMBEDDED, SCALINGS
-    from cronos_flax.compare.methods import METHODS
-    from cronos_flax.compare.models import MODELS
-
-    parser = _Parser(prog="cronos-flax", description="Convex training of the last two layers of Flax modules.")
-    version = importlib.metadata.version("cronos_flax")
-    parser.add_argument("--version", action="version", version=f"cronos_flax {version}")
-    kinds = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    task = _Parser(add_help=False)
-    task.add_argument(
-        "--compile-anew", action="store_true",
-        help="keep no compiled programs in the user's cache folder, and use none that are there",
-    )  # fmt: skip
-    data = task.add_argument_group("data and model")
-    data.add_argument(
-        "--dataset", default="digits", metavar="NAME",
-        help=f"{', '.join(EMBEDDED)}; a file.npz with x, y (and x_test, y_test); or the name of a prepared TFDS set",
-    )  # fmt: skip
-    data.add_argument("--data-dir", metavar="DIR", help="directory of prepared TFDS sets")
-    data.add_argument(
-        "--model", default="mlp", metavar="NAME",
-        help=f"{', '.join(MODELS)}; or module:factory, a function of the number of outputs that returns a linen "
-        "module, or a module and its variables",
-    )  # fmt: skip
-    data.add_argument(
-        "--loss", choices=("softmax", "squared", "logistic", "huber", "hinge"),
-        help="if not given: softmax for classes, squared for regression",
-    )  # fmt: skip
-    data.add_argument(
-        "--targets", choices=KINDS,
-        help="if not given: classes for integers, strings, bools and whole floats, values for other floats",
-    )  # fmt: skip
-    data.add_argument("--scaling", choices=SCALINGS, default="standardise", help="of the inputs")
-    data.add_argument("--rows", type=_positive, metavar="N", help="fit on N rows only")
-    data.add_argument(
-        "--validation", type=_positive_float, default=0.2, metavar="N",
-        help="rows of the training split held back for validation; below 1, a fraction",
-    )  # fmt: skip
-    data.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="rows of a gradient step")
-
-    compare = kinds.add_parser(
-        "compare", parents=[task], help="CRONOS-AM against tuned optimizers, on your model and data",
-        description="Compare methods over grids of rates and over seeds, at equal budgets. The same command\n"
-        "resumes where it was stopped. Writes into DIR:\n"
-        "  results.jsonl  the checks of all runs\n"
-        "  table.md       each method at its best rate, chosen by validation, and its grid\n"
-        "  curves.png     validation scores during training, a panel for each method\n"
-        "  budget.png     the test score to expect for a compute budget, tuning included",
-        epilog="methods:\n" + "\n".join(_method_lines(METHODS)),
-    )  # fmt: skip
-    runs = compare.add_argument_group("runs")
-    runs.add_argument("--methods", default="cronos-am,adam,sgd", metavar="LIST", help="separated by commas; see below")
-    runs.add_argument(
-        "--seeds",
-        type=_positive,
-        default=3,
-        metavar="N",
-        help="number of seeds; a seed fixes split, weights, order of rows",
-    )
-    runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds are N, N+1, …")
-    budget = runs.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--epochs", type=_positive, metavar="N", help="length of each run; 10 if --seconds is not given"
-    )
-    budget.add_argument(
-        "--seconds", type=_positive_float, metavar="S", help="training time of each run, in place of epochs"
-    )
-    runs.add_argument("--rates", type=_positive, default=7, metavar="N", help="rates in each method's grid")
-    runs.add_argument(
-        "--rate-range", type=_positive_float, nargs=2, metavar=("LOW", "HIGH"),
-        help="of all optimizers; if not given, three decades that are usual for each",
-    )  # fmt: skip
-    runs.add_argument("--random-rates", type=int, metavar="SEED", help="draw rates at random instead of spacing them")
-    runs.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N",
-        help="runs side by side, one core each; with more than 1, times are not kept",
-    )  # fmt: skip
-    shown = compare.add_argument_group("output")
-    shown.add_argument(
-        "--target", type=float, metavar="SCORE", help="validation accuracy in %% that times are given to"
-    )
-    _add_output(shown)
-
-    train = kinds.add_parser(
-        "train", parents=[task], help="one run of CRONOS-AM",
-        description="Train by CRONOS-AM. Writes checkpoints, history.jsonl and curves.png into DIR; the\n"
-        "same command resumes where it was stopped.",
-    )  # fmt: skip
-    how = train.add_argument_group("run")
-    how.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes through the rows")
-    how.add_argument(
-        "--optimizer", default="adam", metavar="NAME", help="of the backbone: one of the optimizers of compare"
-    )
-    how.add_argument("--rate", type=_positive_float, default=3e-3, metavar="R", help="its learning rate")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes split, weights and order of rows")
-    _add_output(train.add_argument_group("output"))
-
-    info = kinds.add_parser(
-        "info", parents=[task], help="versions, devices, and the head of a model",
-        description="Print versions and devices, and the head of a model, or the reason why it has none.",
-    )  # fmt: skip
-    return parser, {"compare": compare, "train": train, "info": info}
-
-
-def _add_output(group: Any) -> None:
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the results")
-    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _method_lines(names: Sequence[str]) -> list[str]:
-    from cronos_flax._alternation.defaults import DECAYS
-    from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE, STRICT
-
-    said = {
-        ALTERNATION: "CRONOS-AM with its defaults, and Adam at 3e-3",
-        STRICT: "the same with a head that only solves move, at a constant rate",
-        FROZEN: "the head solved once, on the untrained backbone",
-        PROBE: "a linear model on the features of the untrained backbone",
-    }
-    optimizers = ", ".join(name for name in names if name not in said)
-    own = [f"  {name:<23}{text}" for name, text in said.items()]
-    lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
-    own.append(f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid")
-    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(filter(None, DECAYS))}"]
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer ≥ 1, got {text!r}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
 
 
 def _check_free(out: Path) -> None:
