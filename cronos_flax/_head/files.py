@@ -40,14 +40,8 @@ def held(directory: Path, name: str = "`out`") -> Iterator[None]:
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with named(path):
-            try:
-                _lock(lock)
-            except BlockingIOError:
-                holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
-                raise BlockingIOError(
-                    f"{name} {directory} is held by {holder}, which writes its results there. Wait until it ends, "
-                    "stop it, or give another directory."
-                ) from None
+            if not _locked(lock):
+                raise _held_already(lock, directory, name, "Wait until it ends, stop it, or give another directory.")
             os.ftruncate(lock, 0)
             _write(lock, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode())
         yield
@@ -71,14 +65,48 @@ def held_by_all(directory: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _lock(descriptor: int) -> None:
-    if fcntl is None:
+@contextmanager
+def at_rest(directory: Path, name: str) -> Iterator[None]:
+    """Read a directory that nobody holds; nobody can hold it meanwhile. Nothing is written, so it may be read-only.
+
+    Args:
+        directory: the directory.
+        name: what the caller calls it, for the message.
+
+    Raises:
+        BlockingIOError: if it is held; the message says by which process.
+    """
+    path = directory / LOCK
+    if not path.exists():  # never held, or a copy
+        yield
         return
+    lock = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with named(path):
+            if not _locked(lock, shared=True):
+                raise _held_already(lock, directory, name, "Wait until it ends, or stop it.")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _locked(descriptor: int, *, shared: bool = False) -> bool:
+    """Whether the lock could be had; True where there are no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+    return True
+
+
+def _held_already(lock: int, directory: Path, name: str, remedy: str) -> BlockingIOError:
+    holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
+    return BlockingIOError(f"{name} {directory} is held by {holder}, which writes its results there. {remedy}")
 
 
 @contextmanager

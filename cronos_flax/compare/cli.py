@@ -1,4 +1,4 @@
-"""The command line: ``cronos-flax compare | train | info``, the same as ``python -m cronos_flax``."""
+"""The command line: ``cronos-flax compare | merge | train | info``, the same as ``python -m cronos_flax``."""
 
 import argparse
 import importlib.metadata
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         programs.keep()
     try:
-        return {"compare": _compare, "train": _train, "info": _info}[args.command](args)
+        return {"compare": _compare, "merge": _merge, "train": _train, "info": _info}[args.command](args)
     except OSError as error:
         _refuse(commands[args.command], error, 1)
     except ValueError as error:
@@ -61,19 +62,22 @@ def _refuse(parser: argparse.ArgumentParser, error: Exception, status: int) -> N
 
 def _wrapped(text: str, first: str, others: str) -> str:
     """Lines of up to 79 characters, with names of files in one piece."""
-    return textwrap.fill(
-        text, 79, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
+    wrapper = textwrap.TextWrapper(79, subsequent_indent=others, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for number, line in enumerate(text.splitlines()):
+        wrapper.initial_indent = others if number else first
+        lines.append(wrapper.fill(line))
+    return "\n".join(lines)
 
 
-def _check_free(out: Path) -> None:
+def _check_free(out: Path, name: str = "`--out`") -> None:
     """Raise before any work if the directory cannot be written to, or another process holds it."""
     from cronos_flax._head.files import LOCK, held
 
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
-            f"`--out` must be a directory, or one that can be made, got {out}: {there} cannot be written to."
+            f"{name} must be a directory, or one that can be made, got {out}: {there} cannot be written to."
         )
     if (out / LOCK).exists():
         with held(out):
@@ -99,12 +103,10 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from cronos_flax._head.files import held, replace
-    from cronos_flax.compare import plots, tables
+    from cronos_flax._head.files import held
     from cronos_flax.compare.methods import check_method, grid, has_head
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
-    from cronos_flax.compare.summaries import summaries
     from cronos_flax.compare.sweep import fill
     from cronos_flax.compare.task import Run, Task
 
@@ -114,7 +116,9 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError(f"`--rate-range` must be LOW HIGH with LOW < HIGH, got {args.rate_range}.")
     if args.seconds and args.jobs > 1:
         raise ValueError("`--seconds` needs runs that are timed: leave `--jobs` out.")
-    _check_free(args.out)
+    shard = args.shard
+    out = shard.directory(args.out) if shard else args.out
+    _check_free(out)
     settings = _settings(args)
     methods = [check_method(name.strip()) for name in args.methods.split(",")]
     span = tuple(args.rate_range) if args.rate_range else None
@@ -131,17 +135,48 @@ def _compare(args: argparse.Namespace) -> int:
         _ = task.head
     if not args.quiet:
         _print_notes(task.dataset)
-    with held(args.out):
-        with Progress(len(runs), quiet=args.quiet) as progress:
-            rows = fill(settings, runs, args.out, jobs=args.jobs, watch=progress, task=task)
+    mine = shard.deal(runs) if shard else runs
+    with held(out):
+        with Progress(len(mine), quiet=args.quiet) as progress:
+            rows = fill(settings, runs, out, jobs=args.jobs, watch=progress, task=task, shard=shard)
         done = by_run(rows)  # an earlier call may have done more runs, in another order
-        rows = [row for run in runs for row in done[run]]
-        replace(args.out / "table.md", tables.table(rows, args.target).encode())
-        plots.draw_curves(rows, args.out / "curves.png")
-        plots.draw_budget(rows, args.out / "budget.png")
-    if not args.quiet:
-        progress.show(summaries(rows), args.out)
+        rows = [row for run in mine for row in done[run]]
+        if not shard:
+            _write_figures(rows, out, args.target)
+    if shard and not args.quiet:
+        print(f"{out}: {len(mine)} of the {len(runs)} runs. When all parts are done:")
+        print(f"  cronos-flax merge {args.out} {args.out}/part-*-of-{shard.of}")
+    elif not args.quiet:
+        progress.show(rows, out)
     return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from cronos_flax._head.files import held
+    from cronos_flax.compare.merge import collected
+    from cronos_flax.compare.progress import Progress
+
+    _check_free(args.out, "OUT")
+    merged = collected(args.parts)
+    with held(args.out):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            rows = merged.add_to(args.out)
+        _write_figures(rows, args.out, args.target)
+    if not args.quiet:
+        for each in said:
+            print(_wrapped(f"warning: {each.message}", "", "  "), file=sys.stderr)
+        Progress(0, quiet=False).show(rows, args.out)
+    return 0
+
+
+def _write_figures(rows: list[Any], out: Path, target: float | None) -> None:
+    from cronos_flax._head.files import replace
+    from cronos_flax.compare import plots, tables
+
+    replace(out / "table.md", tables.table(rows, target).encode())
+    plots.draw_curves(rows, out / "curves.png")
+    plots.draw_budget(rows, out / "budget.png")
 
 
 def _train(args: argparse.Namespace) -> int:

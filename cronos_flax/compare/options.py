@@ -12,6 +12,7 @@ from cronos_flax.compare.arrays import KINDS
 from cronos_flax.compare.data import EMBEDDED, SCALINGS
 from cronos_flax.compare.methods import ALTERNATION, FROZEN, METHODS, PROBE, STRICT
 from cronos_flax.compare.models import MODELS
+from cronos_flax.compare.shards import Shard
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +34,12 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"cronos_flax {version}")
     kinds = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     task = _task()
-    return parser, {"compare": _compare(kinds, task), "train": _train(kinds, task), "info": _info(kinds, task)}
+    return parser, {
+        "compare": _compare(kinds, task),
+        "merge": _merge(kinds),
+        "train": _train(kinds, task),
+        "info": _info(kinds, task),
+    }
 
 
 def _task() -> Parser:
@@ -107,10 +113,30 @@ def _compare(kinds: Any, task: Parser) -> Parser:
         "--jobs", type=_positive, default=1, metavar="N",
         help="runs side by side, one core each; with more than 1, times are not kept",
     )  # fmt: skip
+    runs.add_argument(
+        "--shard", type=_shard, metavar="K/N",
+        help="do part K of N only, into DIR/part-K-of-N: results.jsonl and sweep.json; see merge",
+    )  # fmt: skip
     shown = compare.add_argument_group("output")
     _add_target(shown)
     _add_output(shown)
     return compare
+
+
+def _merge(kinds: Any) -> Parser:
+    merge: Parser = kinds.add_parser(
+        "merge", help="put the parts of compare --shard together",
+        description="Merge the results.jsonl of all parts of a comparison (compare --shard K/N) into OUT, to what\n"
+        "one machine would have written, and write the same table and pictures there. Nothing is\n"
+        "written if runs are missing or the parts do not fit together; it is said which and why.",
+    )  # fmt: skip
+    merge.add_argument("out", type=Path, metavar="OUT", help="directory of the results; what it holds is kept")
+    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="directories that compare --shard made")
+    shown = merge.add_argument_group("output")
+    _add_target(shown)
+    _add_quiet(shown)
+    merge.set_defaults(compile_anew=True)  # there is nothing to compile
+    return merge
 
 
 def _train(kinds: Any, task: Parser) -> Parser:
@@ -146,6 +172,10 @@ def _add_target(group: Any) -> None:
 
 def _add_output(group: Any) -> None:
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the results")
+    _add_quiet(group)
+
+
+def _add_quiet(group: Any) -> None:
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -161,6 +191,13 @@ def _method_lines(names: Sequence[str]) -> list[str]:
     lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
     own.append(f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid")
     return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(filter(None, DECAYS))}"]
+
+
+def _shard(text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

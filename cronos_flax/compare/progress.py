@@ -51,9 +51,8 @@ class Progress:
 
     def __call__(self, event: str, run: Run, what: Any) -> None:
         """Take a check (its row), or a run that is done or was done before (its rows)."""
-        name = run.method + ("" if run.rate is None else f" {run.rate:g}") + f", seed {run.seed}"
         if event == "check":
-            self._bar.update(self._task, description=f"{name}, epoch {what['epoch']}")
+            self._bar.update(self._task, description=f"{run.name}, epoch {what['epoch']}")
             return
         self._done += 1
         self._rows += what
@@ -62,7 +61,7 @@ class Progress:
             self._live.update(Group(_table(summaries(self._rows)), self._bar))
         elif event == "done":
             said = what[-1].get("error") or _figures(peak(what))
-            self._console.print(f"[{self._done}/{self._total}] {name}: {said}", markup=False, highlight=False)
+            self._console.print(f"[{self._done}/{self._total}] {run.name}: {said}", markup=False, highlight=False)
 
     def epoch(self, row: Row) -> None:
         """Take a check of a single run."""
@@ -70,9 +69,9 @@ class Progress:
         said = f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, {_figures(row)}"
         self._console.print(said, markup=False, highlight=False)
 
-    def show(self, methods: list[Summary], out: Path) -> None:
+    def show(self, rows: list[Row], out: Path) -> None:
         """Print the table at the end, and the names of the files."""
-        self._console.print(_table(methods))
+        self._console.print(_table(summaries(rows)))
         self._console.print(f"{out}: results.jsonl, table.md, curves.png, budget.png", highlight=False)
 
 

@@ -18,13 +18,17 @@ _BROKEN = re.compile(rb'"crc32"|"[0-9a-f]{8}"\}$')  # what is left of a checksum
 _SUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
-def kept(path: Path) -> list[Row]:
+def kept(path: Path, name: str = "`out`") -> list[Row]:
     """The rows of all finished runs; none if there is no file.
+
+    Args:
+        path: of the file.
+        name: what the caller calls its directory, for the message.
 
     Raises:
         ValueError: if a line is damaged, by number.
     """
-    return _read(path)[0]
+    return _read(path, name)[0]
 
 
 def by_run(rows: Iterable[Row]) -> dict[Run, list[Row]]:
@@ -40,9 +44,37 @@ def run_of(row: Row) -> Run:
     return Run(row["method"], row["rate"], row["seed"])
 
 
+def check_same(rows: Iterable[Row], shared: Row, where: str, other: str, remedy: str) -> None:
+    """Check that rows are of the same settings and data.
+
+    Args:
+        rows: to check.
+        shared: settings by name, and ``"data"``, the checksum of the data, if it is known.
+        where: what holds the rows, for the message.
+        other: what has the settings.
+        remedy: what to do.
+
+    Raises:
+        ValueError: if they are not; it names the setting.
+    """
+    rows = list(rows)
+    for name, value in shared.items():
+        default = value if name == "data" else None  # which early versions did not keep
+        theirs = next((row.get(name, default) for row in rows if row.get(name, default) != value), value)
+        if theirs == value:
+            continue
+        if name == "data":
+            dataset = rows[0]["dataset"]
+            raise ValueError(
+                f"{where} holds runs on other data: {dataset} has changed since (its checksum is {theirs}, and {other} "
+                f"has {value}). {remedy}"
+            )
+        raise ValueError(f"{where} holds a comparison with {name}={theirs!r}, and {other} has {value!r}. {remedy}")
+
+
 def repaired(path: Path) -> list[Row]:
     """The rows of all finished runs, as :func:`kept`; what follows them, of a run that was killed, is cut off."""
-    rows, size = _read(path)
+    rows, size = _read(path, "`out`")
     if path.exists() and size < path.stat().st_size:
         with named(path), path.open("r+b") as file:
             file.truncate(size)
@@ -53,15 +85,20 @@ def repaired(path: Path) -> list[Row]:
 
 def add(path: Path, rows: list[Row]) -> None:
     """Add a finished run: all of its rows, the last with ``"end"``, or none."""
+    append(path, lines_of(rows))
+
+
+def lines_of(rows: list[Row]) -> bytes:
+    """The lines of a finished run."""
     lines, total = [], 0
     for row in rows:
         body = json.dumps(row).encode()
         total = zlib.crc32(body, total)
         lines.append(body[:-1] + f', "crc32": "{total:08x}"}}\n'.encode())
-    append(path, b"".join(lines))
+    return b"".join(lines)
 
 
-def _read(path: Path) -> tuple[list[Row], int]:
+def _read(path: Path, name: str) -> tuple[list[Row], int]:
     """The rows of all finished runs, and how many bytes of the file these are."""
     if not path.exists():
         return [], 0
@@ -91,9 +128,9 @@ def _read(path: Path) -> tuple[list[Row], int]:
         except _CutShortError as error:
             if is_last:
                 break
-            raise _damaged(path, number, error) from None
+            raise _damaged(name, path, number, error) from None
         except ValueError as error:
-            raise _damaged(path, number, error) from None
+            raise _damaged(name, path, number, error) from None
         first.setdefault(run_of(row), number)
         summed = summed or mark is not None
         run.append(row)
@@ -119,8 +156,8 @@ def _row(line: bytes) -> Row:
     return row
 
 
-def _damaged(path: Path, number: int, error: ValueError) -> ValueError:
+def _damaged(name: str, path: Path, number: int, error: ValueError) -> ValueError:
     return ValueError(
-        f"`out`: line {number} of {path} is damaged: it {error}. Nothing was changed. Take the file from a copy, or "
+        f"{name}: line {number} of {path} is damaged: it {error}. Nothing was changed. Take the file from a copy, or "
         'delete the lines of that run (a run ends with the line that has "end"): the next sweep does it again.'
     )

@@ -17,7 +17,8 @@ import jax
 
 from cronos_flax._head.files import held
 from cronos_flax.compare.methods import rows_of
-from cronos_flax.compare.results import add, by_run, repaired
+from cronos_flax.compare.results import add, by_run, check_same, repaired
+from cronos_flax.compare.shards import Plan, Shard
 from cronos_flax.compare.task import Row, Run, Settings, Task
 
 VERSIONS = ("cronos_flax", "jax", "flax", "optax", "numpy")
@@ -31,6 +32,7 @@ def sweep(
     jobs: int = 1,
     watch: Callable[[str, Run, Any], Any] = lambda *_: None,
     task: Task | None = None,
+    shard: Shard | None = None,
 ) -> list[Row]:
     """Do the runs that are missing from ``out / "results.jsonl"``. The directory is held meanwhile.
 
@@ -42,17 +44,21 @@ def sweep(
         watch: called with ``"check"``, a run and a row; with ``"done"``, a run and its rows; and with ``"before"``,
             a run that an earlier call finished, and its rows.
         task: the task of these settings, if it is made already.
+        shard: do this part of the runs, in ``shard.directory(out)``; :func:`cronos_flax.compare.merge.merge` puts the
+            parts together.
 
     Returns:
-        All rows, those of earlier calls included.
+        All rows, those of earlier calls included; of a part, its rows.
 
     Raises:
-        ValueError: if the directory holds rows of other settings or other data, or damaged ones.
+        ValueError: if the directory holds rows of other settings or other data, a part of another sweep, or damaged
+            rows.
         BlockingIOError: if another sweep writes into the directory; the message says which process does.
         OSError: if the directory cannot be written to.
     """
+    out = shard.directory(out) if shard else out
     with held(out):
-        return fill(settings, runs, out, jobs=jobs, watch=watch, task=task)
+        return fill(settings, runs, out, jobs=jobs, watch=watch, task=task, shard=shard)
 
 
 def fill(
@@ -63,22 +69,19 @@ def fill(
     jobs: int = 1,
     watch: Callable[[str, Run, Any], Any] = lambda *_: None,
     task: Task | None = None,
+    shard: Shard | None = None,
 ) -> list[Row]:
-    """As :func:`sweep`, in a directory that the caller holds."""
+    """As :func:`sweep`, in a directory that the caller holds: with a shard, that of the part."""
     path = out / "results.jsonl"
     rows = repaired(path)
-    for name, value in settings.shared().items():
-        other = next((row for row in rows if row.get(name) != value), None)
-        if other is not None:
-            raise ValueError(
-                f"`out` {out} holds a comparison with {name}={other.get(name)!r}, and this one has {value!r}. Give "
-                "another directory."
-            )
+    plan = Plan.read(out) if shard else None
+    known = [*rows, *([plan.shared] if plan else [])]
+    check_same(known, settings.shared(), f"`out` {out}", "this one", "Give another directory.")
     task = Task.of(settings) if task is None else task
-    if {row.get("data", task.checksum) for row in rows} - {task.checksum}:
-        raise ValueError(
-            f"`out` {out} holds runs on other data: {settings.dataset} has changed since. Give another directory."
-        )
+    shared = {**settings.shared(), "data": task.checksum}
+    check_same(known, shared, f"`out` {out}", "this one", "Give another directory.")
+    if shard:
+        runs = Plan(shard, shared, tuple(dict.fromkeys(runs))).begin(out)
     done, missing = by_run(rows), []
     for run in dict.fromkeys(runs):
         if run in done:

@@ -111,17 +111,21 @@ def _protocol(rows: list[Row], target: float) -> str:
     what = "accuracy in %" if any("test_accuracy" in r for r in rows) else "minus the loss"
     length = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
     seeds = len({r["seed"] for r in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    machines = " and on ".join(dict.fromkeys(map(_machine, rows)))
     return (
         f"{row['dataset']}, inputs {_SCALED[row['scaling']]}; model {row['model']}, loss {row['loss'] or 'of the set'};"
-        f" batch size {row['batch_size']}, {length} a run, {seeds} seed(s); {row['device']}, {row['cores']} cores; "
-        f"{versions}.\n\n"
+        f" batch size {row['batch_size']}, {length} a run, {seeds} seed(s); {machines}.\n\n"
         f"Scores are {what}, mean ± standard deviation over seeds. For each method the cell (rate) and, in each run, "
         "the check (epoch) of the peak are chosen by validation rows; test rows only report. Grid: mean validation "
         f"score at the end, over all of the method's rates. Target: validation score {_number(target)}, in the best "
         "cell. Seconds are training time, without compilation and validation. Times, epochs and solves are means over "
         "the best cell's runs. Differences are paired by seed, of tests at the peak, ± standard error."
     )
+
+
+def _machine(row: Row) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return f"{row['device']}, {row['cores']} cores; {versions}"
 
 
 _SCALED = {"standardise": "standardised", "unit": "scaled to 1", "none": "as they are"}

@@ -60,6 +60,11 @@ class Run(NamedTuple):
     rate: float | None
     seed: int
 
+    @property
+    def name(self) -> str:
+        """As a text."""
+        return self.method + ("" if self.rate is None else f" {self.rate:g}") + f", seed {self.seed}"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
