@@ -468,9 +468,13 @@ BAD = {
     "two budgets": (["compare", "--epochs", "1", "--seconds", "1", "--out", "OUT"], "not allowed with"),
     "range": (["compare", "--rate-range", "1", "0.1", "--out", "OUT"], "LOW < HIGH"),
     "jobs": (["compare", "--seconds", "1", "--jobs", "2", "--out", "OUT"], "`--jobs`"),
+    "shard": (["compare", "--shard", "0/8", "--out", "OUT"], "must be K/N with 1 ≤ K ≤ N, such as 2/8, got '0/8'"),
+    "no shard": (["compare", "--shard", "/8", "--out", "OUT"], "must be K/N with 1 ≤ K ≤ N, such as 2/8, got '/8'"),
     "rows": (["compare", "--rows", "99999", "--out", "OUT"], "must leave rows to fit"),
     "out": (["compare", "--out", "FILE/x"], "cannot be written to"),
     "no out": (["compare"], "--out"),
+    "no parts": (["merge", "OUT"], "required: PART"),
+    "merged into a file": (["merge", "FILE/x", "PART"], "OUT must be a directory, or one that can be made"),
     "train optimizer": (["train", "--optimizer", "lion", "--out", "OUT"], "must be one of adam"),
     "info model": (["info", "--model", "nothere:Net"], "cannot be imported"),
 }

@@ -82,7 +82,7 @@ def test_reference_has_every_public_name():
     assert sorted(entries) == sorted(public)
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "info"])
+@pytest.mark.parametrize("command", ["compare", "merge", "train", "info"])
 def test_command_line_page_has_every_option(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cronos-flax", command, "--help"])
     with pytest.raises(SystemExit):

@@ -89,7 +89,7 @@ def add(path: Path, rows: list[Row]) -> None:
 
 
 def lines_of(rows: list[Row]) -> bytes:
-    """The lines of a finished run."""
+    """The lines of a finished run, with checksums."""
     lines, total = [], 0
     for row in rows:
         body = json.dumps(row).encode()

@@ -7,12 +7,12 @@ in their order. From it :mod:`cronos_flax.compare.merge` knows that nothing is m
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 from cronos_flax._head.files import replace
+from cronos_flax.compare.results import lines_of
 from cronos_flax.compare.task import Row, Run
 
 PLAN = "sweep.json"
@@ -103,9 +103,11 @@ class Plan:
         if not path.exists():
             return None
         try:
-            body: dict[str, Any] = json.loads(path.read_bytes())
-            if body.pop("crc32") != _checksum(body):
-                raise ValueError("checksum")
+            content = path.read_bytes()
+            body: dict[str, Any] = json.loads(content)
+            del body["crc32"]
+            if lines_of([body]) != content:
+                raise ValueError
             return cls(Shard(**body["shard"]), body["shared"], tuple(Run(*run) for run in body["runs"]))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(
@@ -116,7 +118,7 @@ class Plan:
     def write(self, directory: Path) -> None:
         """Keep the plan in a directory."""
         body = {"shard": dataclasses.asdict(self.shard), "shared": self.shared, "runs": self.runs}
-        replace(directory / PLAN, (json.dumps({**body, "crc32": _checksum(body)}) + "\n").encode())
+        replace(directory / PLAN, lines_of([body]))
 
     def begin(self, directory: Path) -> list[Run]:
         """Keep the plan in a directory, or find it there; return the runs of its part.
@@ -134,7 +136,3 @@ class Plan:
                 "More runs are a sweep of their own: give another directory, and merge the parts of both."
             )
         return self.shard.deal(self.runs)
-
-
-def _checksum(body: Row) -> str:
-    return f"{zlib.crc32(json.dumps(body).encode()):08x}"
