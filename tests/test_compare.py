@@ -473,6 +473,10 @@ BAD = {
     "rows": (["compare", "--rows", "99999", "--out", "OUT"], "must leave rows to fit"),
     "out": (["compare", "--out", "FILE/x"], "cannot be written to"),
     "no out": (["compare"], "--out"),
+    "target of a part": (
+        ["compare", "--shard", "1/8", "--target", "90", "--out", "OUT"],
+        "give it to `cronos-flax merge`",
+    ),
     "no parts": (["merge", "OUT"], "required: PART"),
     "merged into a file": (["merge", "FILE/x", "PART"], "OUT must be a directory, or one that can be made"),
     "train optimizer": (["train", "--optimizer", "lion", "--out", "OUT"], "must be one of adam"),

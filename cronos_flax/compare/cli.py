@@ -104,11 +104,11 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax._head.files import held
-    from cronos_flax.compare.methods import check_method, grid, has_head
+    from cronos_flax.compare.methods import has_head
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
     from cronos_flax.compare.sweep import fill
-    from cronos_flax.compare.task import Run, Task
+    from cronos_flax.compare.task import Task
 
     if args.epochs is None and args.seconds is None:
         args.epochs = 10
@@ -116,22 +116,15 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError(f"`--rate-range` must be LOW HIGH with LOW < HIGH, got {args.rate_range}.")
     if args.seconds and args.jobs > 1:
         raise ValueError("`--seconds` needs runs that are timed: leave `--jobs` out.")
+    if args.shard and args.target is not None:
+        raise ValueError("`--target` is for the table, which a part does not have: give it to `cronos-flax merge`.")
     shard = args.shard
     out = shard.directory(args.out) if shard else args.out
     _check_free(out)
-    settings = _settings(args)
-    methods = [check_method(name.strip()) for name in args.methods.split(",")]
-    span = tuple(args.rate_range) if args.rate_range else None
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    runs = [
-        Run(method, rate, seed)
-        for seed in seeds
-        for method in dict.fromkeys(methods)
-        for rate in dict.fromkeys(grid(method, args.rates, span, args.random_rates))
-    ]
+    settings, runs = _settings(args), _runs(args)
     task = Task.of(settings)
-    task.split(seeds[0])
-    if any(map(has_head, methods)):
+    task.split(args.first_seed)
+    if any(has_head(run.method) for run in runs):
         _ = task.head
     if not args.quiet:
         _print_notes(task.dataset)
@@ -149,6 +142,21 @@ def _compare(args: argparse.Namespace) -> int:
     elif not args.quiet:
         progress.show(rows, out)
     return 0
+
+
+def _runs(args: argparse.Namespace) -> list[Any]:
+    """All runs of a sweep, in the order in which one machine does them."""
+    from cronos_flax.compare.methods import check_method, grid
+    from cronos_flax.compare.task import Run
+
+    methods = [check_method(name.strip()) for name in args.methods.split(",")]
+    span = tuple(args.rate_range) if args.rate_range else None
+    return [
+        Run(method, rate, seed)
+        for seed in range(args.first_seed, args.first_seed + args.seeds)
+        for method in dict.fromkeys(methods)
+        for rate in dict.fromkeys(grid(method, args.rates, span, args.random_rates))
+    ]
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -111,7 +111,8 @@ def collected(parts: Sequence[Path]) -> Merged:
     first, shared = read[0][0], read[0][1].shared
     for part, plan in read:
         remedy = "Only parts of the same settings and data can be merged."
-        check_same([plan.shared], shared, part.name, first.name, remedy)
+        either = {**dict.fromkeys(plan.shared), **shared}  # another version may have more settings
+        check_same([plan.shared], either, part.name, first.name, remedy)
         rows = (row for run in part.runs.values() for row in run)
         check_same(rows, plan.shared, part.name, f"its {PLAN}", remedy)
     _check_whole(_united(part for part, _ in read), read)

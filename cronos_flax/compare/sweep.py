@@ -78,10 +78,10 @@ def fill(
     known = [*rows, *([plan.shared] if plan else [])]
     check_same(known, settings.shared(), f"`out` {out}", "this one", "Give another directory.")
     task = Task.of(settings) if task is None else task
-    shared = {**settings.shared(), "data": task.checksum}
-    check_same(known, shared, f"`out` {out}", "this one", "Give another directory.")
+    data = {"data": task.checksum}
+    check_same(known, data, f"`out` {out}", "this one", "Give another directory.")
     if shard:
-        runs = Plan(shard, shared, tuple(dict.fromkeys(runs))).begin(out)
+        runs = Plan(shard, settings.shared() | data, tuple(dict.fromkeys(runs))).begin(out)
     done, missing = by_run(rows), []
     for run in dict.fromkeys(runs):
         if run in done:
