@@ -306,6 +306,22 @@ def test_parts_of_other_settings_and_other_data_are_refused(task, tmp_path, monk
     assert contents(Path("out")) == before
 
 
+def test_a_part_with_more_seeds_than_the_others_is_said(task, parts, tmp_path):
+    shutil.rmtree(parts[2])
+    more = [*RUNS, *(run._replace(seed=2) for run in RUNS[:4])]
+    sweep(DIGITS, more, parts[0].parent, task=task, shard=Shard(3, 3))
+    with pytest.raises(ValueError, match=r"are missing") as error:
+        merge(tmp_path / "out", parts)
+    first, *others = str(error.value).splitlines()
+    missing = set(more) - {run for part in parts for run in by_run(kept(part / "results.jsonl"))}
+    assert first == f"{len(missing)} of 12 runs are missing, and nothing was merged."
+    assert others[:2] == [
+        "The parts are of 2 sweeps, not of one.",
+        f"Of the sweep of 8 runs (PART {parts[0]}; PART {parts[1]}):",
+    ]
+    assert f"Of the sweep of 12 runs (PART {parts[2]}):" in others
+
+
 def test_results_that_are_there_already_stay_or_are_refused(swept, parts, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(swept / "whole", out)

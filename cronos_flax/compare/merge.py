@@ -180,25 +180,32 @@ def _different(rows: list[Row], others: list[Row]) -> str | None:
     return None
 
 
-def _check_whole(runs: dict[Run, list[Row]], read: list[tuple[Part, Plan]]) -> None:
+def _check_whole(runs: Iterable[Run], read: list[tuple[Part, Plan]]) -> None:
     """Check that no run is missing."""
-    lines, count = [], 0
-    for planned in dict.fromkeys(plan.runs for _, plan in read):
-        names = {plan.shard: part.name for part, plan in read if plan.runs == planned}
+    planned = {run for _, plan in read for run in plan.runs}
+    missing = planned.difference(runs)
+    if not missing:
+        return
+    sweeps = list(dict.fromkeys(plan.runs for _, plan in read))
+    lines = [f"{len(missing)} of {len(planned)} runs are missing, and nothing was merged."]
+    if len(sweeps) > 1:
+        lines.append(f"The parts are of {len(sweeps)} sweeps, not of one.")
+    for sweep in sweeps:
+        names = {plan.shard: part.name for part, plan in read if plan.runs == sweep}
         number = next(iter(names)).of
+        if len(sweeps) > 1:
+            given = _some([*names.values()], 2)
+            lines.append(f"Of the sweep of {len(sweep)} runs ({given}):")
         for shard in (Shard(k, number) for k in range(1, number + 1)):
-            missing = [run.name for run in shard.deal(planned) if run not in runs]
-            count += len(missing)
-            if missing:
+            mine = [run.name for run in shard.deal(sweep) if run in missing]
+            if mine:
                 where = names.get(shard, "not among the parts given")
-                lines.append(f"`--shard {shard}`, {where}: {len(missing)} missing: {_some(missing)}.")
-    total = len({run for _, plan in read for run in plan.runs})
-    if lines:
-        raise ValueError(
-            f"{count} of {total} runs are missing, and nothing was merged.\n" + "\n".join(lines) + "\n"
-            "Give the `compare` command again with each `--shard` that is named here: it does what is missing. Or, if "
-            "that part is done, give its directory too. Then merge again."
-        )
+                lines.append(f"`--shard {shard}`, {where}: {len(mine)} missing: {_some(mine)}.")
+    lines.append(
+        "Give the `compare` command again with each `--shard` that is named here: it does what is missing. Or, if that "
+        "part is done, give its directory too. Then merge again."
+    )
+    raise ValueError("\n".join(lines))
 
 
 def _warn_of_environments(parts: Iterable[Part]) -> None:
