@@ -9,7 +9,7 @@
 chosen on the development tasks; the chosen ones are run on the reported tasks, by ``--methods``. Every run is one row
 of the file, written when it is done; rows that are there are not run again. Seed after seed, task after task, all
 methods one after the other. A run of CRONOS-AM has the epochs that take as long as those of an optimizer; its variants
-have four fifths of these.
+whose steps are not limited have four fifths of these.
 """
 
 import functools
@@ -25,13 +25,14 @@ from rows import Row, kept, missing, parser
 from suite_tasks import DEVELOPMENT, GRID, REPORTED, TASKS, Places, Rows
 
 import cronos_flax as cf
+from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare import style
 from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
 PARTS = {"development": DEVELOPMENT, "reported": REPORTED, "rates": GRID}
 OURS = "CRONOS-AM"
-SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM have
+SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM without a limit of steps have
 
 
 class Method(NamedTuple):
@@ -42,6 +43,7 @@ class Method(NamedTuple):
     decay: str | None = None
     alternation: cf.Alternation | None = None
     solver: tuple[tuple[str, Any], ...] = ()
+    largest_step: float | None = None  # of an optimizer alone
 
 
 def alone(name: str, rates: tuple[float, ...], decays: tuple[str | None, ...]) -> dict[str, Method]:
@@ -57,6 +59,9 @@ def ours(rate: float = 3e-3, optimizer: str = "adam", solver: dict[str, Any] | N
     return Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))
 
 
+free = functools.partial(ours, largest_step=None)
+
+
 OPTIMIZERS = (
     alone("adam", (3e-4, 1e-3, 3e-3, 1e-2), (None, "cosine", "wsd"))
     | alone("adamw", (1e-3, 3e-3), ("cosine",))
@@ -66,39 +71,56 @@ OPTIMIZERS = (
     | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
     | alone("prodigy", (1.0,), (None, "cosine", "wsd"))
 )
-VARIANTS = {
-    "four fifths of the epochs": ours(),
-    "rate 1e-3": ours(1e-3),
-    "rate 5e-3": ours(5e-3),
-    "rate 1e-2": ours(1e-2),
-    "NadamW": ours(optimizer="nadamw"),
-    "SGD .03": ours(0.03, "sgd"),
-    "Muon": ours(optimizer="muon"),
-    "Prodigy": ours(1.0, "prodigy"),
-    "Prodigy, cosine decay": ours(1.0, "prodigy", decay="cosine"),
-    "cosine decay": ours(decay="cosine"),
-    "linear decay": ours(decay="linear"),
-    "no decay": ours(decay=None),
-    "frozen head": ours(head="frozen"),
-    "strict": ours(head="frozen", decay=None),
-    "beta_ratio .005": ours(solver={"beta_ratio": 0.005}),
-    "beta_ratio .05": ours(solver={"beta_ratio": 0.05}),
-    "one step a solve": ours(solver={"max_iters": 1}),
-    "ten steps a solve": ours(solver={"max_iters": 10}),
-    "solved at the start": ours(first_epoch=0),
-    "solved before every third epoch": ours(then_every=3),
-    "solved before every fifth epoch": ours(then_every=5),
-    "solved twice": ours(then_every=10**6),
-    "solved at the end only": ours(first_epoch=10**6),
+# Optimizers with the limit of steps that CRONOS-AM has, and no solves.
+LIMITED = {
+    f"{name} {rate:g} wsd, limited": Method(name, rate, "wsd", largest_step=cf.Alternation().largest_step)
+    for name, rate in (("adam", 1e-3), ("adam", 3e-3), ("adam", 1e-2))
 }
-ALTERNATIONS = {OURS: ours()} | {f"{OURS}, {name}": method for name, method in VARIANTS.items()}
+VARIANTS = {
+    "rate 1e-3": ours(1e-3),
+    "rate 1e-2": ours(1e-2),
+    "largest_step .01": ours(largest_step=0.01),
+    "largest_step .03": ours(largest_step=0.03),
+    "beta_ratio .05": ours(solver={"beta_ratio": 0.05}),
+}
+FREE = f"{OURS}, steps not limited"  # as all alternations were before the limit
+FREE_VARIANTS = {
+    "four fifths of the epochs": free(),
+    "rate 1e-3": free(1e-3),
+    "rate 5e-3": free(5e-3),
+    "rate 1e-2": free(1e-2),
+    "NadamW": free(optimizer="nadamw"),
+    "SGD .03": free(0.03, "sgd"),
+    "Muon": free(optimizer="muon"),
+    "Prodigy": free(1.0, "prodigy"),
+    "Prodigy, cosine decay": free(1.0, "prodigy", decay="cosine"),
+    "cosine decay": free(decay="cosine"),
+    "linear decay": free(decay="linear"),
+    "no decay": free(decay=None),
+    "frozen head": free(head="frozen"),
+    "strict": free(head="frozen", decay=None),
+    "beta_ratio .005": free(solver={"beta_ratio": 0.005}),
+    "beta_ratio .05": free(solver={"beta_ratio": 0.05}),
+    "one step a solve": free(solver={"max_iters": 1}),
+    "ten steps a solve": free(solver={"max_iters": 10}),
+    "solved at the start": free(first_epoch=0),
+    "solved before every third epoch": free(then_every=3),
+    "solved before every fifth epoch": free(then_every=5),
+    "solved twice": free(then_every=10**6),
+    "solved at the end only": free(first_epoch=10**6),
+}
+ALTERNATIONS = (
+    {OURS: ours(), FREE: free()}
+    | {f"{OURS}, {name}": method for name, method in VARIANTS.items()}
+    | {f"{FREE}, {name}": method for name, method in FREE_VARIANTS.items()}
+)
 LOWEST = {"adam": -4.5, "sgd": -3.5}  # exponents of the lowest of seven rates, which are half a decade apart
 RATED = {
     f"{OURS}, {name} {rate:.2g}": ours(rate, name)
     for name, low in LOWEST.items()
     for rate in 10 ** np.arange(low, low + 3.1, 0.5)
 }
-METHODS = OPTIMIZERS | ALTERNATIONS | RATED
+METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED
 
 
 @functools.cache
@@ -118,12 +140,14 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
     statistics = {name: tree for name, tree in variables.items() if name != "params"}
     common: dict[str, Any] = {"apply_fn": its.model.apply, "params": variables["params"], "model_state": statistics}
     tx, epochs = optimizer(setting.optimizer, setting.rate, setting.decay is not None), its.epochs
+    if setting.largest_step is not None:
+        tx = rated(optimizer(setting.optimizer, setting.rate), largest_step=setting.largest_step)
     state: Any
     if setting.alternation is None:
         evaluate = BASELINES[setting.optimizer].evaluate
         state = BaselineState.create(**common, tx=tx, evaluate=evaluate, run_decay=setting.decay)
     else:
-        epochs = its.solved_epochs if method == OURS else round(SHARE * epochs)
+        epochs = round(SHARE * epochs) if method.startswith(f"{FREE}, ") else its.solved_epochs
         found = {**evaluating, "statistics": "batch"} if statistics else {}
         state = cf.CronosTrainState.create(
             **common,

@@ -1,4 +1,4 @@
-"""The tasks of the suite: seven to choose on, eleven others to report, and six for a grid of rates.
+"""The tasks of the suite: nine to choose on, eleven others to report, and six for a grid of rates.
 
 ``suite_features.py`` makes the features that some of them need.
 """
@@ -237,6 +237,16 @@ DEVELOPMENT = {
     "vehicles, MLP": Task(partial(some_vehicles, rows=3000), Net("dense", (200, 80), 64, 2), 128, 25, 23),
     "vehicles, ResNet": Task(partial(some_vehicles, rows=2500), Net("resnet", (12, 24), 48, 2), 64, 10, 9),
     "teacher, MLP": Task(teacher, Net("dense", (128, 64), 64, 6), 64, 25, 23),
+    **{
+        f"vehicles /255, MLP, batch {size}": Task(
+            partial(some_vehicles, rows=4000, scaling="/255"),
+            Net("plain", (200, 200), 24, 1),
+            size,
+            *epochs,
+            "squared",
+        )
+        for size, epochs in {128: (20, 18), 512: (25, 22)}.items()
+    },
     "news, features": Task(news, Net("dense", (96,), 96, 4), 64, 15, 13),
 }
 REPORTED = {
