@@ -10,17 +10,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, fold
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.sample import Sample
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["X", "Y", "root", "order", "length"],
-    meta_fields=["loss", "output_bias"],
+    meta_fields=["loss", "output_bias", "place"],
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -37,6 +39,7 @@ class Rows:
         order: the places of the rows that samples are drawn from, in the order of the draws: all rows of positive
             weight, where they lie on several devices; None for all places in their own order.
         length: how many of the places come before those of rows of weight zero that pad the others; None for all.
+        place: how the rows are sharded over devices; None where they are on one, and where it is not known.
     """
 
     X: Features | Blocks
@@ -46,11 +49,17 @@ class Rows:
     output_bias: bool
     order: Int[Array, " k"] | None = None
     length: Int[Array, ""] | None = None
+    place: NamedSharding | None = None
+
+    def sample(self, index: Int[Array, " k"]) -> Sample:
+        """Where the rows with these numbers are."""
+        return Sample.of(index, len(self.Y), self.places, self.place)
 
     def take(self, index: Int[Array, " k"]) -> "Rows":
-        """The rows at these places."""
-        X, Y, root = self.X[index], self.Y[index], self.root[index]
-        return dataclasses.replace(self, X=X, Y=Y, root=root, order=None, length=None)
+        """The rows with these numbers; over several devices also rows of weight zero, which do not count."""
+        some = self.sample(index)
+        X, Y, root = some.take(self.X), some.take(self.Y), some.take(self.root)
+        return dataclasses.replace(self, X=X, Y=Y, root=root, order=some.order, length=None)
 
     @property
     def places(self) -> int:
@@ -185,6 +194,7 @@ def scaled(
     hidden_bias: bool,
     output_bias: bool,
     order: Int[Array, " k"] | None = None,
+    place: NamedSharding | None = None,
 ) -> tuple[Rows, Basis]:
     """Rows in the coordinates of this module without rotation, and the change of coordinates.
 
@@ -196,6 +206,7 @@ def scaled(
         hidden_bias: add the constant column that carries the hidden bias.
         output_bias: whether the network has an output bias.
         order: as in :class:`Rows`.
+        place: as in :class:`Rows`.
     """
     root = jnp.sqrt(weight)
     scale = root_mean_square_norm(features, weight)
@@ -205,7 +216,7 @@ def scaled(
     else:
         X = features * (root / scale)[:, None]
         X = jnp.pad(X, ((0, 0), (0, 1))).at[:, -1].set(root) if hidden_bias else X
-    return Rows(X, targets, root, loss, output_bias, order), Basis(scale, hidden_bias)
+    return Rows(X, targets, root, loss, output_bias, order, place=place), Basis(scale, hidden_bias)
 
 
 def rotated(rows: Rows, basis: Basis) -> tuple[Rows, Basis]:

@@ -147,11 +147,10 @@ class LocalModel:
 
     def take(self, index: Int[Array, " k"]) -> Self:
         """The same on fewer rows."""
-        H = None if self.H is None else self.H[index]
-        D, outputs = self.D[index], self.outputs[index]
-        return dataclasses.replace(
-            self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=self.stretch * self.rows.count / len(D)
-        )
+        some = self.rows.sample(index)
+        H = None if self.H is None else some.take(self.H)
+        D, outputs, stretch = some.take(self.D), some.take(self.outputs), self.stretch * self.rows.count / len(index)
+        return dataclasses.replace(self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=stretch)
 
     def forward(self, Z: Activations, delta: Step) -> Outputs:
         """``J δ``, given ``Z = X δU``."""

@@ -6,6 +6,7 @@ finds out by itself.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,25 @@ def at_places(tree: Any, places: Places) -> Any:
         for leaf, place in zip(leaves, places, strict=True)
     ]
     return jax.tree.unflatten(treedef, put)
+
+
+def place_of_rows(array: Any) -> NamedSharding | None:
+    """How rows of an array are sharded over devices, on automatic axes; None where they are not, or something else is.
+
+    A tracer does not say where it lies.
+    """
+    if not _is_on_mesh(array):
+        return None
+    mesh, axes = array.sharding.mesh, tuple(array.sharding.spec)
+    place = NamedSharding(automatic(mesh) or mesh, PartitionSpec(*axes[:1] or (None,)))
+    return place if devices_of(place) > 1 and not any(axes[1:]) else None
+
+
+def devices_of(place: NamedSharding) -> int:
+    """Into how many parts rows are divided."""
+    rows = place.spec[0]
+    names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
+    return math.prod(place.mesh.shape[name] for name in names)
 
 
 def _is_named(leaf: Any) -> bool:

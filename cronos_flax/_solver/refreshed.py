@@ -157,7 +157,8 @@ def step(
     estimate = None
     if tried is not None:
         some, share = rows.take(tried), beta * (len(tried) / rows.count)
-        Z_some, Z_delta_some = Z[tried], Z_delta[tried]
+        at = rows.sample(tried)
+        Z_some, Z_delta_some = at.take(Z), at.take(Z_delta)
 
         def estimate(length: Scalar) -> Scalar:
             U, A, b = moved(length)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
 from cronos_flax._solver import beta as betas
@@ -16,6 +17,7 @@ from cronos_flax._solver.coordinates import normalised, scaled
 from cronos_flax._solver.gauss_newton import Prepared
 from cronos_flax._solver.held import figures, held, program_of, solve_program
 from cronos_flax._solver.losses import loss_of
+from cronos_flax._solver.meshes import place_of_rows
 from cronos_flax._solver.padding import padded
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
@@ -93,14 +95,14 @@ class Begun(NamedTuple):
     key: Array
 
 
-def _begin(asked: Asked, *, hidden: int) -> Begun:
+def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> Begun:
     solver, features, targets, weight, start, key, progress, order, length = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
     params = start if isinstance(start, TwoLayer) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
     biased = {"hidden_bias": hidden_bias, "output_bias": output_bias}
-    rows, basis = scaled(features, targets, weight, loss, **biased, order=order)
+    rows, basis = scaled(features, targets, weight, loss, **biased, order=order, place=place)
     rows = dataclasses.replace(rows, length=length)
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
@@ -133,9 +135,11 @@ def _begin(asked: Asked, *, hidden: int) -> Begun:
     return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
 
 
-def _begin_refreshed(asked: Asked, *, hidden: int) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
+def _begin_refreshed(
+    asked: Asked, *, hidden: int, place: NamedSharding | None = None
+) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
     """The same; and what the steps of the refreshed path share, their first iterate, and the key of what they draw."""
-    begun, start = _begin(asked, hidden=hidden), asked.start
+    begun, start = _begin(asked, hidden=hidden, place=place), asked.start
     problem, (U, A, b) = begun.problem, begun.network
     # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
     sketch_key, key = jax.random.split(begun.key)
@@ -232,7 +236,9 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
         return control.run(held_solve, asked, hidden=hidden, max_iters=max_iters)
     if control is OnHost and asked.order is None:
         asked = _padded(asked)
-    begun, prepared, first, key = control.run(begin_refreshed, asked, hidden=hidden)
+    begun, prepared, first, key = control.run(
+        begin_refreshed, asked, hidden=hidden, place=place_of_rows(asked.features)
+    )
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))
