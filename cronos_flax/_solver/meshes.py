@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.transfer import on_device
+from cronos_flax._solver.transfer import on_device, on_host
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -113,6 +113,15 @@ def place_of_rows(array: Any) -> NamedSharding | None:
     mesh, axes = array.sharding.mesh, tuple(array.sharding.spec)
     place = NamedSharding(automatic(mesh) or mesh, PartitionSpec(*axes[:1] or (None,)))
     return place if devices_of(place) > 1 and not any(axes[1:]) else None
+
+
+def beside_rows(values: Array, features: Any) -> Array:
+    """An array with an entry for each row of the features, on the devices where these rows are."""
+    if not _is_on_mesh(features) or mesh_of(values) is not None:
+        return values
+    whole = on_host(values)
+    place = NamedSharding(features.sharding.mesh, PartitionSpec(*features.sharding.spec[:1]))
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
 
 def devices_of(place: NamedSharding) -> int:

@@ -17,7 +17,7 @@ from cronos_flax._solver.coordinates import normalised, scaled
 from cronos_flax._solver.gauss_newton import Prepared
 from cronos_flax._solver.held import figures, held, program_of, solve_program
 from cronos_flax._solver.losses import loss_of
-from cronos_flax._solver.meshes import place_of_rows
+from cronos_flax._solver.meshes import beside_rows, place_of_rows
 from cronos_flax._solver.padding import padded
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
@@ -94,6 +94,11 @@ class Begun(NamedTuple):
     null: Scalar
     key: Array
 
+    def with_targets(self, targets: Any) -> "Begun":
+        """The same with these targets, None for none."""
+        rows = dataclasses.replace(self.problem.rows, Y=targets)
+        return self._replace(problem=dataclasses.replace(self.problem, rows=rows))
+
 
 def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> Begun:
     solver, features, targets, weight, start, key, progress, order, length = asked
@@ -138,14 +143,18 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
 def _begin_refreshed(
     asked: Asked, *, hidden: int, place: NamedSharding | None = None
 ) -> tuple[Begun, Prepared, refreshed.Iterate, Array]:
-    """The same; and what the steps of the refreshed path share, their first iterate, and the key of what they draw."""
+    """The same; and what the steps of the refreshed path share, their first iterate, and the key of what they draw.
+
+    Without targets, as what a program returns it holds twice.
+    """
     begun, start = _begin(asked, hidden=hidden, place=place), asked.start
     problem, (U, A, b) = begun.problem, begun.network
     # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
     sketch_key, key = jax.random.split(begun.key)
     damping, key = (start.damping, start.key) if isinstance(start, RefreshedState) else (problem.rho, key)
     prepared = gauss_newton.prepare(problem.rows, U.shape[1], sketch_key, problem.refreshed)
-    return begun, prepared, refreshed.init(problem.rows, U, A, b, problem.beta, damping), key
+    first = refreshed.init(problem.rows, U, A, b, problem.beta, damping)
+    return begun.with_targets(None), prepared, first, key
 
 
 def _end(
@@ -236,9 +245,12 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
         return control.run(held_solve, asked, hidden=hidden, max_iters=max_iters)
     if control is OnHost and asked.order is None:
         asked = _padded(asked)
+    if control is OnHost:
+        asked = asked._replace(targets=beside_rows(asked.targets, asked.features))
     begun, prepared, first, key = control.run(
         begin_refreshed, asked, hidden=hidden, place=place_of_rows(asked.features)
     )
+    begun = begun.with_targets(asked.targets)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))

@@ -167,6 +167,7 @@ def memory(n: int, d: int, m: int) -> dict[str, Any]:
     at_start, (begun, prepared, first, _) = planned(
         solve.begin_refreshed, solve.Asked(solver, *shaped, None, jax.random.key(0), None), hidden=m
     )
+    begun = begun.with_targets(shaped[1])
     rows, beta, settings = begun.problem.rows, begun.problem.beta, begun.problem.refreshed
     index = jax.ShapeDtypeStruct((gauss_newton.sample_size(n, settings),), jnp.int32)
     # The same iterate is passed twice where no neuron is dead; and the features of the user are still there.
