@@ -1,25 +1,34 @@
-"""Rows and parameters sharded over four devices, on automatic and explicit axes. Run in a process of its own.
+"""Rows and parameters sharded over four devices against one device. Run in a process of its own.
 
-All in float64, so that what one device gives is met to rounding. The directory of a checkpoint is the argument.
+All in float64, so that what one device gives is met to rounding. Arguments: a directory, and the number of a mesh.
 """
 
+import contextlib
 import dataclasses
+import functools
+import math
+import re
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
+from cronos_flax._solver import gauss_newton, refreshed
 from cronos_flax._solver.beta import choosable
+from cronos_flax._solver.meshes import place_of_rows
+from cronos_flax._solver.sample import Sample
 
-ROWS, BATCH = 130, 44
+ROWS, BATCH, HIDDEN, OUTPUTS = 130, 44, 12, 4
 FLOAT = {"param_dtype": "float64"}
 # Samples are drawn, of rows that do not divide the devices.
-SOLVER = cf.Cronos(loss="softmax", max_iters=3, refreshed=cf.Refreshed(few_rows=32, least_sample=48))
+SOLVER = cf.Cronos(loss="softmax", max_iters=5, refreshed=cf.Refreshed(few_rows=32, least_sample=48))
 
 
 def batches():
@@ -35,11 +44,12 @@ def unpack(batch):
     return (x,), y, weight
 
 
-def meshes():
+def mesh_and_spec(number):
     """One and two axes, automatic and explicit; with how kernels are sharded."""
-    for axes in (AxisType.Auto, AxisType.Explicit):
-        yield jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data")
-        yield jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")
+    axes = (AxisType.Auto, AxisType.Explicit)[number // 2]
+    if number % 2 == 0:
+        return jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data", None)
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")
 
 
 def put(tree, mesh, spec):
@@ -49,6 +59,11 @@ def put(tree, mesh, spec):
         return NamedSharding(mesh, spec if np.ndim(leaf) >= len(spec) else PartitionSpec())
 
     return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), tree)
+
+
+def by_rows(tree, mesh):
+    """The tree as it is without a mesh, and with its rows over the devices."""
+    return tree if mesh is None else put(tree, mesh, PartitionSpec("data"))
 
 
 def shardings(tree):
@@ -63,97 +78,216 @@ def assert_as_before(new, old):
 
 def layers(dense, kernel_init=None):
     of_kernel = {} if kernel_init is None else {"kernel_init": kernel_init}
-    return [dense(8, **FLOAT, **of_kernel), nn.tanh, dense(12, **FLOAT, **of_kernel), nn.relu, dense(4, **FLOAT)]
+    return [
+        dense(8, **FLOAT, **of_kernel),
+        nn.tanh,
+        dense(HIDDEN, **FLOAT, **of_kernel),
+        nn.relu,
+        dense(OUTPUTS, **FLOAT),
+    ]
 
 
 MODEL = nn.Sequential(layers(nn.Dense))
 
 
-def alternated(params, head, data, directory):
-    """Losses of a run of two epochs; a checkpoint is written and read."""
+@functools.cache
+def initial():
+    return jax.jit(MODEL.init)(jax.random.key(0), batches()[0][0])["params"]
+
+
+def begun(mesh, spec):
+    """Parameters, the head and batches."""
+    params = initial() if mesh is None else put(initial(), mesh, spec)
+    data = [by_rows(batch, mesh) for batch in batches()]
+    return params, cf.find_head(MODEL, {"params": params}, data[0][0]), data
+
+
+def alternated(mesh, spec, directory):
+    """Losses of ``cf.train``, and of a step and a solve of what a checkpoint gives back."""
+    params, head, data = begun(mesh, spec)
 
     def fresh():
         made = {"apply_fn": MODEL.apply, "params": params, "tx": optax.adam(1e-2)}
         return cf.CronosTrainState.create(**made, head=head, solver=SOLVER)
 
     state, history = cf.train(fresh(), data, unpack=unpack, epochs=2)
-    if directory is not None:
-        cf.save_checkpoint(directory, state, 1)
-        restored = cf.restore_checkpoint(directory, fresh())
-        jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
-        assert_as_before(restored.params, params)
-        state = restored
-        assert_as_before(state.params, params)
-    return [row.get("objective", row.get("loss")) for row in history]
+    cf.save_checkpoint(directory, state, 1)
+    restored = cf.restore_checkpoint(directory, fresh())
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+    assert_as_before(restored.params, params)
+    stepped = restored.apply_gradients(grads=jax.tree.map(jnp.ones_like, restored.params))
+    assert_as_before(stepped.params, params)
+    solved, solution = stepped.solve_head(data, unpack=unpack)
+    assert_as_before(solved.params, params)
+    return [*(row.get("objective", row.get("loss")) for row in history), float(solution.stats.objective)]
 
 
-def fitted(params, head, data):
-    """The loss after a fit."""
+def fitted(mesh, spec, directory):
+    """The loss after a fit; and after one of features that were gathered before, which are those of one device."""
+    params, head, data = begun(mesh, spec)
     variables, solution = cf.fit_head(head, {"params": params}, data, unpack=unpack, solver=SOLVER)
     assert_as_before(variables["params"], params)
-    return float(solution.stats.objective)
+    features = cf.gather_features(head, {"params": params}, data, unpack=unpack)
+    variables, again = cf.fit_head(head, {"params": params}, features, solver=SOLVER)
+    assert_as_before(variables["params"], params)
+    return [float(solution.stats.objective), float(again.stats.objective), float(np.sum(features.X**3))]
 
 
-def nnx_solved(mesh=None):
-    """The loss after a solve; kernels are annotated, and made where a mesh is set."""
-    annotated = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
-    init = {} if mesh is None else {"kernel_init": annotated}
+def solved(mesh, spec, directory):
+    """Losses of solves on arrays: from a network, and from a random start; rows and columns sharded."""
+    params, head, _ = begun(mesh, spec)
+    X, y, weight = (np.concatenate(arrays) for arrays in zip(*batches(), strict=True))
+    balanced = dataclasses.replace(SOLVER, beta=1e-3, class_weight="balanced")
+    start = {"init": head.read({"params": params})}
+    places = [PartitionSpec("data"), spec] if mesh is not None else [None, None]
+    given = [X if place is None else jax.device_put(X, NamedSharding(mesh, place)) for place in places]
+    if mesh is not None:
+        chosen = choosable(given[0], *by_rows((y, weight), mesh))  # for beta="path"
+        np.testing.assert_array_equal(chosen.X, X[:ROWS])
+    found = [
+        balanced.solve(x, *by_rows((y,), mesh), sample_weight=by_rows(weight, mesh), **start).stats.objective
+        for x in given
+    ]
+    # Targets and weights may lie elsewhere.
+    found.append(balanced.solve(given[0], y, sample_weight=weight, **start).stats.objective)
+    return [float(each) for each in found]
+
+
+def features_and_labels(n):
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(n, 32))
+    return X, np.argmax(X[:, :OUTPUTS], axis=1), 1.0 * (np.arange(n) % 40 > 0)
+
+
+def warmed_up(mesh, spec, directory):
+    """The loss from a random start, whose first steps are on samples of the rows; of gates that are held, too."""
+    arrays = by_rows(features_and_labels(1024), mesh)
+    some = dataclasses.replace(SOLVER.refreshed, least_warm_up=16)
+    solver = dataclasses.replace(SOLVER, refreshed=some)
+    held = cf.Cronos(loss="squared", gates="fixed", max_iters=5)
+    targets = 1.0 * (arrays[1] > 1)
+    return [
+        float(solver.solve(*arrays[:2], sample_weight=arrays[2], hidden=HIDDEN).stats.objective),
+        float(held.solve(arrays[0], targets, hidden=HIDDEN).stats.program_objective),
+    ]
+
+
+def in_nnx(mesh, spec, directory):
+    """Losses of a fit, and of a solve after a step; kernels are annotated, and made where a mesh is set."""
+    init = {} if mesh is None else {"kernel_init": nnx.with_partitioning(nnx.initializers.lecun_normal(), tuple(spec))}
     rngs = nnx.Rngs(0)
-    first, last = nnx.Linear(8, 12, rngs=rngs, **FLOAT, **init), nnx.Linear(12, 4, rngs=rngs, **FLOAT, **init)
+    first, last = (nnx.Linear(*sizes, rngs=rngs, **FLOAT, **init) for sizes in ((8, HIDDEN), (HIDDEN, OUTPUTS)))
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs, **FLOAT, **init), nnx.tanh, first, nnx.relu, last)
-    data = batches() if mesh is None else [put(batch, mesh, PartitionSpec("data")) for batch in batches()]
-    optimizer = cf.nnx.CronosOptimizer(model, optax.sgd(1e-2), head=cf.nnx.find_head(model, data[0][0]), solver=SOLVER)
-    before = nnx.state(model)
-    solution = optimizer.solve_head(model, data, unpack=unpack)
+    data = [by_rows(batch, mesh) for batch in batches()]
+    head, before = cf.nnx.find_head(model, data[0][0]), nnx.state(model)
+    solution = cf.nnx.fit_head(head, model, data, unpack=unpack, solver=SOLVER)
+    optimizer = cf.nnx.CronosOptimizer(model, optax.sgd(1e-2), head=head, solver=SOLVER)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    again = optimizer.solve_head(model, data, unpack=unpack)
     if mesh is not None:
         assert_as_before(nnx.state(model), before)
-        assert first.kernel.sharding.spec == PartitionSpec("data", "model")
-    return float(solution.stats.objective)
+        assert first.kernel.sharding.spec == spec
+    return [float(each.stats.objective) for each in (solution, again)]
 
 
-def grafted(mesh):
-    """Linen's annotations stay, with their shardings, beside a new head."""
-    model = nn.Sequential(layers(nn.Dense, nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))))
-    x, *_ = batches()[0]
+def grafted(mesh, spec, directory):
+    """The loss of a new head; linen's annotations stay, with their shardings, beside it."""
+    axis = "data" if mesh is None else mesh.axis_names[-1]
+    model = nn.Sequential(layers(nn.Dense, nn.with_partitioning(nn.initializers.lecun_normal(), (None, axis))))
+    data = [by_rows(batch, mesh) for batch in batches()]
+    x = batches()[0][0]
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    specs = nn.get_partition_spec(variables)
-    is_spec = {"is_leaf": lambda node: isinstance(node, PartitionSpec)}
-    variables = jax.device_put(variables, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, **is_spec))
+    if mesh is not None:
+        specs = nn.get_partition_spec(variables)
+        is_spec = {"is_leaf": lambda node: isinstance(node, PartitionSpec)}
+        variables = jax.device_put(variables, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, **is_spec))
     module = cf.graft(model, at="layers_4", hidden=12)
-    with jax.set_mesh(mesh):
-        new = cf.graft_variables(module, variables, jax.random.key(2), x)
-    for name in ("layers_0", "layers_2"):
-        assert_as_before(new["params"]["backbone"][name], variables["params"][name])
+    new = cf.graft_variables(module, variables, jax.random.key(2), x)
+    if mesh is not None:
+        for name in ("layers_0", "layers_2"):
+            assert_as_before(new["params"]["backbone"][name], variables["params"][name])
+    new = nn.unbox(new)
+    head = cf.find_head(module, new, data[0][0])
+    return [float(cf.fit_head(head, new, data, unpack=unpack, solver=SOLVER)[1].stats.objective)]
 
 
-def main(directory):
-    data = batches()
-    params = jax.jit(MODEL.init)(jax.random.key(0), data[0][0])["params"]
-    head = cf.find_head(MODEL, {"params": params}, data[0][0])
-    expected, alone = alternated(params, head, data, None), fitted(params, head, data)
-    rows = [np.concatenate(arrays) for arrays in zip(*data, strict=True)]
-    start = {"init": head.read({"params": params})}
-    solver = dataclasses.replace(SOLVER, beta=1e-3, class_weight="balanced")
-    solved = float(solver.solve(rows[0], rows[1], sample_weight=rows[2], **start).stats.objective)
-    for mesh, spec in meshes():
-        sharded = put(params, mesh, PartitionSpec(*spec, *[None] * (2 - len(spec))))
-        given = [put(batch, mesh, PartitionSpec("data")) for batch in data]
-        np.testing.assert_allclose(fitted(sharded, head, given), alone, rtol=1e-7)
-        if len(spec) == 1:
-            x, y, weight = put(rows, mesh, PartitionSpec("data"))
-            start = {"init": head.read({"params": sharded})}
-            with_mesh = solver.solve(x, y, sample_weight=weight, **start).stats.objective
-            np.testing.assert_allclose(with_mesh, solved, rtol=1e-7)
-            np.testing.assert_array_equal(choosable(x, y, weight).X, rows[0][:ROWS])  # for beta="path"
-    cf.find_head(MODEL, {"params": sharded}, given[0][0])
-    np.testing.assert_allclose(alternated(sharded, head, given, directory), expected, rtol=1e-7)
-    with jax.set_mesh(mesh):
-        inside = nnx_solved(mesh)
-    np.testing.assert_allclose(inside, nnx_solved(), rtol=1e-7)
-    grafted(mesh)
+# With whether the mesh is set while they run.
+SURFACE = {alternated: False, fitted: False, solved: False, warmed_up: False, in_nnx: True, grafted: True}
+
+
+def assert_samples_stay(mesh):
+    """The rows of a sample, on their devices: the same as on one, and not many places more."""
+    n, size = 4096, 400
+    x = by_rows(np.arange(1.0, n + 1), mesh)
+    place = place_of_rows(x)
+    for seed in range(20):
+        order = None if seed % 2 else jax.random.permutation(jax.random.key(seed), n)
+        index = gauss_newton.places(n, size, jax.random.key(seed), order)
+        some = jax.jit(lambda index: Sample.of(index, n, n, place))(index)
+        taken = np.asarray(jax.jit(lambda some, x: some.take(x))(some, jax.device_put(x, place)))
+        np.testing.assert_array_equal(taken[some.order], np.asarray(x)[index])
+        assert (np.count_nonzero(taken), np.count_nonzero(some.counts)) == (size, size)
+        assert len(taken) < n / 4
+
+
+def sent(mesh, n):
+    """Numbers of entries of the collectives in the programs of a solve's iterations on n rows."""
+    texts = []
+
+    def recorded(program):
+        compiled = type(program).compiled
+
+        def watched(arguments):
+            jitted = compiled(program, arguments)
+
+            def run(*given):
+                texts.append(jitted.lower(*given).compile().as_text())
+                return jitted(*given)
+
+            return run
+
+        program.compiled = watched
+
+    programs = [refreshed.drawn, refreshed.stepped, refreshed.revived]
+    for program in programs:
+        recorded(program)
+    try:
+        X, y, _ = by_rows(features_and_labels(n), mesh)
+        # It is precise from the second window on.
+        some = cf.Refreshed(few_rows=32, least_sample=48, window=1, sampled_tol=1.0)
+        stats = cf.Cronos(loss="softmax", beta=1e-3, tol=0.0, max_iters=4, refreshed=some).solve(X, y, hidden=12).stats
+        assert stats.iterations == 4
+    finally:
+        for program in programs:
+            del program.compiled
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    found = []
+    for text in sorted(set(texts)):
+        for shapes in re.findall(rf"= (\(?.*?\)?) (?:{kinds})(?:-start)?\(", text):
+            sizes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]", shapes)
+            found.append(sum(math.prod(map(int, size.split(","))) if size else 1 for size in sizes))
+    return sorted(found)
+
+
+def assert_only_sums_are_sent(mesh):
+    """No collective is larger than (d + C) m and a constant, and none depends on the number of rows."""
+    few, many = sent(mesh, 512), sent(mesh, 2048)
+    assert few == many
+    assert 33 * HIDDEN <= max(many) <= (33 + OUTPUTS) * HIDDEN + 64, many
+
+
+def main(directory, number):
+    mesh, spec = mesh_and_spec(number)
+    assert_samples_stay(mesh)
+    assert_only_sums_are_sent(mesh)
+    for surface, is_set in SURFACE.items():
+        expected = surface(None, spec, directory / f"{surface.__name__}-one")
+        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+            found = surface(mesh, spec, directory / surface.__name__)
+        np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=surface.__name__)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
-    main(sys.argv[1])
+    main(Path(sys.argv[1]), int(sys.argv[2]))
