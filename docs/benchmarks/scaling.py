@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
 from cronos_flax._solver import gauss_newton, refreshed, solve, staging
+from cronos_flax._solver.sample import most_on_a_device
 
 N, P, M, C = 1_281_168, 2048, 256, 1000  # ImageNet's rows, one more so that eight devices have as many each
 FEW = 160_000  # with which no sum may be smaller
@@ -168,7 +169,7 @@ def seconds(k: int, precise: bool, link: str) -> dict[str, float]:
     passes = 4 * (2 * N + 2 * steps * s) * d + 4 * C * (8 * N + 6 * steps * s)  # bytes of X, and of arrays n × C
     bandwidth, latency = LINKS[link]
     sums = (steps + 1) * (d + C) * M + steps * C * M + 2 * M * M
-    count = 8 + 3 * steps + 2 * len(settings.step_lengths)
+    count = 4 + 3 * steps + 2 * len(settings.step_lengths) + 2  # as compiled; one length is tried on all rows
     network = 0.0 if k == 1 else count * latency + 4 * sums * 2 * (k - 1) / k / bandwidth
     return {
         "products": (with_X + with_head + curvature) / k / GPU["flops"],
@@ -196,7 +197,7 @@ def print_collectives(all_figures: list[dict[str, Any]]) -> None:
 def print_memory(all_figures: list[dict[str, Any]]) -> None:
     """The table of memory and operations of each device."""
     d = P + 1
-    print("\n| devices | program | arguments GB | results GB | between GB | with the caller's X GB | Gflop |")
+    print("\n| devices | program | arguments GB | results GB | between GB | held GB | Gflop |")
     print("|---|---|---|---|---|---|---|")
     for rows in all_figures:
         k, peak = rows["devices"], 0.0
@@ -215,6 +216,10 @@ def print_memory(all_figures: list[dict[str, Any]]) -> None:
             print(f"| {k} | {name} | {sizes} | {rows[f'{name}, {N}']['flops'] / 1e9:,.0f} |")
         must = 4 * (N * P + N * d + 3 * N * C + 4 * N * M) / k
         print(f"| {k} | peak ÷ what must be held | | | | {peak / 1e9:.1f} ÷ {must / 1e9:.1f} = {peak / must:.2f} | |")
+        given = 4 * (N * P + N * C) / k
+        print(
+            f"| {k} | peak ÷ features and targets | | | | {peak / 1e9:.1f} ÷ {given / 1e9:.1f} = {peak / given:.2f} | |"
+        )
 
 
 def print_times() -> None:
@@ -229,6 +234,9 @@ def print_times() -> None:
             each = " | ".join(f"{1e3 * value:.2f}" for value in (*parts.values(), total))
             name = "precise" if precise else "sampled"
             print(f"| {k} | {name} | {each} | {100 * alone / k / total:.0f} % |")
+    size = gauss_newton.sample_size(N, cf.Refreshed())
+    more = {k: most_on_a_device(N // k, size, N) * k / size - 1 for k in (8, 32, 256)}
+    print("\nPlaces for a sample beyond its rows:", ", ".join(f"{k}: {100 * each:.0f} %" for k, each in more.items()))
 
 
 def main() -> None:
