@@ -247,9 +247,8 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
         asked = _padded(asked)
     if control is OnHost:
         asked = asked._replace(targets=beside_rows(asked.targets, asked.features))
-    begun, prepared, first, key = control.run(
-        begin_refreshed, asked, hidden=hidden, place=place_of_rows(asked.features)
-    )
+    place = place_of_rows(asked.features) if control is OnHost else None
+    begun, prepared, first, key = control.run(begin_refreshed, asked, hidden=hidden, place=place)
     begun = begun.with_targets(asked.targets)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
