@@ -1,5 +1,6 @@
 """Features gathered once, in memory or in files, for many solves."""
 
+import dataclasses
 import json
 import signal
 import tracemalloc
@@ -15,7 +16,6 @@ from forked import Forked
 from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, same
 
 import cronos_flax as cf
-from cronos_flax._head import fit
 
 VARIABLES = {"params": PARAMS}
 SOLVER = cf.Cronos(loss="softmax", max_iters=2, beta=1e-3)
@@ -293,12 +293,11 @@ def test_some_of_the_rows_can_be_taken(tmp_path):
             features.take(rows)
 
 
-def test_features_that_are_larger_than_memory_are_solved_on_in_blocks(tmp_path, monkeypatch):
+def test_features_that_are_larger_than_memory_are_solved_on_in_blocks(tmp_path):
     features = gather(tmp_path)
     assert [len(block) for block in features.blocks(100)] == [100, 100, 56]
     whole, _ = cf.fit_head(HEAD, VARIABLES, features, solver=SOLVER)
-    monkeypatch.setattr(fit, "_IN_MEMORY", 100)
-    parts, _ = cf.fit_head(HEAD, VARIABLES, features, solver=SOLVER)
+    parts, _ = cf.fit_head(HEAD, VARIABLES, features, solver=dataclasses.replace(SOLVER, max_bytes=100))
     for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
 

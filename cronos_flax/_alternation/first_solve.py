@@ -82,8 +82,9 @@ def gradient_growth(before: TwoLayer, after: TwoLayer, rows: GatheredRows, loss:
     n = len(rows.X) if rows.order is None else len(rows.order)
     index = np.linspace(0, n - 1, _ROWS).astype(np.int32)  # of few rows some more than once, for one program
     weight = np.ones(len(rows.X), rows.X.dtype) if rows.weight is None else rows.weight
-    if rows.order is None:
-        sample = [on_device(values[index]) for values in (rows.X, rows.y, weight)]
+    if rows.order is None or isinstance(rows.X, np.ndarray):
+        places = index if rows.order is None else rows.order[index]
+        sample = [on_device(values[places]) for values in (rows.X, rows.y, weight)]
         return agreed(float(on_host(_growth(before, after, *sample, loss=loss))))
 
     def seen(index: Array, before: TwoLayer, after: TwoLayer) -> Array:

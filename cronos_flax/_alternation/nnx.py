@@ -21,7 +21,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew
-from cronos_flax._head.fit import solver_or_default
+from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, Path, check_head
 from cronos_flax._head.nnx import NnxModule
 from cronos_flax._solver.cronos import Cronos
@@ -169,7 +169,7 @@ class CronosOptimizer(nnx.Optimizer):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)
-        rows, moments = head.gather(model, data, unpack, callback)
+        rows, moments = head.gather(model, data, unpack, callback, most_in_memory(solver))
         key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model, moments=moments)

@@ -23,7 +23,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
-from cronos_flax._head.fit import solver_or_default
+from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import LinenModule
 from cronos_flax._solver.cronos import Cronos
@@ -199,7 +199,7 @@ class CronosTrainState(TrainState):
             ValueError: for data that do not fit.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        rows, moments = self.head.gather(self.variables, data, unpack, callback)
+        rows, moments = self.head.gather(self.variables, data, unpack, callback, most_in_memory(self.solver))
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         growth = growth_limit(self.alternation)

@@ -204,8 +204,9 @@ class Cache:
                 "parameters are the same: its code or its settings have changed"
             )
 
-    def add(self, batch: Batch, piece: Piece) -> None:
+    def add(self, batch: Batch, piece: Piece, share: float | None) -> None:
         """Write what the next batch has left, and then the line that tells of it."""
+        del share
         if piece.rows.y.dtype.kind == "V":  # bfloat16, which files of NumPy do not know
             piece = piece._replace(rows=piece.rows._replace(y=piece.rows.y.astype(np.float32)))
         if self._batches and piece.form != self._form:
@@ -227,6 +228,9 @@ class Cache:
             line["form"] = piece.form
         self._log(line)
         self._batches.append(line)
+
+    def close(self) -> None:
+        """Nothing is held between two calls."""
 
     def joined(self, count: int) -> Gathered:
         """All rows, in files that are read as they are used; they are sorted if that has not been done."""

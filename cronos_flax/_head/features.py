@@ -7,10 +7,12 @@ rows has its share of every class.
 """
 
 import dataclasses
+import mmap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -20,6 +22,7 @@ from cronos_flax._head.fingerprint import Fingerprint
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.rows import Gathered, GatheredRows, InMemory, Piece, Store
 from cronos_flax._head.spread import OverDevices
+from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.meshes import mesh_of
 from cronos_flax._solver.processes import on_first
@@ -28,6 +31,7 @@ from cronos_flax._solver.transfer import on_host
 # From positional and keyword arguments to the head's input (..., p) and the statistics of batch norms.
 Pass = Callable[[tuple, Mapping], tuple[Array, tuple[Moments, ...]]]
 _BLOCK = 65_536  # rows of a block, where features are read in blocks
+_READ = 2**24  # bytes of a file that are mapped at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -105,6 +109,30 @@ def in_blocks(X: np.ndarray, rows: int = _BLOCK) -> list[np.ndarray]:
     return [X[i : i + rows] for i in range(0, len(X), rows)]
 
 
+class FromFile:
+    """Consecutive rows of a mapped file, read anew at each pass; what has been read is not kept mapped.
+
+    Args:
+        X: the features.
+    """
+
+    def __init__(self, X: np.memmap) -> None:
+        self._X = X
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in in_blocks(self._X, max(1, _READ // (self._X.shape[1] * self._X.itemsize))):
+            yield block
+            mapping: Any = getattr(self._X, "_mmap", None)
+            if hasattr(mapping, "madvise"):  # the pages stay in the system's cache, but do not count as this process's
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def source_of(X: np.ndarray) -> Source:
+    """The source of a solve in blocks on finite features."""
+    blocks: Any = FromFile(X) if isinstance(X, np.memmap) else in_blocks(X)
+    return Source(blocks, X.shape, jax.dtypes.canonicalize_dtype(X.dtype), known_finite=True)
+
+
 def gather(
     tap: Pass,
     outputs: int,
@@ -114,6 +142,7 @@ def gather(
     shuffled: bool = False,
     where: str = "fit_head",
     store: Store | None = None,
+    most_bytes: int | None = None,
 ) -> Gathered:
     """All rows of ``data``.
 
@@ -126,14 +155,18 @@ def gather(
         shuffled: whether batches of whole arrays are of random rows: statistics of a batch need rows of all classes.
         where: the caller's name, for messages.
         store: where to keep rows; None for host memory or, of features on several devices, for these.
+        most_bytes: of features that host memory holds if ``store`` is None; more are in a temporary file. None for as
+            many as there are.
 
     Raises:
         ValueError: for data that do not fit the module, or each other.
+        MemoryError: if memory does not hold the features.
+        OSError: if the disk does not hold them.
     """
     if callback is not None and not callable(callback):
         raise ValueError(f"{where}: `callback` must be a function of one dict, got {callback!r}.")
     callback = on_first(callback)
-    start, rows, count = time.perf_counter(), 0, 0
+    start, rows, count, progress = time.perf_counter(), 0, 0, Progress(data, unpack)
     pending: tuple[tuple[Array, tuple[Moments, ...]], Batch] | None = None
     form: dict[str, Any] | None = None
 
@@ -142,7 +175,7 @@ def gather(
         features, norms = seen
         if store is None:
             mesh = mesh_of(features)
-            store = InMemory() if mesh is None else OverDevices(mesh)
+            store = InMemory(most_bytes, where) if mesh is None else OverDevices(mesh)
         moments = {each.norm.path: on_host((each.mean, each.var)) for each in norms}
         y, weight = flat_targets(batch.y, features.shape[:-1], outputs, where), None
         if batch.weight is not None:
@@ -165,27 +198,50 @@ def gather(
     def finish(seen: tuple[Array, tuple[Moments, ...]], batch: Batch) -> None:
         piece = piece_of(seen, batch)
         assert store is not None
-        store.add(batch, piece)
+        store.add(batch, piece, progress.share(batch))
         tell(len(piece.rows.X))
 
-    for batch in batches(data, unpack, where, shuffled=shuffled):
-        count += 1
-        known = None if store is None else store.held(count - 1, batch)
-        if store is not None and known is not None:
-            if count == 1:
-                store.compare(piece_of(tap(batch.args, batch.kwargs), batch))
-            tell(known)
-            continue
-        seen = tap(batch.args, batch.kwargs)
-        if pending is not None:  # copied to the host while the device works on this batch
+    try:
+        for batch in batches(data, unpack, where, shuffled=shuffled):
+            count += 1
+            known = None if store is None else store.held(count - 1, batch)
+            if store is not None and known is not None:
+                if count == 1:
+                    store.compare(piece_of(tap(batch.args, batch.kwargs), batch))
+                tell(known)
+                continue
+            seen = tap(batch.args, batch.kwargs)
+            if pending is not None:  # copied to the host while the device works on this batch
+                finish(*pending)
+            pending = seen, batch
+        if not count:
+            raise ValueError(f"{where}: `data` must have at least one batch with a row of positive weight, got none.")
+        if pending is not None:
             finish(*pending)
-        pending = seen, batch
-    if not count:
-        raise ValueError(f"{where}: `data` must have at least one batch with a row of positive weight, got none.")
-    if pending is not None:
-        finish(*pending)
-    assert store is not None
-    return store.joined(count)
+        assert store is not None
+        return store.joined(count)
+    finally:
+        if store is not None:
+            store.close()
+
+
+class Progress:
+    """Which part of the data has been passed.
+
+    Args:
+        data: whole arrays, or batches, perhaps with a length.
+        unpack: how to take a batch apart.
+    """
+
+    def __init__(self, data: Any, unpack: Unpack | None) -> None:
+        self._whole = isinstance(data, tuple) and len(data) == 2 and unpack is None
+        sized = data[1] if self._whole else data
+        self._passed, self._all = 0, len(sized) if isinstance(sized, Sized) and not isinstance(data, Mapping) else None
+
+    def share(self, batch: Batch) -> float | None:
+        """The part when this batch is passed too; None if the data do not say how many they are."""
+        self._passed += len(batch.y) if self._whole else 1
+        return None if not self._all else min(self._passed / self._all, 1.0)
 
 
 def _on_host(features: Array, y: np.ndarray, weight: np.ndarray | None) -> GatheredRows:

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.features import in_blocks
+from cronos_flax._head.features import source_of
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.memory import most_bytes
 from cronos_flax._solver.meshes import on_automatic_axes_of
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
-
-_IN_MEMORY = 2**32  # bytes of features in a file up to which a solve takes them into memory
 
 
 def fit_data(
@@ -50,7 +49,7 @@ def fit_data(
         ValueError: for data that do not fit, or features that are not finite.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    rows, moments = head.gather(variables, data, unpack, callback)
+    rows, moments = head.gather(variables, data, unpack, callback, most_in_memory(solver))
     if not rows.finite:
         raise ValueError(
             "fit_head: the features must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
@@ -96,11 +95,12 @@ def _fit_rows(
     throw: bool,
 ) -> tuple[TwoLayer | None, Solution]:
     arguments: dict[str, Any] = {"init": network, "sample_weight": rows.weight, "key": key, "callback": callback}
-    if isinstance(rows.X, np.memmap) and rows.X.nbytes > _IN_MEMORY:
-        solution = solver.solve(in_blocks(rows.X), rows.y, **arguments)
-    else:
-        order = None if rows.order is None else on_device(rows.order)
-        solution = solver.solve_features(rows.X, rows.y, order=order, **arguments)
+    order, streamed = None if rows.order is None else on_device(rows.order), _are_streamed(rows, solver)
+
+    def features() -> Any:
+        return source_of(rows.X) if streamed else rows.X
+
+    solution = solver.solve_features(features(), rows.y, order=order, **arguments)
     if throw and solution.status == Status.nonfinite:
         raise FloatingPointError(f"fit_head: {solution.status.message}")
 
@@ -110,12 +110,41 @@ def _fit_rows(
     rounded = jax.tree.map(lambda old, new: new.astype(old.dtype), network, solution.params)
     if jnp.result_type(network.kernel1, network.kernel2) == solution.params.kernel1.dtype:
         return rounded, solution
-    objective = solver.objective(as_solved(rounded), rows.X, rows.y, solution.stats.beta, sample_weight=rows.weight)
+    objective = solver.objective(as_solved(rounded), features(), rows.y, solution.stats.beta, sample_weight=rows.weight)
     before = solution.stats.initial_objective
     better = bool(on_host(objective) <= on_host(before))
     stats = dataclasses.replace(solution.stats, objective=objective if better else before)
     kept = rounded if better else network
     return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept), stats=stats)
+
+
+def most_in_memory(solver: Cronos) -> int | None:
+    """Most bytes of features to keep in memory while they are gathered; None for all, which ``beta="path"`` needs."""
+    return None if isinstance(solver.beta, str) else most_bytes(solver.max_bytes)
+
+
+def _are_streamed(rows: GatheredRows, solver: Cronos) -> bool:
+    """Whether a solve reads the features in blocks: from files as these are, or because they are many.
+
+    Raises:
+        ValueError: if they are too many for ``beta="path"``.
+    """
+    if not isinstance(rows.X, np.ndarray):  # on devices
+        return False
+    in_file = isinstance(rows.X, np.memmap)
+    if in_file and rows.order is not None:
+        return True
+    chooses = isinstance(solver.beta, str)
+    most = most_bytes(solver.max_bytes, held=0 if in_file else rows.X.nbytes)
+    if rows.X.nbytes <= most or (chooses and not in_file):
+        return False
+    if chooses:
+        raise ValueError(
+            f'fit_head: beta="path" needs the features in memory, got {rows.X.nbytes / 1e9:,.1f} GB of them in a file, '
+            f"more than the {most / 1e9:,.1f} GB that memory should hold. Choose on some of them "
+            "(features.take(rows)), give a number, or let cf.Cronos(max_bytes=...) allow it."
+        )
+    return True
 
 
 def solver_or_default(where: str, solver: Cronos | None) -> Cronos:

@@ -221,6 +221,7 @@ class Head:
         data: Any,
         unpack: Callable[[Any], tuple] | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
+        most_bytes: int | None = None,
     ) -> tuple[GatheredRows, Mapping[Path, tuple[Any, Any]]]:
         """The head's input for all rows of ``data``, with targets and weights.
 
@@ -229,6 +230,7 @@ class Head:
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments; of :class:`Features` their rows.
             unpack: how to take a batch apart.
             callback: called after each batch with ``rows`` (so far) and ``seconds``.
+            most_bytes: of features that host memory holds; more are in a temporary file. None for as many as there are.
 
         Returns:
             The rows, in host memory or in files; and mean and variance of the batch norms by path, over all rows. The
@@ -238,9 +240,11 @@ class Head:
         Raises:
             ValueError: for data that do not fit the module, or each other; if the module's outputs for the first batch
                 are no longer those of the two layers; for :class:`Features` of another backbone.
+            MemoryError: if memory does not hold the features.
+            OSError: if the disk does not hold them.
         """
         if not isinstance(data, Features):
-            rows, _, moments = self.passed(variables, data, unpack, callback)
+            rows, _, moments = self.passed(variables, data, unpack, callback, most_bytes=most_bytes)
             return rows, moments
         if unpack is not None:
             raise ValueError("fit_head: `unpack` must be None for features, which are not in batches.")
@@ -259,6 +263,7 @@ class Head:
         callback: Callable[[dict[str, float]], Any] | None,
         where: str = "fit_head",
         store: Store | None = None,
+        most_bytes: int | None = None,
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
         variables, first = self.module.variables(variables, where), True
@@ -274,7 +279,7 @@ class Head:
             first = False
             return seen.features, seen.norms if observed else ()
 
-        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store)
+        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes)
 
     def backbone(self, variables: Any, where: str) -> Fingerprint:
         """What tells the backbone from others, however the head is: all that a solve does not change, and the call."""

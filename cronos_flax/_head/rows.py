@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from cronos_flax._head.data import Batch
 from cronos_flax._head.norms import Population
+from cronos_flax._head.room import Room, reorder
 
 
 class GatheredRows(NamedTuple):
@@ -18,9 +19,9 @@ class GatheredRows(NamedTuple):
         y: labels ``(n,)`` or targets ``(n, C)``.
         weight: ``(n,)``, positive; None if all are equal.
         finite: whether all features are finite.
-        order: where the n rows are in X, y and weight, if these lie on several devices and are filled up with rows of
-            weight zero; None for 0 … n − 1.
-        mesh: the devices that features came on, then; None for arrays in host memory or in files.
+        order: where the n rows are in X, y and weight, if these are in a temporary file, as they came, or lie on
+            several devices and are filled up with rows of weight zero; None for 0 … n − 1.
+        mesh: the devices that features came on; None for arrays in host memory or in files.
     """
 
     X: Any
@@ -78,11 +79,14 @@ class Store(Protocol):
     def compare(self, piece: Piece) -> None:
         """Raise a ValueError unless the first batch, passed again, gives what is there."""
 
-    def add(self, batch: Batch, piece: Piece) -> None:
-        """Keep what the next batch has left."""
+    def add(self, batch: Batch, piece: Piece, share: float | None) -> None:
+        """Keep what the next batch has left; ``share`` is the part of all data that has been passed, if it is known."""
 
     def joined(self, count: int) -> Gathered:
         """All rows, of so many batches."""
+
+    def close(self) -> None:
+        """Let go of what is held; what has been joined stays."""
 
 
 class Collected:
@@ -99,48 +103,71 @@ class Collected:
     def compare(self, piece: Piece) -> None:
         """There is nothing to compare with."""
 
-    def add(self, batch: Batch, piece: Piece) -> None:
+    def add(self, batch: Batch, piece: Piece, share: float | None) -> None:
         """Keep the rows."""
-        del batch
+        del batch, share
         self._pieces.append(piece.rows)
         self._population.add(piece.norms, piece.passed)
 
+    def close(self) -> None:
+        """Nothing is held that memory does not hold."""
+
 
 class InMemory(Collected):
-    """Rows in host memory."""
+    """Rows in host memory, sorted; or, if that should not hold them, in a temporary file, as they came.
+
+    Args:
+        most: bytes of features that memory holds; None for as many as there are.
+        where: the caller's name, for messages.
+    """
+
+    def __init__(self, most: int | None = None, where: str = "gather_features") -> None:
+        super().__init__()
+        self._room, self._along = Room(most, where), list[np.ndarray]()
+
+    def add(self, batch: Batch, piece: Piece, share: float | None) -> None:
+        """Keep the rows."""
+        X = piece.rows.X
+        self._room.add(X, share)
+        self._along.append(along(X))
+        super().add(batch, piece._replace(rows=piece.rows._replace(X=None)), share)
 
     def joined(self, count: int) -> Gathered:
-        """All rows; each piece is released as soon as it is copied."""
+        """All rows."""
         del count
-        pieces = self._pieces
-        n, p, dtype = sum(len(piece.X) for piece in pieces), pieces[0].X.shape[1], pieces[0].X.dtype
-        order = sorted_by_target(pieces)
-        place = np.empty(n, int)
-        place[order] = np.arange(n)
-        whole = GatheredRows(
-            np.empty((n, p), dtype),
-            np.empty((n, *pieces[0].y.shape[1:]), np.result_type(*(piece.y for piece in pieces))),
-            None if pieces[0].weight is None else np.empty(n, dtype),
-            all(piece.finite for piece in pieces),
-        )
-        start = 0
-        while pieces:
-            piece = pieces.pop(0)
-            to = place[start : start + len(piece.X)]
-            whole.X[to], whole.y[to] = piece.X, piece.y
-            if whole.weight is not None:
-                whole.weight[to] = piece.weight
-            start += len(piece.X)
-        return Gathered(whole, order, self._population.moments if whole.finite else {})
+        y = np.concatenate([piece.y for piece in self._pieces])
+        weighted, finite = self._pieces[0].weight is not None, all(piece.finite for piece in self._pieces)
+        order, X = ordered([piece.y for piece in self._pieces], self._along), self._room.all()
+        weight = np.concatenate([piece.weight for piece in self._pieces]).astype(X.dtype) if weighted else None
+        moments = self._population.moments if finite else {}
+        if self._room.in_file:
+            return Gathered(GatheredRows(X, y, weight, finite, order.astype(np.int32)), order, moments)
+        reorder(X, order)
+        return Gathered(GatheredRows(X, y[order], None if weight is None else weight[order], finite), order, moments)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._room.close()
 
 
 def sorted_by_target(pieces: Iterable[GatheredRows]) -> np.ndarray:
     """The order of all rows that the module's docstring speaks of; the pieces are read once, one at a time."""
-    first, along = [], []
+    y, places = [], []
     for piece in pieces:
-        first.append(piece.y if piece.y.ndim == 1 else piece.y[:, 0])
-        along.append(piece.X @ direction(piece.X.shape[1], piece.X.dtype))
-    return np.lexsort((np.concatenate(along), np.concatenate(first)))
+        y.append(piece.y)
+        places.append(along(piece.X))
+    return ordered(y, places)
+
+
+def ordered(y: list[np.ndarray], places: list[np.ndarray]) -> np.ndarray:
+    """The same, of the targets of all pieces and of where their rows are along the direction."""
+    first = [piece if piece.ndim == 1 else piece[:, 0] for piece in y]
+    return np.lexsort((np.concatenate(places), np.concatenate(first)))
+
+
+def along(X: np.ndarray) -> np.ndarray:
+    """What rows of one target are sorted by."""
+    return X @ direction(X.shape[1], X.dtype)
 
 
 def direction(columns: int, dtype: Any) -> np.ndarray:

@@ -1,12 +1,14 @@
 """Features that need not fit into memory: a matrix known by its products, accumulated block by block.
 
 A :class:`Blocks` has what the solver asks of a matrix X: ``X @ U``, ``X.T @ R``, some of its rows, and folds over its
-rows. The blocks are read from the host anew for each of these, one at a time.
+rows. The blocks are read from the host anew for each of these, one at a time; while the device computes with one, a
+thread reads the next.
 """
 
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ from jaxtyping import Float, Int
 from cronos_flax._solver import host
 from cronos_flax._solver.types import RowVector, Scalar
 
-_ROWS = 8192  # of the blocks as they are computed with, however they come
+_ROWS, _BYTES = 8192, 2**26  # at most, of the blocks as they are computed with, however they come
 
 Carry = TypeVar("Carry")
 
@@ -28,21 +30,25 @@ class Source:
     """A re-iterable of arrays ``(nᵢ, p)``, read in order and cut into pieces of equal length.
 
     Args:
-        blocks: the re-iterable.
+        blocks: the re-iterable; it is read by one thread at a time.
         shape: ``(n, p)`` of the whole.
         dtype: of the pieces.
+        known_finite: whether the caller has looked at the values already, and they cannot change.
     """
 
-    def __init__(self, blocks: Iterable[Any], shape: tuple[int, int], dtype: np.dtype) -> None:
-        self._blocks, self.shape, self.dtype = blocks, shape, dtype
-        self.rows = min(_ROWS, shape[0])
+    def __init__(
+        self, blocks: Iterable[Any], shape: tuple[int, int], dtype: np.dtype, known_finite: bool = False
+    ) -> None:
+        self._blocks, self.shape, self.dtype, self._known_finite = blocks, shape, dtype, known_finite
+        self.rows = min(_ROWS, shape[0], max(1, _BYTES // max(1, shape[1] * dtype.itemsize)))
         self._lock = threading.Lock()
         self._next, self._pieces = 0, self._cut()
+        self._reader, self._ahead = ThreadPoolExecutor(1), _nothing()
 
     def _pass(self) -> Iterator[np.ndarray]:
         """The blocks, which may be others than those of the first pass."""
         for block in map(np.asarray, self._blocks):
-            if not np.all(np.isfinite(block)):
+            if not (self._known_finite or np.all(np.isfinite(block))):
                 raise ValueError(
                     "solve: the blocks of `X` must hold the same finite rows at every pass, got NaN or infinite "
                     "entries in a later one. Look at what reads them."
@@ -65,25 +71,48 @@ class Source:
             yield piece
 
     def piece(self, index: int) -> np.ndarray:
-        """Piece number ``index``; cheap in order."""
+        """Piece number ``index``; cheap in order, for the one that comes next is read while this one is used."""
         with self._lock:
             if index < self._next:
-                self._next, self._pieces = 0, self._cut()
-            for piece in self._pieces:
+                wait([self._ahead])
+                self._next, self._pieces, self._ahead = 0, self._cut(), _nothing()
+            piece = None
+            while self._next <= index:
+                ahead, self._ahead = self._ahead.result(), _nothing()
+                piece = self._read() if ahead is None else ahead
                 self._next += 1
-                if self._next > index:
-                    return piece
+            assert piece is not None
+            if self._next * self.rows < self.shape[0]:
+                self._ahead = self._reader.submit(self._read)
+            return piece
+
+    def _read(self) -> np.ndarray:
+        for piece in self._pieces:
+            return piece
         raise ValueError(f"solve: the blocks of `X` must hold the same {self.shape[0]} rows at every pass, got fewer.")
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """Single rows, in one pass."""
         out, order = np.empty((len(index), self.shape[1]), self.dtype), np.argsort(index)
         start, done = 0, 0
-        for block in self._pass():
-            end = done + int(np.searchsorted(index[order[done:]], start + len(block)))
-            out[order[done:end]] = block[index[order[done:end]] - start]
-            start, done = start + len(block), end
+        with self._lock:
+            wait([self._ahead])
+            for block in self._pass():
+                end = done + int(np.searchsorted(index[order[done:]], start + len(block)))
+                out[order[done:end]] = block[index[order[done:end]] - start]
+                start, done = start + len(block), end
         return out
+
+    def close(self) -> None:
+        """Wait for what is being read; nothing is read after this."""
+        self._reader.shutdown()
+
+
+def _nothing() -> "Future[np.ndarray | None]":
+    """A piece that has not been read ahead."""
+    nothing: Future[np.ndarray | None] = Future()
+    nothing.set_result(None)
+    return nothing
 
 
 @partial(

@@ -123,7 +123,7 @@ def data(
     """Features ``(n, p)`` and targets ``(n, C)`` of one dtype, as the loss takes them.
 
     Args:
-        X: as :meth:`cronos_flax.Cronos.solve` takes it, as are y and num_classes.
+        X: as :meth:`cronos_flax.Cronos.solve` takes it, as are y and num_classes; or a source of blocks, checked.
         y: the targets.
         num_classes: the number of classes, None for that of the data.
         outputs: the number of outputs of the starting network, None where there is none.
@@ -137,7 +137,7 @@ def data(
             raise ValueError(
                 "solve: `X` in blocks cannot be read inside jit or vmap, got a traced `y`. Call it outside."
             )
-    else:
+    elif not isinstance(X, Source):
         X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').", known_finite)
     if num_classes is not None:
         positive_integer("solve", "num_classes", num_classes)

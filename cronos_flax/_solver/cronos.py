@@ -35,7 +35,17 @@ MAX_ITERS = 500  # of a single fit, where the setting is None
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["beta", "beta_ratio", "rho", "tol"],
-    meta_fields=["loss", "gates", "linear_solver", "max_iters", "certify_iters", "class_weight", "refreshed", "held"],
+    meta_fields=[
+        "loss",
+        "gates",
+        "linear_solver",
+        "max_iters",
+        "certify_iters",
+        "class_weight",
+        "refreshed",
+        "held",
+        "max_bytes",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class Cronos:
@@ -79,6 +89,10 @@ class Cronos:
             (.005 with a frozen head).
         refreshed: constants of the refreshed path, for experts.
         held: constants of ADMM, for experts.
+        max_bytes: most bytes of features that ``fit_head`` and ``solve_head`` keep in memory, ``4 n p`` for n rows of p
+            features in float32. More are read in blocks, and features that are not in files yet are written to a
+            temporary one. None takes a sixth of the memory that is free: on the machine, in the control group of the
+            process, or on the accelerator, whichever is least. :meth:`solve` does not look at it.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -108,6 +122,7 @@ class Cronos:
     beta_ratio: float | Array | None = None
     refreshed: Refreshed = Refreshed()  # noqa: RUF009  (frozen)
     held: Held = Held()  # noqa: RUF009  (frozen)
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -124,6 +139,8 @@ class Cronos:
                 raise ValueError(f"Cronos: `{name}` must be a cf.{kind.__name__}, got {getattr(self, name)!r}.")
         if self.max_iters is not None:
             checks.positive_integer("Cronos", "max_iters", self.max_iters)
+        if self.max_bytes is not None:
+            checks.positive_integer("Cronos", "max_bytes", self.max_bytes)
         checks.positive_integer("Cronos", "certify_iters", self.certify_iters, least=0)
         if not (isinstance(self.beta, str) and self.beta == "path"):
             checks.number("beta", self.beta, 'a number ≥ 0, None for the default, or "path"', lambda v: v >= 0)
@@ -183,7 +200,7 @@ class Cronos:
 
     def solve_features(
         self,
-        X: ArrayLike,
+        X: ArrayLike | Source,
         y: ArrayLike,
         *,
         init: TwoLayer,
@@ -195,11 +212,12 @@ class Cronos:
         """:meth:`solve` from ``init``, with the same arguments, for features that are known to be finite.
 
         Their values are not checked again. The ``beta`` that None stands for is found by a small program of its own, so
-        that a solve with this ``beta`` runs the same program. ``order`` says where the rows are that samples are drawn
-        from, if they lie on several devices; None for all, as they stand.
+        that a solve with this ``beta`` runs the same program; not for a source of blocks. ``order`` says where the rows
+        are that samples are drawn from, if they lie on several devices or in another order; None for all, as they
+        stand.
         """
         solver, key = self, default_key() if key is None else key
-        if self.beta is None:
+        if self.beta is None and not isinstance(X, Source):
             data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
             beta_max = self._user_beta_max(data, init, order)
@@ -260,7 +278,7 @@ class Cronos:
         """Run the compiled solve on arguments that fit together."""
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
         # What does not matter to the compiled programs must not compile them anew.
-        solver = dataclasses.replace(self, max_iters=None, class_weight=None)
+        solver = dataclasses.replace(self, max_iters=None, class_weight=None, max_bytes=None)
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
         limits = {"hidden": hidden, "max_iters": max_iters}
         if callback is None and not isinstance(features, Source):
@@ -314,7 +332,7 @@ class Cronos:
     def objective(
         self,
         params: TwoLayer,
-        X: ArrayLike,
+        X: ArrayLike | Source,
         y: ArrayLike,
         beta: Float[Array, ""] | float,
         *,
@@ -336,9 +354,14 @@ class Cronos:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
-        if isinstance(features, Source):
+        rest = y, weight, on_device(beta, y.dtype), loss_of(self.loss)
+        if not isinstance(features, Source):
+            return compiled_loss(params, features, *rest)
+        if features is not X:
             raise ValueError("objective: `X` must be one array (n, p), got blocks.")
-        return compiled_loss(params, features, y, weight, on_device(beta, y.dtype), loss_of(self.loss))
+        with host.opened(features) as (number,):
+            rows = Blocks(number, *features.shape, features.rows, y.dtype)
+            return jax.block_until_ready(compiled_loss(params, rows, *rest))
 
     def _data(
         self,

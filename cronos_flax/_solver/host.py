@@ -25,7 +25,10 @@ _numbers = itertools.count()
 
 @contextmanager
 def opened(*objects: Any) -> Iterator[list[Any]]:
-    """Numbers for these objects, None for None; what their calls raise leaves the block as it was raised."""
+    """Numbers for these objects, None for None; what their calls raise leaves the block as it was raised.
+
+    At the end those that have a ``close`` are closed.
+    """
     numbers = [next(_numbers) for _ in objects]
     _open.update(zip(numbers, objects, strict=True))
     try:
@@ -37,7 +40,9 @@ def opened(*objects: Any) -> Iterator[list[Any]]:
         raise
     finally:
         for n in numbers:
-            del _open[n]
+            thing = _open.pop(n)
+            if hasattr(thing, "close"):
+                thing.close()
             _errors.pop(n, None)
 
 
