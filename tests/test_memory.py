@@ -38,9 +38,9 @@ def weighted(batch):
     return (x,), y, np.where(np.arange(len(y)) % 3 == 0, 0.0, 1.0 + np.arange(len(y)) % 2)
 
 
-def close(one, two, atol=1e-8):
+def close(one, two):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(a, b, atol=atol)
+        np.testing.assert_allclose(a, b, atol=1e-8)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_solves_of_an_alternation_write_to_a_file_too(streamed):
     data = batched(X, Y, rows=500, count=10)
     one, two = (alternating(max_iters=1, max_bytes=most).solve_head(data) for most in (2**40, FEW))
     assert streamed
-    close(one[0].params, two[0].params, atol=1e-3)
+    assert float(one[1].stats.objective) == pytest.approx(float(two[1].stats.objective), rel=1e-3)
     assert float(one[0].beta) == pytest.approx(float(two[0].beta), rel=1e-3)
     model = nnx.Sequential(nnx.Linear(5, 6, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(6, 2, rngs=nnx.Rngs(1)))
     head, before = cf.nnx.find_head(model, X[:64]), len(streamed)

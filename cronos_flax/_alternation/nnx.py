@@ -166,6 +166,7 @@ class CronosOptimizer(nnx.Optimizer):
 
         Raises:
             ValueError: for data that do not fit.
+            OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)

@@ -197,6 +197,7 @@ class CronosTrainState(TrainState):
 
         Raises:
             ValueError: for data that do not fit.
+            OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         rows, moments = self.head.gather(self.variables, data, unpack, callback, most_in_memory(self.solver))

@@ -30,8 +30,8 @@ def gather_features(
 
     With a ``cache`` the features are in files, and memory holds one batch of them, besides targets and weights. A pass
     that was killed goes on where it was. Another call, in another process too, reads the data and compares them with
-    checksums, passes the first batch, and takes the rest from the files. Solves take features of up to 4 GB into
-    memory, and larger ones in blocks.
+    checksums, passes the first batch, and takes the rest from the files. A solve takes the features into
+    memory if they are no more than ``max_bytes`` of :class:`cronos_flax.Cronos`, and reads larger ones in blocks.
 
     Args:
         head: from :func:`cronos_flax.find_head` or :func:`cronos_flax.nnx.find_head`.
@@ -51,6 +51,7 @@ def gather_features(
     Raises:
         ValueError: for data that do not fit the module, or each other; for a cache that does not fit, with the reason;
             where there are several processes.
+        MemoryError: if there is no cache, and memory does not hold the features.
         BlockingIOError: if another process is gathering into the cache.
 
     Example:

@@ -313,6 +313,8 @@ def fit_head(
 
     The backbone stays as it is. The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises.
     Each batch goes through the backbone once, and only its features are kept; the order of batches does not matter.
+    Features that are more than ``max_bytes`` of :class:`cronos_flax.Cronos` are written to a file in the temporary
+    directory, which is gone afterwards, and read in blocks.
 
     Args:
         head: from :func:`find_head`.
@@ -337,6 +339,7 @@ def fit_head(
 
     Raises:
         ValueError: for data that do not fit the module, or each other, and for features that are not finite.
+        OSError: if the temporary directory has no room for features that memory should not hold.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
     check_head("fit_head", head, LinenModule)

@@ -349,7 +349,8 @@ def fit_head(
 
     The regularised loss of the network (see :class:`cronos_flax.Cronos`) never rises. The head's Params are written at
     the end, all of them; and, if features are those of batch statistics, the running statistics (see ``recalibrate`` of
-    :func:`find_head`). Nothing else in the model changes. After an exception the model is unchanged.
+    :func:`find_head`). Nothing else in the model changes. After an exception the model is unchanged. Features that are
+    many go to a file, as in :func:`cronos_flax.fit_head`.
 
     Args:
         head: from :func:`find_head`.
@@ -366,6 +367,7 @@ def fit_head(
 
     Raises:
         ValueError: for data that do not fit the model, or each other, and for features that are not finite.
+        OSError: if the temporary directory has no room for features that memory should not hold.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
     check_head("fit_head", head, NnxModule)

@@ -77,15 +77,16 @@ class Room:
         free = shutil.disk_usage(directory).free
         if needed is not None and needed > free:
             raise OSError(self._no_room(needed, f"{_size(free)} are free"))
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by `close`)
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  (closed by `close`)
         self._write(self._kept[: self._rows], needed)
         self._kept = self._kept[:0].copy()
 
     def _write(self, X: np.ndarray, needed: int | None) -> None:
         assert self._file is not None
+        content = memoryview(np.ascontiguousarray(X).reshape(-1)).cast("B")
         try:
-            self._file.write(np.ascontiguousarray(X).data)
-            self._file.flush()
+            while content:
+                content = content[self._file.write(content) :]
         except OSError as error:
             raise OSError(
                 error.errno, self._no_room(needed, f"{error.strerror} after {_size(self._file.tell())}")
