@@ -18,6 +18,7 @@ from cronos_flax._head.data import Batch
 from cronos_flax._head.files import append, held, named
 from cronos_flax._head.fingerprint import Fingerprint, checksum, crc, difference
 from cronos_flax._head.norms import Population
+from cronos_flax._head.room import release
 from cronos_flax._head.rows import Gathered, GatheredRows, Piece, sorted_by_target
 
 _VERSION = 1
@@ -302,6 +303,7 @@ class Cache:
                 for start in range(0, n, size):
                     part = slice(start, start + size)
                     file.write((raw[part] if name == "order" else raw[order[part]]).tobytes())
+                    release(raw)
             fresh.replace(path)
         except OSError:
             fresh.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ rows has its share of every class.
 """
 
 import dataclasses
-import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
@@ -20,6 +19,7 @@ from jax import Array
 from cronos_flax._head.data import Batch, Unpack, batches, flat_targets, flat_weight
 from cronos_flax._head.fingerprint import Fingerprint
 from cronos_flax._head.norms import Moments
+from cronos_flax._head.room import release
 from cronos_flax._head.rows import Gathered, GatheredRows, InMemory, Piece, Store
 from cronos_flax._head.spread import OverDevices
 from cronos_flax._solver.blocks import Source
@@ -122,9 +122,7 @@ class FromFile:
     def __iter__(self) -> Iterator[np.ndarray]:
         for block in in_blocks(self._X, max(1, _READ // (self._X.shape[1] * self._X.itemsize))):
             yield block
-            mapping: Any = getattr(self._X, "_mmap", None)
-            if hasattr(mapping, "madvise"):  # the pages stay in the system's cache, but do not count as this process's
-                mapping.madvise(mmap.MADV_DONTNEED)
+            release(self._X)
 
 
 def source_of(X: np.ndarray) -> Source:

@@ -4,9 +4,10 @@ The file has no name in its directory, so it cannot be left behind: the system r
 also when the process is killed.
 """
 
+import mmap
 import shutil
 import tempfile
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Room:
 
     def _write(self, X: np.ndarray, needed: int | None) -> None:
         assert self._file is not None
-        content = memoryview(np.ascontiguousarray(X).reshape(-1)).cast("B")
+        content = np.ascontiguousarray(X).reshape(-1).data.cast("B")
         try:
             while content:
                 content = content[self._file.write(content) :]
@@ -123,6 +124,13 @@ def reorder(X: np.ndarray, order: np.ndarray) -> None:
     width = max(_FEW_COLUMNS, _STEP // max(1, len(X) * X.itemsize))
     for start in range(0, X.shape[1], width):
         X[:, start : start + width] = X[order, start : start + width]
+
+
+def release(X: np.ndarray) -> None:
+    """Unmap what has been read of a mapped file: it stays in the system's cache, but is no memory of this process."""
+    mapping: Any = getattr(X, "_mmap", None)
+    if hasattr(mapping, "madvise"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _size(size: int) -> str:
