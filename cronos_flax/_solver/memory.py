@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-_SHARE = 6  # a solve in memory holds its features about three times, and something else may start
+_SHARE = 6  # a solve in memory holds its features two to three times (benchmarks/memory.md), and more may start
 _UNKNOWN = 2**32  # bytes of features, where no system says what is free
 
 
