@@ -2,7 +2,7 @@
 
     python docs/benchmarks/memory.py --out memory.jsonl
 
-500,000 rows, made batch by batch, go through a small backbone to 512, 1,024 or 2,048 features; a head of 64 neurons and
+500,000 rows, made batch by batch, go through a small backbone to 512 or 2,048 features; a head of 64 neurons and
 ten classes is solved on them, two iterations at one β (to find the default one takes time, not memory). *To the end*:
 the second iteration takes its curvature from all rows, as the last ones of a solve do. Each line is a process of its
 own. Memory is that of the process while it gathers or fits, looked at every hundredth of a second: *anonymous* is what
@@ -29,7 +29,7 @@ from rows import Row, kept, missing, parser
 import cronos_flax as cf
 
 ROWS, INPUTS, HIDDEN, CLASSES, BATCH = 500_000, 32, 64, 10, 2_000
-WIDTHS = (2048, 1024, 512)
+WIDTHS = (2048, 512)
 ALL, FEW = 2**40, 2**28  # bytes of features that a fit may take into memory: as many as there are; a quarter of a GiB
 PRECISE = cf.Refreshed(window=1, sampled_tol=1e9, precise_cg_steps=2)  # the second iteration is precise already
 KEPT = Path(__file__).with_suffix(".jsonl.gz")
