@@ -1,4 +1,4 @@
-"""Memory of features that are gathered and solved on: in memory, in files, and by a fit that spills by itself.
+"""Memory of features that are gathered and solved on: in memory, and in files that are read in blocks.
 
     python docs/benchmarks/memory.py --out memory.jsonl
 
@@ -39,7 +39,6 @@ CASES = (
     ("fit features to the end", "streamed"),
     ("gather", "memory"),
     ("fit features", "memory"),
-    ("fit loader", "streamed"),
 )
 
 
@@ -97,9 +96,7 @@ def measured(features: int, step: str, where: str, cache: Path) -> Row:
     solver = cf.Cronos(loss="softmax", beta=1e-3, max_iters=2, max_bytes=FEW if where == "streamed" else ALL)
     if step == "fit features to the end":
         solver = dataclasses.replace(solver, refreshed=PRECISE)
-    data: Any = Stream()
-    if step != "fit loader":
-        data = cf.gather_features(head, variables, data, cache=cache)
+    data = cf.gather_features(head, variables, Stream(), cache=cache)
     (_, solution), row = watched(lambda: cf.fit_head(head, variables, data, solver=solver))
     return row | {"objectives": [float(solution.stats.initial_objective), float(solution.stats.objective)]}
 
