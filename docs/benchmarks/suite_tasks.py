@@ -110,9 +110,7 @@ class Task(NamedTuple):
     model: nn.Module
     batch_size: int
     epochs: int  # of an optimizer alone
-    solved_epochs: (
-        int  # of CRONOS-AM in about the same time, by the share of solves in a pilot run and the time of a step
-    )
+    solved_epochs: int  # of CRONOS-AM in about the same time: pilot runs gave the share of solves and a step's time
     loss: str = "softmax"
 
     @property
