@@ -248,17 +248,6 @@ class Scores(NamedTuple):
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
-    def times(self) -> str:
-        """The time of CRONOS-AM in that of an optimizer, by its epochs and the share that solves take."""
-        if OURS not in self.methods:
-            return ""
-        lines = ["| task | solving | time ÷ an optimizer's |", "|---|---|---|"]
-        for task, runs in zip(self.tasks, self.runs[self.methods.index(OURS)], strict=True):
-            part = share(runs)
-            ratio = TASKS[task].solved_epochs / TASKS[task].epochs / (1 - part)
-            lines.append(f"| {task} | {100 * part:.0f} % | {ratio:.2f} |")
-        return "\n".join(lines)
-
     def draw(self, path: Path) -> None:
         """Save a picture: how far each method is under the best of all, a dot for each task."""
         under, order = self.means.max(axis=0) - self.means, np.argsort(-self.ranks)
@@ -323,7 +312,7 @@ def main() -> None:
         print(rates_table(rows, given.seeds))
         return
     scores = Scores.of(rows, tasks, given.seeds)
-    print(scores.table(), scores.times(), sep="\n\n")
+    print(scores.table())
     if given.picture is not None:
         scores.draw(given.picture)
 
