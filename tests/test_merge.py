@@ -179,7 +179,7 @@ def test_a_part_that_was_killed_is_missed_and_goes_on_and_then_all_is_as_by_one_
     assert main(merging) == 0
     shown, err = capsys.readouterr()
     assert err == ""
-    assert " ".join(shown.split()).endswith(f"{out}: results.jsonl, table.md, curves.png, budget.png")
+    assert "".join(shown.split()).endswith(f"{out}:results.jsonl,table.md,curves.png,budget.png")  # a line may break
     assert lines(out) == lines(tmp_path / "whole")
     assert all((out / name).stat().st_size > 1000 for name in ("table.md", "curves.png", "budget.png"))
     table = (out / "table.md").read_text()

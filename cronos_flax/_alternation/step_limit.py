@@ -5,6 +5,7 @@ one direction where the inputs have one sign. On many inputs a single step then 
 than they are. What counts is the spectral norm: it bounds how far a layer's outputs move.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -38,36 +39,38 @@ def limited(updates: Any, params: Any, largest: float) -> Any:
     def limit(update: Array, param: Array) -> Array:
         if jnp.ndim(update) < 2:
             return update
-        step, kernel = _as_matrix(update), _as_matrix(param)
+        step, kernel = (jnp.asarray(array, jnp.float32) for array in (update, param))
         factor = jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))
         return (factor * update).astype(update.dtype)
 
     return jax.tree.map(limit, updates, params)
 
 
-def size(kernel: Float[Array, "m n"]) -> Float[Array, ""]:
+def size(kernel: Float[Array, "*m n"]) -> Float[Array, ""]:
     """The spectral norm that a random matrix with the entries' root mean square σ has, about ``σ (√m + √n)``.
 
-    A kernel that is smaller than a fresh one, of σ = 1/√m, counts as a fresh one: it may begin at zero.
+    All axes but the last are inputs, as in Flax's dense layers and convolutions. A kernel that is smaller than a fresh
+    one, of σ = 1/√m, counts as a fresh one: it may begin at zero.
     """
-    m, n = kernel.shape
+    m, n = math.prod(kernel.shape[:-1]), kernel.shape[-1]
     sigma = jnp.sqrt(jnp.mean(jnp.square(kernel)))
     return jnp.maximum(sigma, m**-0.5) * (m**0.5 + n**0.5)
 
 
-def spectral_norm(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+def spectral_norm(matrix: Float[Array, "*m n"]) -> Float[Array, ""]:
     """The largest singular value, from below, by power iteration.
 
-    Products are written as sums: as such they cost a third on CPUs, where the matrix is just being computed.
+    Products are written as sums: as such they cost a third on CPUs, where the matrix is just being computed, and JAX
+    asks for no sharding of theirs on explicit axes.
     """
-    right = 1 + jnp.sin(jnp.arange(matrix.shape[1])) / 2  # one for all steps, so that a run repeats
+    columns = jnp.arange(matrix.shape[-1], dtype=matrix.dtype)
+    right = 1 + jnp.sin(columns) / 2  # one for all steps, so that a run repeats
     for _ in range(_ROUNDS):
-        left = jnp.sum(matrix * right, axis=1)
-        right = jnp.sum(matrix * left[:, None], axis=0)
-        right = right / jnp.maximum(jnp.linalg.norm(right), _TINY)
-    return jnp.linalg.norm(jnp.sum(matrix * right, axis=1))
+        left = jnp.sum(matrix * right, axis=-1, keepdims=True)
+        right = jnp.sum(matrix * left, axis=tuple(range(matrix.ndim - 1)))
+        right = right / jnp.maximum(_norm(right), _TINY)
+    return _norm(jnp.sum(matrix * right, axis=-1))
 
 
-def _as_matrix(kernel: Array) -> Float[Array, "m n"]:
-    """All axes but the last are inputs, as in Flax's dense layers and convolutions."""
-    return jnp.reshape(kernel, (-1, kernel.shape[-1])).astype(jnp.float32)
+def _norm(vector: Array) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.sum(jnp.square(vector)))

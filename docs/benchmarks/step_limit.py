@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rows import kept, parser
@@ -44,7 +45,7 @@ def training(task: Task, x: np.ndarray, y: np.ndarray, limit: float | None) -> A
     variables = task.model.init(jax.random.key(0), x[:1])
     statistics = {name: tree for name, tree in variables.items() if name != "params"}
     loss = loss_of(task.loss)
-    targets = loss.from_labels(y, int(y.max()) + 1) if y.ndim == 1 and y.dtype.kind in "iu" else y
+    targets = loss.targets(jnp.asarray(y), int(y.max()) + 1 if y.ndim == 1 else None)
     tx, mutable = rated(optax.adam(3e-3), largest_step=limit), list(statistics)
 
     def value(params: Any) -> jax.Array:

@@ -115,12 +115,10 @@ ALTERNATIONS = (
     | {f"{FREE}, {name}": method for name, method in FREE_VARIANTS.items()}
 )
 LOWEST = {"adam": -4.5, "sgd": -3.5}  # exponents of the lowest of seven rates, which are half a decade apart
-RATED = {
-    f"{OURS}, {name} {rate:.2g}": ours(rate, name)
-    for name, low in LOWEST.items()
-    for rate in 10 ** np.arange(low, low + 3.1, 0.5)
-}
-METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED
+RATES = [(name, rate) for name, low in LOWEST.items() for rate in 10 ** np.arange(low, low + 3.1, 0.5)]
+RATED = {f"{OURS}, {name} {rate:.2g}": ours(rate, name) for name, rate in RATES}
+FREE_RATED = {f"{FREE}, {name} {rate:.2g}": free(rate, name) for name, rate in RATES}
+METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | FREE_RATED
 
 
 @functools.cache
@@ -233,14 +231,15 @@ class Scores(NamedTuple):
         means, before = self.means, self.ends("before").mean(axis=(1, 2))
         each = np.stack([mean_ranks(ends) for ends in np.moveaxis(self.ends(), 2, 0)], axis=1)
         under = np.max(means.max(axis=0) - means, axis=1)
-        first = means[self.methods.index(OURS)] if OURS in self.methods else np.full(len(self.tasks), np.nan)
-        columns = "mean rank", "of each seed", "mean", "mean an epoch before", "furthest under", f"{OURS} ahead on"
+        mine = next((name for name in (OURS, FREE) if name in self.methods), self.methods[0])
+        first = means[self.methods.index(mine)]
+        columns = "mean rank", "of each seed", "mean", "mean an epoch before", "furthest under", f"{mine} ahead on"
         lines = [f"| method | {' | '.join((*columns, *self.tasks))} | rejected | solving |"]
         lines.append("|---" * (len(self.tasks) + 9) + "|")
         for i in np.lexsort((-means.mean(axis=1), self.ranks)):
             cells = [self.methods[i], f"{self.ranks[i]:.2f}", ", ".join(f"{rank:.2f}" for rank in each[i])]
             cells += [f"{means[i].mean():.2f}", f"{before[i]:.2f}", f"{under[i]:.2f}"]
-            cells += [f"{np.sum(first > means[i])}" if self.methods[i] != OURS else ""]
+            cells += [f"{np.sum(first > means[i])}" if self.methods[i] != mine else ""]
             cells += [f"{value:.2f}" for value in means[i]]
             cells += [f"{sum(row['rejections'] for runs in self.runs[i] for row in runs):.0f}"]
             most = max(map(share, self.runs[i]))
@@ -271,9 +270,10 @@ def rates_table(rows: list[Row], seeds: int) -> str:
     """Accuracy at the end by rate, and what a run must not do: end below its first solve, or far under its grid."""
     of = {(row["task"], row["method"], row["seed"]): row for row in rows}
     columns = "the seven rates", "below the first solve", "furthest under the median", "lowest rate", "below .01, told"
-    lines = [f"| task | optimizer | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    for task, name in itertools.product(GRID, LOWEST):
-        methods = [method for method, setting in RATED.items() if setting.optimizer == name]
+    lines = [f"| task | optimizer | steps | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    kinds = {"limited": RATED, "not limited": FREE_RATED}
+    for task, name, kind in itertools.product(GRID, LOWEST, kinds):
+        methods = [method for method, setting in kinds[kind].items() if setting.optimizer == name]
         if not all((task, method, seed) in of for method in methods for seed in range(seeds)):
             continue
         each = [[of[task, method, seed] for method in methods] for seed in range(seeds)]
@@ -281,7 +281,7 @@ def rates_table(rows: list[Row], seeds: int) -> str:
         ends = np.array([[row["end"] for row in own] for own in each])
         below = [row["first"] - row["end"] for row in runs if row["end"] < row["first"]]
         low = [row for row in runs if row["rate"] < 0.01]
-        cells = [task, name, " ".join(f"{value:.1f}" for value in ends.mean(axis=0))]
+        cells = [task, name, kind, " ".join(f"{value:.1f}" for value in ends.mean(axis=0))]
         cells += [f"{len(below)}, by {min(below):.1f} to {max(below):.1f}" if below else "0"]
         cells += [f"{np.max(np.median(ends, axis=1, keepdims=True) - ends):.1f}"]
         cells += [f"{min(row['rate'] for row in runs):.2g}", f"{len(low)}, {sum(bool(r['warned']) for r in low)}"]
@@ -311,7 +311,7 @@ def main() -> None:
     if given.part == "rates":
         print(rates_table(rows, given.seeds))
         return
-    scores = Scores.of(rows, tasks, given.seeds)
+    scores = Scores.of([row for row in rows if row["method"] in methods], tasks, given.seeds)
     print(scores.table())
     if given.picture is not None:
         scores.draw(given.picture)
