@@ -39,7 +39,7 @@ def limited(updates: Any, params: Any, largest: float) -> Any:
     def limit(update: Array, param: Array) -> Array:
         if jnp.ndim(update) < 2:
             return update
-        step, kernel = (jnp.asarray(array, jnp.float32) for array in (update, param))
+        step, kernel = (array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in (update, param))
         factor = jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))
         return (factor * update).astype(update.dtype)
 
