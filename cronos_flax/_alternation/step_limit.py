@@ -63,11 +63,11 @@ def spectral_norm(matrix: Float[Array, "*m n"]) -> Float[Array, ""]:
     Products are written as sums: as such they cost a third on CPUs, where the matrix is just being computed, and JAX
     asks for no sharding of theirs on explicit axes.
     """
-    columns = jnp.arange(matrix.shape[-1], dtype=matrix.dtype)
-    right = 1 + jnp.sin(columns) / 2  # one for all steps, so that a run repeats
+    inputs, columns = tuple(range(matrix.ndim - 1)), jnp.arange(matrix.shape[-1], dtype=matrix.dtype)
+    right = jnp.expand_dims(1 + jnp.sin(columns) / 2, inputs)  # one for all steps, so that a run repeats
     for _ in range(_ROUNDS):
         left = jnp.sum(matrix * right, axis=-1, keepdims=True)
-        right = jnp.sum(matrix * left, axis=tuple(range(matrix.ndim - 1)))
+        right = jnp.sum(matrix * left, axis=inputs, keepdims=True)
         right = right / jnp.maximum(_norm(right), _TINY)
     return _norm(jnp.sum(matrix * right, axis=-1))
 
