@@ -47,11 +47,19 @@ def moved(state):
 
 
 @pytest.mark.parametrize(
-    "matrix", [np.outer(normal(300), normal(7)), normal(300, 40), np.sign(normal(5, 90)), np.eye(9)]
+    "matrix",
+    [
+        np.outer(normal(300), normal(7)),
+        normal(300, 40),
+        np.sign(normal(5, 90)),
+        np.eye(9),
+        np.outer(normal(30) + 1j * normal(30), normal(7) + 1j * normal(7)),
+    ],
 )
 def test_the_spectral_norm_is_met_from_below(matrix):
     exact = np.linalg.norm(matrix, 2)
-    assert 0.8 * exact <= spectral_norm(jnp.asarray(matrix, "float32")) <= exact * (1 + 1e-5)
+    given = jnp.asarray(matrix, "complex64" if np.iscomplexobj(matrix) else "float32")
+    assert 0.8 * exact <= spectral_norm(given) <= exact * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("m", "n"), [(300, 40), (40, 300), (64, 64)])
@@ -77,6 +85,13 @@ def test_a_small_update_is_left_to_the_bit():
     params = {"kernel": normal(30, 20)}
     updates = {"kernel": 1e-3 * normal(30, 20)}
     np.testing.assert_array_equal(limited(updates, params, 0.1)["kernel"], updates["kernel"])
+
+
+def test_the_phase_of_a_complex_kernel_does_not_count():
+    """Layers in frequencies have such ones."""
+    kernel, update = normal(30, 20), 100 * normal(30, 20)
+    turned = limited({"k": jnp.asarray(1j * update)}, {"k": jnp.asarray((0.6 + 0.8j) * kernel)}, 0.1)["k"]
+    np.testing.assert_allclose(turned, 1j * limited({"k": update}, {"k": kernel}, 0.1)["k"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -53,24 +53,24 @@ def size(kernel: Float[Array, "*m n"]) -> Float[Array, ""]:
     one, of σ = 1/√m, counts as a fresh one: it may begin at zero.
     """
     m, n = math.prod(kernel.shape[:-1]), kernel.shape[-1]
-    sigma = jnp.sqrt(jnp.mean(jnp.square(kernel)))
+    sigma = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(kernel))))
     return jnp.maximum(sigma, m**-0.5) * (m**0.5 + n**0.5)
 
 
 def spectral_norm(matrix: Float[Array, "*m n"]) -> Float[Array, ""]:
     """The largest singular value, from below, by power iteration.
 
-    Products are written as sums: as such they cost a third on CPUs, where the matrix is just being computed, and JAX
-    asks for no sharding of theirs on explicit axes.
+    Products are written as sums: JAX asks for no sharding of theirs on explicit axes, and on CPUs they are made while
+    the matrix is computed. (``optax.power_iteration`` gives NaN for a matrix of zeros.)
     """
-    inputs, columns = tuple(range(matrix.ndim - 1)), jnp.arange(matrix.shape[-1], dtype=matrix.dtype)
+    inputs, columns = tuple(range(matrix.ndim - 1)), jnp.arange(matrix.shape[-1], dtype=matrix.real.dtype)
     right = jnp.expand_dims(1 + jnp.sin(columns) / 2, inputs)  # one for all steps, so that a run repeats
     for _ in range(_ROUNDS):
         left = jnp.sum(matrix * right, axis=-1, keepdims=True)
-        right = jnp.sum(matrix * left, axis=inputs, keepdims=True)
+        right = jnp.sum(jnp.conj(matrix) * left, axis=inputs, keepdims=True)
         right = right / jnp.maximum(_norm(right), _TINY)
     return _norm(jnp.sum(matrix * right, axis=-1))
 
 
 def _norm(vector: Array) -> Float[Array, ""]:
-    return jnp.sqrt(jnp.sum(jnp.square(vector)))
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(vector))))

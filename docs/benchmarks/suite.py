@@ -1,15 +1,16 @@
 """The suite: CRONOS-AM and optimizers, each with one fixed setting for all tasks.
 
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part development --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part limit --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part reported --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part rates --out rows.jsonl
-    python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz       # the tables of kept rows
+    python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz --seeds 2  # a table of kept rows
 
 ``suite_tasks.py`` has the tasks, and ``suite_features.py`` makes the features that some of them need. Settings are
-chosen on the development tasks; the chosen ones are run on the reported tasks, by ``--methods``. Every run is one row
-of the file, written when it is done; rows that are there are not run again. Seed after seed, task after task, all
-methods one after the other. A run of CRONOS-AM has the epochs that take as long as those of an optimizer; its variants
-whose steps are not limited have four fifths of these.
+chosen on the development tasks; the chosen ones, or those of ``--methods``, are run on the reported tasks. Every run is
+one row of the file, written when it is done; rows that are there are not run again. Seed after seed, task after task,
+all methods one after the other. A run of CRONOS-AM has the epochs that take as long as those of an optimizer; its
+variants whose steps are not limited have four fifths of these.
 """
 
 import functools
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rows import Row, kept, missing, parser
-from suite_tasks import DEVELOPMENT, GRID, REPORTED, TASKS, Places, Rows
+from suite_tasks import DEVELOPMENT, GRID, LIMIT, REPORTED, TASKS, Places, Rows
 
 import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
@@ -30,7 +31,7 @@ from cronos_flax.compare import style
 from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
-PARTS = {"development": DEVELOPMENT, "reported": REPORTED, "rates": GRID}
+PARTS = {"development": DEVELOPMENT, "limit": LIMIT, "reported": REPORTED, "rates": GRID}
 OURS = "CRONOS-AM"
 SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM without a limit of steps have
 
@@ -118,6 +119,16 @@ LOWEST = {"adam": -4.5, "sgd": -3.5}  # exponents of the lowest of seven rates, 
 RATES = [(name, rate) for name, low in LOWEST.items() for rate in 10 ** np.arange(low, low + 3.1, 0.5)]
 RATED = {f"{OURS}, {name} {rate:.2g}": ours(rate, name) for name, rate in RATES}
 FREE_RATED = {f"{FREE}, {name} {rate:.2g}": free(rate, name) for name, rate in RATES}
+CHOSEN = (  # one setting of each, from the development tasks
+    OURS,
+    "prodigy 1 cosine",
+    "adam 0.001 wsd",
+    "sgd 0.03 cosine",
+    "adam 0.003 cosine",
+    "adam 0.001 cosine",
+    "nadamw 0.003 cosine",
+    "schedule_free_adamw 0.0025",
+)
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | FREE_RATED
 
 
@@ -299,7 +310,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--picture", type=Path, help="where to draw the scores")
     given = made.parse_args()
-    methods = given.methods or list(RATED if given.part == "rates" else OPTIMIZERS | ALTERNATIONS)
+    methods = given.methods or {"reported": CHOSEN, "rates": RATED}.get(given.part, OPTIMIZERS | ALTERNATIONS)
     tasks = given.tasks or list(PARTS[given.part])
     if given.data_dir is None:
         rows = kept(given.out)
@@ -312,6 +323,8 @@ def main() -> None:
         print(rates_table(rows, given.seeds))
         return
     scores = Scores.of([row for row in rows if row["method"] in methods], tasks, given.seeds)
+    if not scores.methods:
+        raise SystemExit(f"No method has rows of {given.seeds} seeds on all of these tasks: {', '.join(tasks)}.")
     print(scores.table())
     if given.picture is not None:
         scores.draw(given.picture)
