@@ -306,7 +306,7 @@ def _drawn(
     return key, probe_key, index, tried
 
 
-drawn, stepped = Program(_drawn), Program(step)
+drawn, stepped = Program(_drawn, once=True), Program(step)
 
 
 def descend(

@@ -37,6 +37,7 @@ CASES = (
     ("gather", "files"),
     ("fit features", "streamed"),
     ("fit features to the end", "streamed"),
+    ("fit batches", "streamed"),
     ("gather", "memory"),
     ("fit features", "memory"),
 )
@@ -96,7 +97,7 @@ def measured(features: int, step: str, where: str, cache: Path) -> Row:
     solver = cf.Cronos(loss="softmax", beta=1e-3, max_iters=2, max_bytes=FEW if where == "streamed" else ALL)
     if step == "fit features to the end":
         solver = dataclasses.replace(solver, refreshed=PRECISE)
-    data = cf.gather_features(head, variables, Stream(), cache=cache)
+    data = Stream() if step == "fit batches" else cf.gather_features(head, variables, Stream(), cache=cache)
     (_, solution), row = watched(lambda: cf.fit_head(head, variables, data, solver=solver))
     return row | {"objectives": [float(solution.stats.initial_objective), float(solution.stats.objective)]}
 
