@@ -53,6 +53,8 @@ def rated(
     def update(updates: Any, state: RatedState, params: Any = None, **extra: Any) -> tuple[Any, RatedState]:
         if paths:
             updates = _with_decay(updates, params, state.head_decay, paths)
+            if extra.get("value") is not None:  # the loss, for optimizers that take it: of the same function
+                extra["value"] = extra["value"] + _decay_of(params, state.head_decay, paths)
         updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
         if largest_step is not None:
             updates = limited(updates, _given(params, "steps are limited by the size of kernels"), largest_step)
@@ -65,15 +67,27 @@ def rated(
 
 def _with_decay(grads: Any, params: Any, beta: Array, paths: tuple[Path, ...]) -> Any:
     """The gradients of the loss and ``(beta/2) ‖kernel‖²`` of these layers."""
-    params = _given(params, "the head has weight decay in gradient steps")
-    if isinstance(params, optax.LookaheadParams):
-        params = params.fast
-    kernels = tuple((*path, "kernel") for path in paths)
+    params, kernels = _decaying(params, paths)
 
     def with_decay(path: tuple, grad: Array, param: Array) -> Array:
         return (grad + beta * param).astype(grad.dtype) if begins_with(path, kernels) else grad
 
     return jax.tree_util.tree_map_with_path(with_decay, grads, params)
+
+
+def _decay_of(params: Any, beta: Array, paths: tuple[Path, ...]) -> Float[Array, ""]:
+    """``(beta/2) ‖kernel‖²`` of these layers."""
+    params, kernels = _decaying(params, paths)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    squares = [jnp.sum(jnp.square(leaf.astype(beta.dtype))) for path, leaf in leaves if begins_with(path, kernels)]
+    return beta / 2 * sum(squares, jnp.zeros_like(beta))
+
+
+def _decaying(params: Any, paths: tuple[Path, ...]) -> tuple[Any, tuple[Path, ...]]:
+    """The parameters that gradients are of, and the paths of these layers' kernels."""
+    params = _given(params, "the head has weight decay in gradient steps")
+    kernels = tuple((*path, "kernel") for path in paths)
+    return params.fast if isinstance(params, optax.LookaheadParams) else params, kernels
 
 
 def _given(params: Any, why: str) -> Any:

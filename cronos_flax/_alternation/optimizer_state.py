@@ -12,8 +12,9 @@ from cronos_flax._head.head import Path
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.transfer import on_host
 
-# Fields of Optax's states that hold the direction of the next updates.
-_DIRECTIONS = ("mu", "trace", "m", "exp_avg", "acc_grads", "ema", "momentum")
+# Fields of Optax's states that hold the direction of the next updates; the last two are COCOB's, which steps from where
+# it began.
+_DIRECTIONS = ("mu", "trace", "m", "exp_avg", "acc_grads", "ema", "momentum", "cumulative_gradients", "reward")
 # Fields of Optax's states that schedules and users read, whatever stands beside them.
 _GO_ON = ("hyperparams", "hyperparams_states", "step_count", "gradient_step")
 

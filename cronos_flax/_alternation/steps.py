@@ -13,7 +13,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.train_state import CronosTrainState, module_params
+from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
 from cronos_flax._head.data import Batch, at, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
@@ -175,7 +175,7 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
         structure = jax.tree.structure(collections)
         changed = {"model_state": jax.tree.unflatten(structure, jax.tree.leaves(updates))} if mutable else {}
-        return at_places(state.apply_gradients(grads=grads, **changed), places), value
+        return at_places(with_value(state, value, grads=grads, **changed), places), value
 
     def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
         def run(state: Any, *arguments: Any) -> tuple[Any, Array]:

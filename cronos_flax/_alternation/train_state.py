@@ -31,6 +31,18 @@ from cronos_flax._solver.solution import Solution, TwoLayer
 from cronos_flax._solver.transfer import default_key, folded
 
 
+def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
+    """``state.apply_gradients(**given)``, with the loss for an optimizer that takes ``value``, such as MoMo.
+
+    Flax's ``apply_gradients`` gives an optimizer nothing but gradients.
+    """
+    tx = state.tx
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return state.apply_gradients(**given)
+    told = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, value=value))
+    return state.replace(tx=told).apply_gradients(**given).replace(tx=tx)
+
+
 def module_params(params: Any) -> Any:
     """The parameters that the module is applied with: of ``optax.LookaheadParams`` the fast ones."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
@@ -39,7 +51,7 @@ def module_params(params: Any) -> Any:
 class CronosTrainState(TrainState):
     """Flax's ``TrainState`` for CRONOS-AM: between gradient steps, solves replace the head.
 
-    ``apply_gradients`` is Flax's own, for gradients of the mean loss. To those of the head it adds the weight decay
+    ``apply_gradients`` is Flax's, for gradients of the mean loss. To those of the head it adds the weight decay
     that solves use; or, with a frozen head, it leaves the head where it is (see :class:`cronos_flax.Alternation`).
     :meth:`solve_head` replaces the head, and restores an earlier state if the optimizer's steps since the last solve
     have done harm.
@@ -145,6 +157,22 @@ class CronosTrainState(TrainState):
         if self.alternation.moves(self.head):
             return self.opt_state.optimizer_state
         return with_head(self.opt_state.optimizer_state, self.head.paths, module_params(self.params))
+
+    def apply_gradients(self, *, grads: Any, value: Array | None = None, **kwargs: Any) -> Self:
+        """One step of the optimizer.
+
+        Args:
+            grads: gradients of the mean loss, a tree like ``params``.
+            value: the mean loss, for optimizers that take it, such as ``optax.contrib.momo``; :func:`cronos_flax.train`
+                gives it.
+            **kwargs: other fields to replace.
+
+        Returns:
+            The state after the step.
+        """
+        if value is None:
+            return super().apply_gradients(grads=grads, **kwargs)
+        return with_value(self, value, grads=grads, **kwargs)  # type: ignore[return-value]
 
     def _parts_with(self, network: TwoLayer | None, moments: Any = None) -> dict[str, Any]:
         """The guarded parts of the state with this head and these statistics; None stands for the present ones."""
