@@ -5,8 +5,9 @@
 
 The backbones are those of ``examples/neighbours/mechanic.py``. Three tasks of the suite, five seeds; the epochs of a
 task are the suite's, fewer for alternations, so that both take about the same time. Rows that are scored are held-out
-training rows (digits: a third of the set), never those of a test split. The best cell of a grid is chosen on these very rows: that favours the grid.
-Every run is one row of the file, written when it is done; rows that are there are not run again.
+training rows (digits: a third of the set), never those of a test split. The best cell of a grid is chosen on these very
+rows: that favours the grid. Every run is one row of the file, written when it is done; rows that are there are not run
+again.
 """
 
 import functools
@@ -32,7 +33,7 @@ from cronos_flax.compare.methods import BaselineState
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "neighbours"))
 import mechanic as example
 
-NAMES = ("digits, MLP", "teacher, MLP", "news, features")
+NAMES = ("digits, MLP", "news, features", "teacher, MLP")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = range(5)
 OURS, FREE, ALONE = "CRONOS-AM", "CRONOS-AM, steps not limited", "alone"
@@ -100,8 +101,8 @@ def is_mechanic(node: Any) -> bool:
 
 
 def wanted() -> Iterable[tuple[str, str, str, int]]:
-    """The key of every row, seed after seed."""
-    for seed, task in itertools.product(SEEDS, NAMES):
+    """The key of every row, seed after seed of a task."""
+    for task, seed in itertools.product(NAMES, SEEDS):
         yield from ((task, kind, name, seed) for kind, names in METHODS.items() for name in names)
 
 
