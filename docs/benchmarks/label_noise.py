@@ -50,12 +50,12 @@ def shuffled(rows: Rows) -> Rows:
     return rows._replace(given=given)
 
 
-def split(labels: str, draw: int, cache: Path) -> tuple[Rows, Rows, Rows]:
+def split(labels: str, draw: int, cache: Path) -> list[Rows]:
     """Rows to fit, to choose on, and test rows."""
     fit, held, test = example.news(cache, draw)
     if labels == TRUE:
-        return fit._replace(given=fit.true), held._replace(given=held.true), test
-    return (shuffled(fit), shuffled(held), test) if labels == SHUFFLED else (fit, held, test)
+        return [fit._replace(given=fit.true), held._replace(given=held.true), test]
+    return [shuffled(fit), shuffled(held), test] if labels == SHUFFLED else [fit, held, test]
 
 
 def counted(rows: Rows) -> np.ndarray:
@@ -91,7 +91,7 @@ def run(labels: str, method: str, draw: int, *, cache: Path, out: Path) -> Row:
         found = anchored(labels, draw, ratio, cache)
         fits = example.remedies(GRIDS, found, ratio, strength).get(method, {})
         if method == KNOWN:
-            fits = {f"{r}": example.forward(r, counted(fit)) for r in GRIDS.ratios}
+            fits = example.remedies(GRIDS, counted(fit), ratio, strength)["forward"]
         if method == "forward":
             more = {"matrix": found.round(3).tolist(), "counted": counted(fit).round(3).tolist()}
     return {"settings": {name: scored(make, fit, held, test) for name, make in fits.items()}, **more}

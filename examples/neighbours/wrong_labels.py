@@ -3,10 +3,9 @@
     python examples/neighbours/wrong_labels.py
     python examples/neighbours/wrong_labels.py --cache DIR
 
-Without DIR, scikit-learn's digits get wrong labels: three in ten are those of another digit, each digit's its own. DIR
-has the features of news texts that ``docs/benchmarks/label_noise.py`` makes (noisy_ag_news: people gave the labels, and
-a fifth is wrong). Every setting is chosen on held-out rows whose labels are as wrong as those to fit. Ends with a table
-of the accuracy on test rows with true labels.
+Digits get wrong labels, three in ten, each digit those of one other; or DIR has the features of texts with people's
+labels that ``docs/benchmarks/label_noise.py`` makes. Every setting is chosen on held-out rows whose labels are as wrong
+as those to fit. Ends with a table of the accuracy on test rows with true labels.
 
 * *smoothing*: targets are probabilities, ``(1 − s)`` for the label and ``s / C`` for each class;
 * *huber*, *hinge*: losses that grow as the error does, not as its square;
@@ -18,6 +17,7 @@ of the accuracy on test rows with true labels.
 import argparse
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,17 +54,17 @@ class Rows(NamedTuple):
     given: np.ndarray
     true: np.ndarray
 
-    def at(self, places: np.ndarray) -> "Rows":
-        """Some of them."""
-        return Rows(*(array[places] for array in self))
+    def split(self, order: np.ndarray, fit: int, held: int) -> list["Rows"]:
+        """So many rows to fit, so many to choose on, and the others."""
+        return [Rows(*parts) for parts in zip(*(np.split(a[order], (fit, fit + held)) for a in self), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward(cf.Loss):
     """``−log Σ_c y_c softmax(f)_c``, where ``y_c`` is the probability of the given label if the true class is c.
 
-    With ``y`` one-hot it is the cross entropy. It is ``log Σ exp f_c − log Σ y_c exp f_c``: the second term is concave,
-    so the curvature of the first one alone is that of a parabola above the loss, and every step lowers it.
+    With ``y`` one-hot it is the cross entropy. It is ``log Σ exp f_c − log Σ y_c exp f_c``, which is not convex. The
+    second term is concave: the curvature of the first one alone is never negative, nor below that of the loss.
     """
 
     def value(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -78,11 +78,7 @@ class Forward(cf.Loss):
 
 
 def matrix(probabilities: np.ndarray) -> np.ndarray:
-    """T, whose row c has the probabilities of the given labels of texts of class c: those of an anchor row.
-
-    Args:
-        probabilities: of the given labels, by a head fitted to them, shape ``(n, C)``.
-    """
+    """T, whose row c is the probabilities ``(n, C)``, by a head fitted to the given labels, of an anchor row of c."""
     return probabilities[[np.argsort(column)[int(CERTAIN * len(column))] for column in probabilities.T]]
 
 
@@ -113,7 +109,7 @@ def logistic(strength: float) -> Fit:
 
 
 def trimmed(fit: Fit, share: float) -> Fit:
-    """Fit, leave out this share of the rows, those of largest loss, and fit again: ``ROUNDS`` times."""
+    """Fit, leave out the share of rows of largest loss, and fit again from there: ``ROUNDS`` times."""
 
     def fitted(x: np.ndarray, y: np.ndarray, start: Predict | None = None) -> Predict:
         predict = fit(x, y, start)
@@ -132,11 +128,6 @@ def probabilities(y: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
     return (1 - smoothing) * ones + smoothing / ones.shape[1]
 
 
-def forward(ratio: float, T: np.ndarray) -> Fit:
-    """The forward model with this matrix."""
-    return solved(Forward(), ratio, lambda y: T.T[y].astype("float32"))
-
-
 def plain(grids: Grids) -> dict[str, dict[str, Fit]]:
     """By method, the fits without a remedy, by setting."""
     return {
@@ -147,19 +138,13 @@ def plain(grids: Grids) -> dict[str, dict[str, Fit]]:
 
 def remedies(grids: Grids, T: np.ndarray, ratio: float, strength: float) -> dict[str, dict[str, Fit]]:
     """By method, the fits with a remedy, by setting; T by a first head, whose ratio and C trimmed ones keep."""
-
-    def signed(y: np.ndarray) -> jax.Array:
-        return cf.signed_targets(y, len(T))
-
-    def smoothed(smoothing: float) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda y: probabilities(y, smoothing)
-
     ratios, entropy = grids.ratios, solved("softmax", ratio, probabilities)
+    signed, smoothed = partial(cf.signed_targets, num_classes=len(T)), partial(partial, probabilities)
     return {
-        "smoothing": {f"{s}, {r}": solved("softmax", r, smoothed(s)) for s in grids.smoothed for r in ratios},
+        "smoothing": {f"{s}, {r}": solved("softmax", r, smoothed(smoothing=s)) for s in grids.smoothed for r in ratios},
         "huber": {f"{d}, {r}": solved(cf.Huber(d), r, signed) for d in grids.deltas for r in ratios},
         "hinge": {f"{r}": solved("hinge", r, signed) for r in ratios},
-        "forward": {f"{r}": forward(r, T) for r in ratios},
+        "forward": {f"{r}": solved(Forward(), r, lambda y: T.T[y]) for r in ratios},
         "trimmed": {f"{s}": trimmed(entropy, s) for s in grids.shares},
         "logistic, trimmed": {f"{s}": trimmed(logistic(strength), s) for s in grids.shares},
     }
@@ -173,27 +158,22 @@ def right(predict: Predict, x: np.ndarray, y: np.ndarray) -> float:
 def chosen(fits: dict[str, Fit], fit: Rows, held: Rows) -> tuple[str, Predict]:
     """The setting that agrees best with the given labels of held-out rows, and what it predicts."""
     heads = {name: make(fit.x, fit.given, None) for name, make in fits.items()}
-    best = max(heads, key=lambda name: right(heads[name], held.x, held.given))
-    return best, heads[best]
+    return max(heads.items(), key=lambda head: right(head[1], held.x, held.given))
 
 
-def digits(seed: int) -> tuple[Rows, Rows, Rows]:
+def digits(seed: int) -> list[Rows]:
     """Rows to fit, rows to choose on and test rows; three labels in ten are those of the next digit but two."""
     x, y = load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
     given = np.where(rng.random(len(y)) < 0.3, (y + 3) % 10, y)
-    rows, order = Rows(x.astype("float32") / 16, given, y), rng.permutation(len(y))
-    return rows.at(order[:900]), rows.at(order[900:1200]), rows.at(order[1200:])
+    return Rows(x.astype("float32") / 16, given, y).split(rng.permutation(len(y)), 900, 300)
 
 
-def news(cache: Path, seed: int) -> tuple[Rows, Rows, Rows]:
+def news(cache: Path, seed: int) -> list[Rows]:
     """The same of news texts: 3,000, 2,000 and 7,600."""
     with np.load(cache / "noisy_ag_news-train-all.npz") as train, np.load(cache / "noisy_ag_news-test-all.npz") as test:
-        rows = Rows(train["x"], train["label"], train["true_label"])
-        y = test["true_label"] if "true_label" in test else test["label"]
-        tested = Rows(test["x"], y, y)
-    order = np.random.default_rng(seed).permutation(len(rows.x))
-    return rows.at(order[:3000]), rows.at(order[3000:5000]), tested
+        rows, tested = (Rows(data["x"], data["label"], data["true_label"]) for data in (train, test))
+    return [*rows.split(np.random.default_rng(seed).permutation(len(rows.x)), 3000, 2000)[:2], tested]
 
 
 def main() -> None:
@@ -203,23 +183,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of rows")
     args = parser.parse_args()
     fit, held, test = digits(args.seed) if args.cache is None else news(args.cache, args.seed)
-    table = Table(title=f"{100 * np.mean(fit.given != fit.true):.1f} % of the labels to fit are wrong")
-    for column in ("method", "chosen", "test accuracy, %"):
-        table.add_column(column)
+    wrong = f"{100 * np.mean(fit.given != fit.true):.1f} % of the labels to fit are wrong"
+    table = Table("method", "chosen", "test accuracy, %", title=wrong)
 
-    def tell(method: str, setting: str, predict: Predict) -> None:
+    grids, correct = Grids(), (fit._replace(given=fit.true), held._replace(given=held.true))
+    found = {method: chosen(fits, fit, held) for method, fits in plain(grids).items()}
+    (ratio, head), (strength, _) = found.values()
+    with_remedy = remedies(grids, matrix(np.exp(head(fit.x))), float(ratio), float(strength))
+    found |= {method: chosen(fits, fit, held) for method, fits in with_remedy.items()}
+    found |= {f"{method}, true labels": chosen(fits, *correct) for method, fits in plain(grids).items()}
+    for method, (setting, predict) in found.items():
         table.add_row(method, setting, f"{right(predict, test.x, test.true):.1f}")
-
-    grids, first = Grids(), {}
-    for method, fits in plain(grids).items():
-        first[method] = chosen(fits, fit, held)
-        tell(method, *first[method])
-    (ratio, head), (strength, _) = first.values()
-    for method, fits in remedies(grids, matrix(np.exp(head(fit.x))), float(ratio), float(strength)).items():
-        tell(method, *chosen(fits, fit, held))
-    correct = fit._replace(given=fit.true), held._replace(given=held.true)
-    for method, fits in plain(grids).items():
-        tell(f"{method}, true labels", *chosen(fits, *correct))
     Console().print(table)
 
 
