@@ -109,6 +109,16 @@ def wanted() -> Iterable[tuple[str, str, str, int]]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
+def whole(rows: list[Row]) -> list[Row]:
+    """The rows of tasks and seeds that all methods have, and how many seeds these are."""
+    keys = list(wanted())
+    done = {(row["task"], row["kind"], row["name"], row["seed"]) for row in rows}
+    lacking = {(task, seed) for task, kind, name, seed in keys if (task, kind, name, seed) not in done}
+    for task in NAMES:
+        print(f"{task}: {sum((task, seed) not in lacking for seed in SEEDS)} seed(s)")
+    return [row for row in rows if (row["task"], row["seed"]) not in lacking]
+
+
 def table(rows: list[Row], kind: str) -> None:
     """Accuracy at the end, and the distance to the best cell of the kind's grid, paired by seed, ± standard error."""
     of: dict[tuple[str, str, str], dict[int, Row]] = {}
@@ -162,6 +172,7 @@ def main() -> None:
     if args.data_dir is not None:
         do = functools.partial(run, places=Places(args.data_dir, args.cache))
         rows = missing(args.out, ("task", "kind", "name", "seed"), wanted(), do)
+    rows = whole(rows)
     for kind in METHODS:
         table(rows, kind)
     rates_table(rows)

@@ -31,8 +31,7 @@ from sklearn.linear_model import LogisticRegression
 
 import cronos_flax as cf
 
-HIDDEN, ROUNDS = 64, 10  # neurons; solves of a trimmed head after the first
-CERTAIN = 0.97  # the quantile of certainty that an anchor row has
+HIDDEN, ROUNDS, CERTAIN = 64, 10, 0.97  # neurons; solves of a trimmed head; the quantile that an anchor row has
 Predict = Callable[[np.ndarray], np.ndarray]  # scores by class
 Fit = Callable[[np.ndarray, np.ndarray, Predict | None], Predict]  # of features, labels, and a head to start from
 
