@@ -121,17 +121,18 @@ def whole(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row], kind: str) -> None:
     """Accuracy at the end, and the distance to the best cell of the kind's grid, paired by seed, ± standard error."""
+    tasks = [task for task in NAMES if any(row["task"] == task for row in rows)]
     of: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
         of.setdefault((row["kind"], row["task"], row["name"]), {})[row["seed"]] = row
     grid = ALONE if kind == ALONE else OURS
     print(
-        f"\n{kind}\n\n| optimizer | {' | '.join(f'{task} | less the best cell' for task in NAMES)} | rejected solves |"
+        f"\n{kind}\n\n| optimizer | {' | '.join(f'{task} | less the best cell' for task in tasks)} | rejected solves |"
     )
-    print(f"|---{'|---|---' * len(NAMES)}|---|")
+    print(f"|---{'|---|---' * len(tasks)}|---|")
     for name in METHODS[kind]:
         cells, rejected = [], 0
-        for task in NAMES:
+        for task in tasks:
             own = of.get((kind, task, name), {})
             cell = max((of.get((grid, task, each), {}) for each in ADAM), key=mean_end)
             cells += [f"{mean_end(own):.2f}", "best" if own is cell else apart(own, cell)]
