@@ -1,6 +1,6 @@
 """Rows and parameters sharded over four devices against one device. Run in a process of its own.
 
-All in float64, so that what one device gives is met to rounding. Arguments: a directory, and the number of a mesh.
+All in float64, so that what one device gives is met to rounding. Arguments: a directory, and the kind of axes.
 """
 
 import contextlib
@@ -44,12 +44,13 @@ def unpack(batch):
     return (x,), y, weight
 
 
-def mesh_and_spec(number):
-    """One and two axes, automatic and explicit; with how kernels are sharded."""
-    axes = (AxisType.Auto, AxisType.Explicit)[number // 2]
-    if number % 2 == 0:
-        return jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data", None)
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")
+def meshes_and_specs(kind):
+    """One and two axes; with how kernels are sharded."""
+    axes = AxisType[kind]
+    return {
+        "1-D": (jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data", None)),
+        "2-D": (jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")),
+    }
 
 
 def put(tree, mesh, spec):
@@ -277,18 +278,21 @@ def assert_only_sums_are_sent(mesh):
     assert 33 * HIDDEN <= max(many) <= (33 + OUTPUTS) * HIDDEN + 64, many
 
 
-def main(directory, number):
-    mesh, spec = mesh_and_spec(number)
-    assert_samples_stay(mesh)
-    assert_only_sums_are_sent(mesh)
+def main(directory, kind):
+    meshes = meshes_and_specs(kind)
+    for mesh, _ in meshes.values():
+        assert_samples_stay(mesh)
+        assert_only_sums_are_sent(mesh)
     for surface, is_set in SURFACE.items():
-        expected = surface(None, spec, directory / f"{surface.__name__}-one")
-        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
-            found = surface(mesh, spec, directory / surface.__name__)
-        np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=surface.__name__)
+        name = surface.__name__
+        expected = surface(None, None, directory / f"{name}-one")
+        for axes, (mesh, spec) in meshes.items():
+            with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+                found = surface(mesh, spec, directory / f"{name}-{axes}")
+            np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{name}, {axes}")
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -14,13 +14,15 @@ def _free_port():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", range(4), ids=["auto 1-D", "auto 2-D", "explicit 1-D", "explicit 2-D"])
-def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path, mesh):
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path, axes):
     """Fits, solves, runs with checkpoints, grafts, linen and NNX; and parameters keep the shardings that they had.
+
+    On meshes of one axis and of two.
 
     Steps send sums only. Findings 2.2 and 2.3: restored scalars on device 0, ShardingTypeError on explicit axes.
     """
-    status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run", mesh).wait()
+    status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run", axes).wait(900)
     assert status == 0, err[-4000:]
 
 

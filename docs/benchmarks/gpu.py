@@ -1,7 +1,7 @@
 """What the solver does on a GPU, ready to be run where there is one: no figure of this manual comes from it yet.
 
     python docs/benchmarks/gpu.py --data-dir DIR --out gpu.jsonl
-    JAX_PLATFORMS=cpu python docs/benchmarks/gpu.py --tiny --out tiny.jsonl       # a minute on one core
+    JAX_PLATFORMS=cpu python docs/benchmarks/gpu.py --tiny [--data-dir DIR] --out tiny.jsonl    # does it run?
 
 ``DIR`` holds prepared TFDS sets (fashion_mnist, cifar10_airplane_automobile); without it the cases that read them are
 left out. Each case is one row of the file, with device, versions and sizes; cases that are there already are not run
@@ -105,11 +105,11 @@ def adam(X: jax.Array, y: jax.Array, like: cf.TwoLayer, beta: float, rate: float
     return float(solver_.objective(params, X, y, beta))
 
 
-def experiment(data_dir: Path, out: Path, seconds: float) -> dict[str, Any]:
+def experiment(data_dir: Path, out: Path, seconds: float, seeds: int) -> dict[str, Any]:
     """The command line's comparison on experiment #1: each run has as many seconds of training."""
     arguments = ["--dataset", "cifar10_airplane_automobile", "--data-dir", str(data_dir), "--scaling", "unit"]
     arguments += ["--loss", "squared", "--batch-size", "1024", "--methods", METHODS, "--seconds", str(seconds)]
-    arguments += ["--first-seed", "200", "--seeds", "5", "--validation", "1000"]
+    arguments += ["--first-seed", "200", "--seeds", str(seeds), "--validation", "1000"]
     directory = out.with_suffix(".experiment1")
     command = [sys.executable, "-m", "cronos_flax", "compare", *arguments, "--out", str(directory), "--quiet"]
     subprocess.run(command, check=True)
@@ -131,6 +131,7 @@ def main() -> None:
     given = made.parse_args()
     if given.tiny:
         given.rows, given.columns, given.neurons, given.classes, given.iterations = 4000, 32, 16, 10, 20
+        given.seconds = min(given.seconds, 0.5)
     sizes = given.rows, given.columns, given.neurons, given.classes
     n, d, m = (2500, 63, 16) if given.tiny else (200_000, 2047, 256)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
@@ -144,7 +145,7 @@ def main() -> None:
             "published, n 6000 d 785 m 64": lambda: solver.published(given.data_dir),
             f"Adam, n {rows}": lambda: solver.adam(given.data_dir, rows),
             f"Adam, softmax, n {rows}": lambda: solver.adam(given.data_dir, rows, "softmax"),
-            "experiment #1": lambda: experiment(given.data_dir, given.out, given.seconds),
+            "experiment #1": lambda: experiment(given.data_dir, given.out, given.seconds, 1 if given.tiny else 5),
         }
     device = jax.devices()[0]
     about = {
