@@ -9,6 +9,7 @@ from collections import Counter
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 from disks import largest_file
 from flax import nnx
@@ -361,6 +362,38 @@ def test_an_nnx_model_has_features_too(tmp_path, passes):
     cf.nnx.fit_head(head, direct, batched(), solver=SOLVER)
     cf.nnx.fit_head(head, direct, batched(), solver=SOLVER)
     same(nnx.state(model, nnx.Param), nnx.state(direct, nnx.Param))
+
+
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(8)(x))
+        self.sow("seen", "hidden", x)
+        return nn.Dense(4)(nn.relu(nn.Dense(6)(x)))
+
+
+def test_sown_values_are_no_part_of_a_backbone():
+    model = Sowing()
+    variables = model.init(jax.random.key(0), X[:2])
+    assert isinstance(variables["seen"]["hidden"], tuple)
+    head = cf.find_head(model, variables, X[:8])
+    features = cf.gather_features(head, variables, (X, Y))
+    without = {"params": variables["params"]}
+    one, two = (cf.fit_head(head, given, features, solver=SOLVER)[0]["params"] for given in (variables, without))
+    same(one, two)
+
+
+def test_training_says_that_a_collection_of_sown_values_would_grow():
+    model = Sowing()
+    variables = model.init(jax.random.key(0), X[:2])
+    params, others = variables["params"], {"seen": variables["seen"]}
+    head = cf.find_head(model, variables, X[:8])
+    made = {"apply_fn": model.apply, "params": params, "tx": optax.sgd(0.1), "head": head, "solver": SOLVER}
+    state = cf.CronosTrainState.create(**made, model_state=others)
+    with pytest.raises(ValueError, match=r"model_state.*number in seen.*sows"):
+        cf.train(state, (X, Y), epochs=1)
+    state, _ = cf.train(cf.CronosTrainState.create(**made), (X, Y), epochs=1)
+    assert int(state.step) > 0
 
 
 def test_the_log_of_a_cache_can_be_read(tmp_path):

@@ -173,8 +173,7 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
             return weight @ loss.value(outputs, y) / jnp.sum(weight), updates
 
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
-        structure = jax.tree.structure(collections)
-        changed = {"model_state": jax.tree.unflatten(structure, jax.tree.leaves(updates))} if mutable else {}
+        changed = {"model_state": _as_before(collections, updates)} if mutable else {}
         return at_places(with_value(state, value, grads=grads, **changed), places), value
 
     def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
@@ -184,6 +183,18 @@ def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
         return automatically(run, state, batch, run_decay, others["streams"], others["class_weight"])
 
     return step
+
+
+def _as_before(collections: Any, updates: Any) -> Any:
+    """The collections that a step has changed, in the containers that they had."""
+    counts = {name: [len(jax.tree.leaves(tree[name])) for tree in (collections, updates)] for name in collections}
+    if other := [name for name, (before, after) in counts.items() if before != after]:
+        raise ValueError(
+            "train: a step must leave as many arrays in `state.model_state` as it found, but it changes the number in "
+            f"{', '.join(other)}. A module that sows values there adds to them in every step: leave such a collection "
+            "out of `model_state`."
+        )
+    return jax.tree.unflatten(jax.tree.structure(collections), jax.tree.leaves(updates))
 
 
 def scoring(

@@ -17,6 +17,7 @@ from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, selected
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
+from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -175,7 +176,8 @@ class LinenModule:
     def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:
         head = {("params", *path) for path in paths}
         arrays = flax.traverse_util.flatten_dict(flax.core.unfreeze(nn.meta.unbox(dict(variables))))
-        return {"/".join(map(str, path)): leaf for path, leaf in arrays.items() if path[:-1] not in head}
+        own = {path: leaf for path, leaf in arrays.items() if is_array(leaf)}  # sown values are tuples
+        return {"/".join(map(str, path)): leaf for path, leaf in own.items() if path[:-1] not in head}
 
     def kernel_shape(self, variables: Mapping, path: Path) -> tuple[int, ...]:
         try:
