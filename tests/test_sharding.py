@@ -26,19 +26,22 @@ def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp
     assert status == 0, err[-4000:]
 
 
-def _run(count, directory, *extra):
-    """What process 0 printed, of so many processes, which together have two devices; None if they are killed."""
+def _begun(count, directory, *extra):
+    """So many processes, which together have two devices; they are killed if ``extra`` says so."""
     port = str(_free_port())
     arguments = [[port, number, count, directory, *extra] for number in range(count)]
-    started = [Forked(directory.parent, "tests/processes.py", *each) for each in arguments]
+    return [Forked(directory.parent, "tests/processes.py", *each) for each in arguments]
+
+
+def _ended(processes, *, killed=False):
+    """What process 0 printed; of killed ones, whose others wait for process 0, nothing."""
     try:
-        ended = [started[0].wait(120)]
-        if extra:  # the others wait for process 0
-            return None
-        ended += [process.wait(120) for process in started[1:]]
+        ended = [process.wait() for process in (processes[:1] if killed else processes)]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
+    if killed:
+        return None
     assert not any(status for status, _, _ in ended), [err[-2000:] for _, _, err in ended]
     return json.loads(ended[0][1].splitlines()[-1])
 
@@ -49,7 +52,8 @@ def test_two_processes_that_are_killed_and_started_again_give_what_one_gives(tmp
 
     Findings 2.3: fit_head on a global batch failed.
     """
-    expected = _run(1, tmp_path / "one")
-    _run(2, tmp_path / "two", "kill")
+    alone, two = _begun(1, tmp_path / "one"), _begun(2, tmp_path / "two", "kill")
+    _ended(two, killed=True)
     assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.name.isdecimal()) == ["3"]
-    assert _run(2, tmp_path / "two") == pytest.approx(expected, rel=1e-7)
+    again = _begun(2, tmp_path / "two")
+    assert _ended(again) == pytest.approx(_ended(alone), rel=1e-7)
