@@ -213,8 +213,28 @@ def grafted(mesh, spec, directory):
     return [float(cf.fit_head(head, new, data, unpack=unpack, solver=SOLVER)[1].stats.objective)]
 
 
+def used(mesh, spec, directory):
+    """A solve on β of a path, one that goes on from there, what is said of their network, and a new head in NNX."""
+    X, y, _ = (np.concatenate(arrays)[:128] for arrays in zip(*batches(), strict=True))
+    x, labels = by_rows((X, y), mesh)
+    first = dataclasses.replace(SOLVER, beta="path").solve(x, labels, hidden=HIDDEN, num_classes=OUTPUTS)
+    again = dataclasses.replace(SOLVER, beta=1e-3).solve(x, labels, state=first.state, num_classes=OUTPUTS)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs, **FLOAT), nnx.tanh, nnx.Linear(8, OUTPUTS, rngs=rngs, **FLOAT))
+    new = cf.nnx.graft(model, at="layers/2", hidden=HIDDEN, rngs=nnx.Rngs(1))
+    if mesh is not None:
+        nnx.update(new, put(nnx.state(new), mesh, spec))
+    head = cf.nnx.find_head(new, x)
+    return [
+        *(float(each) for each in (first.stats.beta, first.stats.objective, again.stats.objective)),
+        float(SOLVER.objective(again.params, x, labels, 1e-3)),
+        float(np.sum(np.square(cf.predict(again.params, x)))),
+        float(cf.nnx.fit_head(head, new, (x, labels), solver=SOLVER).stats.objective),
+    ]
+
+
 # With whether the mesh is set while they run.
-SURFACE = {alternated: False, fitted: False, solved: False, warmed_up: False, in_nnx: True, grafted: False}
+SURFACE = {alternated: False, fitted: False, solved: False, warmed_up: False, in_nnx: True, grafted: False, used: False}
 
 
 def assert_samples_stay(mesh):

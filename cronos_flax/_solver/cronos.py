@@ -92,7 +92,8 @@ class Cronos:
         max_bytes: most bytes of features that ``fit_head`` and ``solve_head`` keep in memory, ``4 n p`` for n rows of p
             features in float32. More are read in blocks, and features that are not in files yet are written to a
             temporary one. None takes a sixth of the memory that is free: on the machine, in the control group of the
-            process, or on the accelerator, whichever is least. :meth:`solve` does not look at it.
+            process, or on the accelerator, whichever is least. :meth:`solve` does not look at it, and features that
+            come on a mesh of devices stay in the memory of these.
 
     Raises:
         ValueError: for a setting outside its range.
