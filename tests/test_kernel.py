@@ -233,9 +233,9 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
         return programs.network_outputs(rows, A + W / size[:, None], b, rows.X @ U).ravel()
 
     zero, argnums = jnp.zeros_like(A), (0, 1, 2) if output_bias else (0, 1)
-    J = np.hstack([np.asarray(j).reshape(rows.Y.size, -1) for j in jax.jacobian(outputs, argnums)(U, zero, b)])
+    J = np.hstack([np.asarray(j).reshape(rows.Y.size, -1) for j in jax.jit(jax.jacobian(outputs, argnums))(U, zero, b)])
     O = outputs(U, zero, b).reshape(rows.Y.shape)
-    H = np.asarray(jax.hessian(lambda o: rows.value(o.reshape(O.shape)))(O.ravel()))
+    H = np.asarray(jax.jit(jax.hessian(lambda o: rows.value(o.reshape(O.shape))))(O.ravel()))
     slope = np.asarray(jax.grad(rows.value)(O)).ravel()
     # Damping is in the norm of what each part alone does to pre-activations and outputs; the penalty is on U and W.
     hidden = np.asarray(jax.nn.relu(rows.X @ U)) / size

@@ -53,27 +53,53 @@ def targets_of(loss, Y):
     return Y.argmax(axis=1) if loss == "softmax" else Y
 
 
+@functools.cache
+def calculus(loss):
+    """Value and gradient, the gradient by differentiation, curvature and its mean, the Hessian, and the value beyond r.
+
+    In one program, as each would be compiled anew for every example.
+    """
+    made = losses.loss_of(loss)
+
+    def of_row(f, y):
+        return made.value(f[None], y[None])[0]
+
+    def of(f, y, r):
+        units = [jnp.broadcast_to(e, f.shape) for e in jnp.eye(f.shape[1])]
+        curvature = jnp.stack([made.curvature(f, y, e) for e in units], axis=2)
+        hessian = jax.vmap(jax.hessian(of_row))(f, y)
+        parabola = made.value(f, y) + jnp.sum(made.gradient(f, y) * r + r * made.curvature(f, y, r) / 2, axis=1)
+        gradients = made.gradient(f, y), jax.grad(lambda f: made.value(f, y).sum())(f)
+        return (
+            made.value(f, y),
+            gradients,
+            curvature,
+            made.mean_curvature(f, y),
+            hessian,
+            parabola,
+            made.value(f + r, y),
+        )
+
+    return jax.jit(of)
+
+
 @settings(max_examples=20, deadline=None)
 @given(loss=st.sampled_from(LOSSES), seed=seeds)
 def test_value_gradient_and_curvature_agree(loss, seed):
     with jax.enable_x64(True):
         f, y = drawn(loss, seed)
-        made = losses.loss_of(loss)
-        np.testing.assert_allclose(made.value(f, y), dense_twin.losses_of(loss, f, y), atol=1e-12)
-        np.testing.assert_allclose(made.gradient(f, y), jax.grad(lambda f: made.value(f, y).sum())(f), atol=1e-12)
-        units = np.eye(3)
-        H = np.stack([made.curvature(f, y, np.broadcast_to(e, f.shape)) for e in units], axis=2)
-        assert np.linalg.eigvalsh(H).min() >= -1e-12
-        np.testing.assert_allclose(H, H.swapaxes(1, 2), atol=1e-12)
-        np.testing.assert_allclose(made.mean_curvature(f, y), np.trace(H, axis1=1, axis2=2) / 3, atol=1e-12)
-        if loss in ("squared", "softmax", "logistic"):
-            hessian = jax.vmap(jax.hessian(lambda f, y: made.value(f[None], y[None])[0]))(f, y)
-            np.testing.assert_allclose(H, hessian, atol=1e-10)
-        else:  # the parabola that touches the loss lies above it
-            r = np.random.default_rng(seed + 9).normal(size=f.shape)
-            above = made.value(f, y) + np.sum(made.gradient(f, y) * r + r * made.curvature(f, y, r) / 2, axis=1)
-            floored = loss == "hinge" and np.any(np.abs(1 - y * f) < losses._HINGE_FLOOR)
-            assert floored or np.all(above >= made.value(f + r, y) - 1e-10)
+        r = np.random.default_rng(seed + 9).normal(size=f.shape)
+        value, (gradient, derivative), H, mean, hessian, parabola, beyond = jax.device_get(calculus(loss)(f, y, r))
+    np.testing.assert_allclose(value, dense_twin.losses_of(loss, f, y), atol=1e-12)
+    np.testing.assert_allclose(gradient, derivative, atol=1e-12)
+    assert np.linalg.eigvalsh(H).min() >= -1e-12
+    np.testing.assert_allclose(H, H.swapaxes(1, 2), atol=1e-12)
+    np.testing.assert_allclose(mean, np.trace(H, axis1=1, axis2=2) / 3, atol=1e-12)
+    if loss in ("squared", "softmax", "logistic"):
+        np.testing.assert_allclose(H, hessian, atol=1e-10)
+    else:  # the parabola that touches the loss lies above it
+        floored = loss == "hinge" and np.any(np.abs(1 - y * f) < losses._HINGE_FLOOR)
+        assert floored or np.all(parabola >= beyond - 1e-10)
 
 
 @functools.cache
