@@ -1,23 +1,16 @@
 """The page for clusters: its pieces against their formulas, and a run on digits."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from pages import page
 
 
 @pytest.fixture(scope="module")
 def cpp():
     """The example, as a module."""
-    spec = importlib.util.spec_from_file_location("cpp", ROOT / "examples" / "neighbours" / "cpp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return page("neighbours", "cpp")
 
 
 def unit(n, d, seed=0):

@@ -1,8 +1,5 @@
 """Optimizers without a rate move the backbone: what they need from the package, and the example, small."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,24 +7,15 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 from given import HEAD, MODEL, PARAMS, X, Y
+from pages import page
 
 import cronos_flax as cf
 
-ROOT = Path(__file__).resolve().parents[1]
 X, Y = X[:256], Y[:256]
 KERNELS = ("layers_2", "layers_4")
 
 
-def page(name):
-    """An example, as a module."""
-    path = ROOT / "examples" / "neighbours" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"neighbours_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mechanic = page("mechanic")
+mechanic = page("neighbours", "mechanic")
 
 
 def made(tx, **kwargs):

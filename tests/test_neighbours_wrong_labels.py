@@ -1,28 +1,14 @@
 """The page of remedies for wrong labels, small: its loss, its matrix, and what they do."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import page
 
 import cronos_flax as cf
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def page(name):
-    """An example, as a module."""
-    path = ROOT / "examples" / "neighbours" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"neighbours_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-wrong_labels = page("wrong_labels")
+wrong_labels = page("neighbours", "wrong_labels")
 
 
 def drawn(seed, n=50, C=4):

@@ -1,8 +1,6 @@
 """The pages for pretrained models: weights from files, ports that agree with their references, and whole runs."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +8,8 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from flax import nnx, traverse_util
+from pages import page
 from safetensors.numpy import load_file, save_file
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def page(name):
-    """An example, as a module."""
-    spec = importlib.util.spec_from_file_location(f"pretrained_{name}", ROOT / "examples" / "pretrained" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 def weights(name):
@@ -36,7 +24,7 @@ def test_the_sentence_encoder_agrees_with_its_reference():
 
     from tokenizers import Tokenizer
 
-    text, directory = page("text"), weights("minilm")
+    text, directory = page("pretrained", "text"), weights("minilm")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(json.loads((directory / "reference.json").read_text())["max_length"])
@@ -45,7 +33,7 @@ def test_the_sentence_encoder_agrees_with_its_reference():
 
 
 def test_the_image_model_agrees_with_its_reference():
-    images, directory = page("images"), weights("efficientnet_lite0")
+    images, directory = page("pretrained", "images"), weights("efficientnet_lite0")
     model = images.Lite()
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 128, 128, 3)))
     variables = images.load(directory / "model.safetensors", shapes)
@@ -79,7 +67,7 @@ def image_file(images, path):
 
 
 def test_every_tensor_of_a_file_finds_its_place_or_is_named(tmp_path):
-    text, images, path = page("text"), page("images"), tmp_path / "model.safetensors"
+    text, images, path = page("pretrained", "text"), page("pretrained", "images"), tmp_path / "model.safetensors"
     encoder = text_file(text, path)
     for one, two in zip(
         *(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (encoder, text.load(path, text.SMALL))), strict=True
@@ -105,7 +93,7 @@ def test_every_tensor_of_a_file_finds_its_place_or_is_named(tmp_path):
 
 
 def test_batches_are_padded_to_few_lengths_and_augmented_anew():
-    text, images = page("text"), page("images")
+    text, images = page("pretrained", "text"), page("pretrained", "images")
     ids, mask = text.padded([[5, 6, 7], [8] * 20])
     assert ids.shape == mask.shape == (2, 32)
     assert mask.sum(1).tolist() == [3, 20]
@@ -122,7 +110,7 @@ def test_batches_are_padded_to_few_lengths_and_augmented_anew():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows"), [("text", 5 * 8), ("images", 10 * 8)])
 def test_a_page_runs_without_weights_and_keeps_its_features(name, rows, tmp_path, monkeypatch, capsys):
-    module, picture = page(name), tmp_path / "picture.png"
+    module, picture = page("pretrained", name), tmp_path / "picture.png"
     options = "--shots", "8", "--hidden", "8", "--epochs", "1", "--test-rows", "64", "--beta", "1e-3"
     monkeypatch.setattr(sys, "argv", [name, *options, "--cache", str(tmp_path / "cache"), "--out", str(picture)])
     module.main()

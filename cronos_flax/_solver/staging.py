@@ -32,7 +32,7 @@ class Program:
 
     Args:
         function: the function; keyword arguments are static.
-        once: it runs once a solve, so that compiling it takes longer than running it.
+        once: it runs once or is small, so that compiling it takes longer than all its runs of a solve.
     """
 
     def __init__(self, function: Callable[..., Any], *, once: bool = False) -> None:

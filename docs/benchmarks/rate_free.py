@@ -80,24 +80,16 @@ def run(task: str, kind: str, name: str, seed: int, *, places: Places) -> Row:
         seconds = time.process_time() - began
     accuracies = [100 * row["validation_accuracy"] for row in history if "validation_accuracy" in row]
     rates = [row["backbone_rate"] for row in history if "backbone_rate" in row]
-    learned = [
-        float(node.s.sum()) for node in jax.tree.leaves(state.opt_state, is_leaf=is_mechanic) if is_mechanic(node)
-    ]
     return {
         "end": accuracies[-1],
         "solves": sum("objective" in row for row in history),
         "rejections": getattr(state, "figures", {}).get("rejections", 0),
         "lowest_rate": min(rates, default=1.0),
         "rate": rates[-1] if rates else 1.0,
-        "scale": learned[0] if learned else None,
+        "scale": example.scale(state),
         "warned": sorted({str(warning.message)[:60] for warning in told if warning.category is UserWarning}),
         "cpu_seconds": seconds,
     }
-
-
-def is_mechanic(node: Any) -> bool:
-    """Whether a part of an optimizer's state is Mechanic's."""
-    return isinstance(node, optax.contrib.MechanicState)
 
 
 def wanted() -> Iterable[tuple[str, str, str, int]]:

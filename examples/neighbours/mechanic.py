@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.training.train_state import TrainState
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -77,10 +78,10 @@ def step(state: cf.CronosTrainState, x: jax.Array, y: jax.Array) -> cf.CronosTra
     return state.apply_gradients(grads=grads, value=value)
 
 
-def scale(state: cf.CronosTrainState) -> float | None:
+def scale(state: TrainState) -> float | None:
     """What Mechanic multiplies the steps of its optimizer by; None for another optimizer."""
     kind = optax.contrib.MechanicState
-    nodes = jax.tree.leaves(state.optimizer_state, is_leaf=lambda node: isinstance(node, kind))
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda node: isinstance(node, kind))
     scales = [float(node.s.sum()) for node in nodes if isinstance(node, kind)]
     return scales[0] if scales else None
 
