@@ -35,6 +35,7 @@ from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
+_LEAST_EXPLAINED = 1e-3  # of the loss of the best constant outputs: less is said to the user
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _ROUNDING = float(jnp.finfo(jnp.float32).eps)
 
@@ -298,14 +299,32 @@ def solve_guarded(
     if np.isfinite(on_host(beta)):  # gradient steps of the head have the same weight decay
         head_decay = copied(on_device(beta, jnp.float32))
         changed["opt_state"] = changed["opt_state"]._replace(head_decay=head_decay)
+    rounding = _rounding(rows)
     if guard is None:
+        _warn_if_constant(solution.stats, rounding)
         return None, beta, changed, solution
-    guard, changed = guard.judge(changed, solution.stats, _rounding(rows))
+    guard, changed = guard.judge(changed, solution.stats, rounding)
     if not on_host(guard.accepted):
         solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
+    else:
+        _warn_if_constant(solution.stats, rounding)
     if callback is not None:
         callback(guard.figures)
     return guard, beta, changed, solution
+
+
+def _warn_if_constant(stats: Stats, rounding: float) -> None:
+    """Warn if a solve leads no further than outputs that are the same for all rows, unless these are perfect."""
+    objective, null = (agreed(float(on_host(value))) for value in (stats.objective, stats.null_loss))
+    if null <= rounding or not objective > (1 - _LEAST_EXPLAINED) * null:
+        return
+    warnings.warn(
+        f"solve_head: the regularised loss is {objective:.4g} after a solve, and {null:.4g} for outputs that are the "
+        "same for all rows, so the network explains next to nothing. If gradient steps came before, start again at a "
+        "lower rate. Else look at the features and the targets, or give the solver a smaller beta or beta_ratio.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _rounding(rows: GatheredRows) -> float:
