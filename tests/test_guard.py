@@ -213,10 +213,18 @@ def test_a_backbone_that_is_spoiled_before_the_first_solve_is_said_to_be(guard):
     """The guard knows no better loss to go back to."""
     state = made(guard=guard)
     state = state.replace(params={**state.params, "Dense_0": jax.tree.map(jnp.zeros_like, state.params["Dense_0"])})
+    state, _ = state.solve_head((X, Y))  # features of which a first solve makes nothing may become better ones
     with pytest.warns(UserWarning, match="explains next to nothing") as told:
         _, solution = state.solve_head((X, Y))
     assert told[0].filename == __file__
     assert float(solution.stats.objective) == pytest.approx(float(solution.stats.null_loss), rel=1e-2)
+    large = jax.tree.map(lambda leaf: 100 * leaf, VARIABLES["params"]["Dense_0"])
+    state = made(guard=guard)
+    state = state.replace(
+        params={**state.params, "Dense_0": large}, solver=cf.Cronos(loss="softmax", max_iters=1, beta=1e3)
+    )
+    with pytest.warns(UserWarning, match="explains next to nothing"):
+        state.solve_head((X, Y))
 
 
 @EXPLAINS_NOTHING

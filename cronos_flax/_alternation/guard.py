@@ -35,7 +35,9 @@ from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
-_LEAST_EXPLAINED = 1e-3  # of the loss of the best constant outputs: less is said to the user
+# The user is told if more than this share of the loss of the best constant outputs is left after a first solve, which
+# may find features of which only large weights make something, or after a later one.
+_MOST_LEFT = {True: 1.01, False: 0.999}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _ROUNDING = float(jnp.finfo(jnp.float32).eps)
 
@@ -278,12 +280,13 @@ def solve_guarded(
         FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
     """
     callback = on_first(callback)
+    is_first = not np.isfinite(on_host(beta))
     if rows.finite:
 
         def fit(solver: Cronos) -> tuple[TwoLayer | None, Solution]:
             return fit_rows(network, rows, solver, key, callback, throw=False)
 
-        if np.isfinite(on_host(beta)):
+        if not is_first:
             new, solution = fit(dataclasses.replace(solver, beta=beta))
         else:
             new, solution = first_solved(fit, network, rows, solver, largest_growth)
@@ -301,22 +304,22 @@ def solve_guarded(
         changed["opt_state"] = changed["opt_state"]._replace(head_decay=head_decay)
     rounding = _rounding(rows)
     if guard is None:
-        _warn_if_constant(solution.stats, rounding)
+        _warn_if_constant(solution.stats, rounding, is_first)
         return None, beta, changed, solution
     guard, changed = guard.judge(changed, solution.stats, rounding)
     if not on_host(guard.accepted):
         solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
     else:
-        _warn_if_constant(solution.stats, rounding)
+        _warn_if_constant(solution.stats, rounding, is_first)
     if callback is not None:
         callback(guard.figures)
     return guard, beta, changed, solution
 
 
-def _warn_if_constant(stats: Stats, rounding: float) -> None:
+def _warn_if_constant(stats: Stats, rounding: float, is_first: bool) -> None:
     """Warn if a solve leads no further than outputs that are the same for all rows, unless these are perfect."""
     objective, null = (agreed(float(on_host(value))) for value in (stats.objective, stats.null_loss))
-    if null <= rounding or not objective > (1 - _LEAST_EXPLAINED) * null:
+    if null <= rounding or not objective > _MOST_LEFT[is_first] * null:
         return
     warnings.warn(
         f"solve_head: the regularised loss is {objective:.4g} after a solve, and {null:.4g} for outputs that are the "
