@@ -46,7 +46,8 @@ def gather_features(
         callback: called after each batch with ``{"rows", "seconds"}``, those of this call.
 
     Returns:
-        The :class:`cronos_flax.Features`.
+        The :class:`cronos_flax.Features`. Its rows are sorted by target: use its ``X`` with its ``y``, and not with the
+        targets of ``data``.
 
     Raises:
         ValueError: for data that do not fit the module, or each other; for a cache that does not fit, with the reason;
