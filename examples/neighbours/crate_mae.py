@@ -136,7 +136,7 @@ def pretrain(images: np.ndarray, patch: int, steps: int, seed: int) -> tuple[Any
 
 def classifier(encoder: Any, patch: int, rows: Rows, seed: int) -> tuple[nn.Module, Any]:
     """The encoder, the mean of its tokens, and two layers, the head that is solved: module and variables."""
-    last = [lambda Z: Z.mean(axis=1), nn.Dense(128), nn.relu, nn.Dense(int(rows[1].max()) + 1)]
+    last: list[Any] = [lambda Z: Z.mean(axis=1), nn.Dense(128), nn.relu, nn.Dense(int(rows[1].max()) + 1)]
     model = nn.Sequential([Encoder(patch), *last])
     return model, {"params": {**model.init(jax.random.key(seed), rows[0][:2])["params"], "layers_0": encoder}}
 
