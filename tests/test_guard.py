@@ -405,6 +405,19 @@ def test_the_first_solve_chooses_the_weight_decay_of_all():
     assert float(own.solve_head((X, Y))[1].stats.beta) == pytest.approx(0.25)
 
 
+def test_a_weight_decay_that_is_put_into_the_state_is_not_compared_with_the_one_before():
+    state, _ = made().solve_head((X, Y))
+    state, before = state.solve_head((X, Y))  # running statistics are allowed for in the first two
+    larger = state.replace(beta=4 * state.beta)
+    solved, solution = larger.solve_head((X, Y))
+    assert solution.status != cf.Status.rejected
+    assert float(solution.stats.objective) > float(before.stats.objective)
+    np.testing.assert_allclose(solution.stats.beta, 4 * before.stats.beta, rtol=1e-6)
+    # From there on it is: the next solve is compared with this one.
+    assert solved.figures["best_objective"] == pytest.approx(float(solution.stats.objective))
+    assert harmed(solved).solve_head((X, Y))[1].status == cf.Status.rejected
+
+
 @EXPLAINS_NOTHING
 def test_parameters_of_the_users_stay_if_the_guard_forgets_the_loss_before():
     state, _ = made().solve_head((X, Y))

@@ -161,6 +161,11 @@ class GuardState:
         """The same, without the least loss so far: the next finite one is accepted."""
         return self.replace(best=on_device(math.inf, self.best.dtype))  # type: ignore[attr-defined]
 
+    def has_weight_decay(self, beta: Float[Array, ""]) -> bool:
+        """Whether the least loss so far is one with this weight decay, to rounding."""
+        of_best = float(on_host(self.kept["opt_state"].head_decay))
+        return math.isclose(of_best, agreed(float(on_host(beta))), rel_tol=1e-6)
+
     def judge(self, parts: dict[str, Any], stats: Stats, rounding: float) -> tuple[Self, dict[str, Any]]:
         """Accept or reject the state after a solve.
 
@@ -288,6 +293,8 @@ def solve_guarded(
 
         if not is_first:
             new, solution = fit(dataclasses.replace(solver, beta=beta))
+            if guard is not None and not guard.has_weight_decay(beta):  # another one was put into the state
+                guard = guard.forgetful()
         else:
             new, solution = first_solved(fit, network, rows, solver, largest_growth)
             if guard is not None:  # losses with another weight decay say nothing
