@@ -242,11 +242,12 @@ def assert_samples_stay(mesh):
     n, size = 4096, 400
     x = by_rows(np.arange(1.0, n + 1), mesh)
     place = place_of_rows(x)
+    sample, take = jax.jit(lambda index: Sample.of(index, n, n, place)), jax.jit(lambda some, x: some.take(x))
     for seed in range(20):
         order = None if seed % 2 else jax.random.permutation(jax.random.key(seed), n)
         index = gauss_newton.places(n, size, jax.random.key(seed), order)
-        some = jax.jit(lambda index: Sample.of(index, n, n, place))(index)
-        taken = np.asarray(jax.jit(lambda some, x: some.take(x))(some, jax.device_put(x, place)))
+        some = sample(index)
+        taken = np.asarray(take(some, jax.device_put(x, place)))
         np.testing.assert_array_equal(taken[some.order], np.asarray(x)[index])
         assert (np.count_nonzero(taken), np.count_nonzero(some.counts)) == (size, size)
         assert len(taken) < n / 4
