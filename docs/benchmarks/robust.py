@@ -53,13 +53,15 @@ class Method(NamedTuple):
 
 
 ADAM = {f"Adam {rate:g}, attacked rows": Method(rate, 8) for rate in RATES}
-PLAIN, CONTROL = "Adam, clean rows", "CRONOS-AM without solves"
+PLAIN = "Adam, clean rows"
+CONTROL, LONGER = "CRONOS-AM without solves, 6 epochs", "CRONOS-AM without solves, 8 epochs"
 OURS, OURS_CLEAN = "CRONOS-AM, solved on attacked rows", "CRONOS-AM, solved on clean rows"
 OTHERS = {
     OURS: Method(RATE, 6, alternates=True, solve="attacked"),
     OURS_CLEAN: Method(RATE, 6, alternates=True, solve="clean"),
     PLAIN: Method(RATE, 8, trained=False),
-    CONTROL: Method(RATE, 8, alternates=True),
+    CONTROL: Method(RATE, 6, alternates=True),
+    LONGER: Method(RATE, 8, alternates=True),
 }
 METHODS = ADAM | OTHERS
 
@@ -79,7 +81,7 @@ MORE = {
     "last solve on clean rows": Last("clean"),
     "last solve with 100 iterations": Last("attacked", 100),
     "last solve with 16 β": Last("attacked", factor=16.0),
-    "last solve on three attacks together": Last("attacked", attacks=3),
+    "three attacks and solves in turn": Last("attacked", attacks=3),
 }
 names = ("eps", "method", "seed")
 
@@ -201,7 +203,7 @@ def wanted(out: Path) -> Iterable[tuple[str, str, int]]:
         while (method := best(kept(out), eps)) not in tried(kept(out), eps, seed):
             yield eps, method, seed
         yield from ((eps, method, seed) for method in (OURS, OURS_CLEAN))
-    for method, seed, eps in itertools.product((*MORE, PLAIN, CONTROL), SEEDS, EPS):
+    for method, seed, eps in itertools.product((*MORE, PLAIN, CONTROL, LONGER), SEEDS, EPS):
         yield eps, method, seed
 
 
@@ -288,7 +290,7 @@ def main() -> None:
     rows = kept(args.out)
     rates(rows)
     for eps in EPS:
-        own = (*ADAM, OURS + BEFORE, OURS, OURS_CLEAN + BEFORE, OURS_CLEAN, CONTROL, PLAIN)
+        own = (*ADAM, OURS + BEFORE, OURS, OURS_CLEAN + BEFORE, OURS_CLEAN, CONTROL, LONGER, PLAIN)
         table(rows, eps, own, best(rows, eps), "Adam")
     for eps in EPS:
         table(rows, eps, (OURS + BEFORE, OURS, *MORE), OURS + BEFORE, "before")
