@@ -36,9 +36,7 @@ def growth(before, after):
     return gradient_growth(old, new, rows, loss_of("softmax"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:solve_head. the regularised loss is:UserWarning"
-)  # at a second solve without a step
+@pytest.mark.filterwarnings("ignore:solve_head. the loss is:UserWarning")  # at a second solve without a step
 def test_features_that_need_large_weights_get_a_stronger_beta_as_if_it_were_given():
     state = small_state()
     free, _ = small_state(cf.Alternation(largest_growth=float("inf"))).solve_head(DATA, key=KEY)

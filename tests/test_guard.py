@@ -39,7 +39,7 @@ HEAD = cf.find_head(MODEL, VARIABLES, X, train=False, statistics="running")
 
 
 # The warning is right where features are all alike, or β is large; and such tests are of other things.
-EXPLAINS_NOTHING = pytest.mark.filterwarnings("ignore:solve_head. the regularised loss is:UserWarning")
+EXPLAINS_NOTHING = pytest.mark.filterwarnings("ignore:solve_head. the loss is:UserWarning")
 
 
 def made(tx=None, kind=cf.CronosTrainState, head=HEAD, **kwargs):

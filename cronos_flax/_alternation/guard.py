@@ -311,27 +311,31 @@ def solve_guarded(
         changed["opt_state"] = changed["opt_state"]._replace(head_decay=head_decay)
     rounding = _rounding(rows)
     if guard is None:
-        _warn_if_constant(solution.stats, rounding, is_first)
+        _warn_if_constant(new, solution.stats, rounding, is_first)
         return None, beta, changed, solution
     guard, changed = guard.judge(changed, solution.stats, rounding)
     if not on_host(guard.accepted):
         solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
     else:
-        _warn_if_constant(solution.stats, rounding, is_first)
+        _warn_if_constant(new, solution.stats, rounding, is_first)
     if callback is not None:
         callback(guard.figures)
     return guard, beta, changed, solution
 
 
-def _warn_if_constant(stats: Stats, rounding: float, is_first: bool) -> None:
+def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, is_first: bool) -> None:
     """Warn if a solve leads no further than outputs that are the same for all rows, unless these are perfect."""
-    objective, null = (agreed(float(on_host(value))) for value in (stats.objective, stats.null_loss))
-    if null <= rounding or not objective > _MOST_LEFT[is_first] * null:
+    if network is None:
+        return
+    objective, beta, null = (float(on_host(value)) for value in (stats.objective, stats.beta, stats.null_loss))
+    squares = sum(float(on_host(jnp.sum(jnp.square(kernel)))) for kernel in (network.kernel1, network.kernel2))
+    loss = agreed(objective - beta / 2 * squares)  # what is left of the penalty is that of a bias
+    if null <= rounding or not loss > _MOST_LEFT[is_first] * null:
         return
     warnings.warn(
-        f"solve_head: the regularised loss is {objective:.4g} after a solve, and {null:.4g} for outputs that are the "
-        "same for all rows, so the network explains next to nothing. If gradient steps came before, start again at a "
-        "lower rate. Else look at the features and the targets, or give the solver a smaller beta or beta_ratio.",
+        f"solve_head: the loss is {loss:.4g} after a solve, and {null:.4g} for outputs that are the same for all rows, "
+        "so the network explains next to nothing. If gradient steps came before, start again at a lower rate. Else "
+        "look at the features and the targets, or give the solver a smaller beta or beta_ratio.",
         UserWarning,
         stacklevel=4,
     )
