@@ -20,7 +20,7 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
-from cronos_flax._solver.staging import Program
+from cronos_flax._solver.staging import ONCE, Program
 from cronos_flax._solver.transfer import on_device, on_host, taken
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
 
@@ -118,7 +118,7 @@ def _user_beta_max(
     return beta_max(rows) * basis.scale / jnp.sum(weight)
 
 
-user_beta_max = Program(_user_beta_max, once=True)
+user_beta_max = Program(_user_beta_max, few=ONCE)
 
 
 class Data(NamedTuple):

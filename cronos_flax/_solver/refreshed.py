@@ -20,7 +20,7 @@ from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.gauss_newton import LocalModel, Prepared, direction, floored, gradient, places, sample_size
 from cronos_flax._solver.program import dead, network_objective, network_outputs, norms, random_neurons, unit_rows
 from cronos_flax._solver.settings import Refreshed
-from cronos_flax._solver.staging import Control, Program
+from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Control, Program
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
 
 
@@ -71,7 +71,7 @@ def _revived(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
     return on_gates_of(rows.X @ random_neurons(key, iterate.U), rows, iterate)
 
 
-revived = Program(_revived, once=True)
+revived = Program(_revived, few=ONCE)
 
 
 def search(
@@ -306,7 +306,8 @@ def _drawn(
     return key, probe_key, index, tried
 
 
-drawn, stepped = Program(_drawn, once=True), Program(step)
+drawn = Program(_drawn, few=ONCE)
+stepped, stepped_in_warm_up = Program(step, few=EVERY_STEP), Program(step, few=SOME_STEPS)
 
 
 def descend(
@@ -318,10 +319,12 @@ def descend(
     start: Descent,
     settings: Refreshed,
     tell: Callable[[Descent], None] = lambda _: None,
+    stepped: Program = stepped,
 ) -> Descent:
     """Step until the loss stagnates or ``limits.max_iters``; ``tell`` is called after every step.
 
     Steps take their curvature from a sample of the rows until that leads no further, and then from all of them.
+    ``stepped`` is the program of a step.
     """
 
     def body(now: Descent) -> Descent:
@@ -371,7 +374,7 @@ def _better(rows: Rows, beta: Scalar, start: Iterate, found: Point) -> Iterate:
     return jax.tree.map(lambda new, old: jnp.where(there.objective < start.objective, new, old), there, start)
 
 
-few, better = Program(_few, once=True), Program(_better, once=True)
+few, better = Program(_few, few=ONCE), Program(_better, few=ONCE)
 
 
 def warm_up(
@@ -401,7 +404,7 @@ def warm_up(
         drawn, at, key = now
         some, share, first, key = control.run(few, rows, at, beta, key, size=size)
         descent = begin(control, size, first, key, limits, settings)
-        last = descend(control, some, prepared, share, limits, descent, settings)
+        last = descend(control, some, prepared, share, limits, descent, settings, stepped=stepped_in_warm_up)
         return drawn + control.xp.int32(1), point(last.iterate), last.key
 
     begun = control.xp.int32(0), point(start), key

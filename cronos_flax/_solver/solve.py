@@ -30,7 +30,7 @@ from cronos_flax._solver.program import (
 )
 from cronos_flax._solver.refreshed import Descent, Limits
 from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
-from cronos_flax._solver.staging import OnHost, Program, control_of
+from cronos_flax._solver.staging import ONCE, OnHost, Program, control_of
 from cronos_flax._solver.transfer import on_device
 from cronos_flax._solver.types import Bias, Directions, Neurons, RowVector, Scalar
 
@@ -217,8 +217,8 @@ def _figures(now: refreshed.Iterate, done: Array, total: Scalar) -> dict[str, Ar
     return {"iteration": done, "objective": now.objective / total, "active_neurons": active}
 
 
-begin_refreshed, end_refreshed = Program(_begin_refreshed, once=True), Program(_end_refreshed, once=True)
-held_solve, figures_of = Program(_held), Program(_figures, once=True)
+begin_refreshed, end_refreshed = Program(_begin_refreshed, few=ONCE), Program(_end_refreshed, few=ONCE)
+held_solve, figures_of = Program(_held), Program(_figures, few=ONCE)
 
 
 def _padded(asked: Asked) -> Asked:

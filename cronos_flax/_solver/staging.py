@@ -24,7 +24,9 @@ from cronos_flax._solver.transfer import on_device, on_host
 _EMITTERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
 # One thread compiles such a program sooner than many are started.
 _UNOPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-_FEW = 4_000_000  # entries of the arguments up to which a program that runs once is compiled without optimisation
+# Entries of the arguments up to which a program is compiled without optimisation: then it runs longer by less than
+# compiling it took, where it runs once a solve, some ten times, or at each of some hundred steps of several solves.
+ONCE, SOME_STEPS, EVERY_STEP = 4_000_000, 1_000_000, 50_000
 
 
 class Program:
@@ -32,12 +34,12 @@ class Program:
 
     Args:
         function: the function; keyword arguments are static.
-        once: it runs once or is small, so that compiling it takes longer than all its runs of a solve.
+        few: entries of its arguments up to which it is compiled without optimisation.
     """
 
-    def __init__(self, function: Callable[..., Any], *, once: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], *, few: int = 0) -> None:
         functools.update_wrapper(self, function)
-        self._once = once
+        self._few = few
 
         def at_full_precision(arguments: tuple, static: tuple) -> Any:
             with jax.default_matmul_precision("highest"):
@@ -58,7 +60,7 @@ class Program:
 
     def compiled(self, arguments: tuple) -> Callable[..., Any]:
         """The jitted function of a tuple of arguments and a tuple of static ones, by name."""
-        return self._for(self._once and _entries(arguments) <= _FEW)
+        return self._for(_entries(arguments) <= self._few)
 
     def _for(self, fast: bool | None) -> Callable[..., Any]:
         if fast not in self._jitted:
