@@ -291,16 +291,14 @@ def solve_guarded(
         def fit(solver: Cronos) -> tuple[TwoLayer | None, Solution]:
             return fit_rows(network, rows, solver, key, callback, throw=False)
 
-        if not is_first:
-            new, solution = fit(dataclasses.replace(solver, beta=beta))
-            if guard is not None and not guard.has_weight_decay(beta):  # another one was put into the state
-                guard = guard.forgetful()
-        else:
+        if is_first:
             new, solution = first_solved(fit, network, rows, solver, largest_growth)
-            if guard is not None:  # losses with another weight decay say nothing
-                guard = guard.forgetful()
             if np.isfinite(on_host(solution.stats.beta)):
                 beta = on_device(solution.stats.beta, beta.dtype)
+        else:
+            new, solution = fit(dataclasses.replace(solver, beta=beta))
+        if guard is not None and not guard.has_weight_decay(beta):  # losses with another one say nothing
+            guard = guard.forgetful()
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
