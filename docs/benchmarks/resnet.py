@@ -33,14 +33,14 @@ class ResNet(nn.Module):
     blocks: int = 3  # a stage: 3 for ResNet-20, 9 for ResNet-56
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Of normalised images ``(n, 32, 32, 3)``."""
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Of normalised images ``(n, 32, 32, 3)``; ``train`` says whether batch norms use the batch's statistics."""
 
         def conv(x, features, name, stride=1):
             return nn.Conv(features, (3, 3), stride, padding=1, use_bias=False, name=name)(x)
 
         def norm(x, name):
-            return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)(x)
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)(x)
 
         x = nn.relu(norm(conv(images, 16, "conv1"), "bn1"))
         for stage, features in enumerate((16, 32, 64), start=1):

@@ -4,6 +4,7 @@
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part limit --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part reported --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part rates --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part weight-decay --out rows.jsonl
     python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz --seeds 2  # a table of kept rows
 
 ``suite_tasks.py`` has the tasks, and ``suite_features.py`` makes the features that some of them need. Settings are
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rows import Row, kept, missing, parser
-from suite_tasks import DEVELOPMENT, GRID, LIMIT, REPORTED, TASKS, Places, Rows
+from suite_tasks import DECAYS, DEVELOPMENT, GRID, LIMIT, REPORTED, TASKS, Places, Rows
 
 import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
@@ -31,7 +32,7 @@ from cronos_flax.compare import style
 from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
-PARTS = {"development": DEVELOPMENT, "limit": LIMIT, "reported": REPORTED, "rates": GRID}
+PARTS = {"development": DEVELOPMENT, "limit": LIMIT, "reported": REPORTED, "rates": GRID, "weight-decay": DECAYS}
 OURS = "CRONOS-AM"
 SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM without a limit of steps have
 
@@ -77,13 +78,14 @@ LIMITED = {
     f"{name} {rate:g} wsd, limited": Method(name, rate, "wsd", largest_step=cf.Alternation().largest_step)
     for name, rate in (("adam", 1e-3), ("adam", 3e-3), ("adam", 1e-2))
 }
+RATIOS = {"beta_ratio .04": 0.04, "beta_ratio .01": 0.01, "beta_ratio .005": 0.005, "beta_ratio .0025": 0.0025}
 VARIANTS = {
     "rate 1e-3": ours(1e-3),
     "rate 1e-2": ours(1e-2),
     "largest_step .01": ours(largest_step=0.01),
     "largest_step .03": ours(largest_step=0.03),
     "beta_ratio .05": ours(solver={"beta_ratio": 0.05}),
-}
+} | {name: ours(solver={"beta_ratio": ratio}) for name, ratio in RATIOS.items()}
 FREE = f"{OURS}, steps not limited"  # as all alternations were before the limit
 FREE_VARIANTS = {
     "four fifths of the epochs": free(),
@@ -129,6 +131,8 @@ CHOSEN = (  # one setting of each, from the development tasks
     "nadamw 0.003 cosine",
     "schedule_free_adamw 0.0025",
 )
+DECAYED = (OURS, *(f"{OURS}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
+USUAL = {"reported": CHOSEN, "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | FREE_RATED
 
 
@@ -310,7 +314,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--picture", type=Path, help="where to draw the scores")
     given = made.parse_args()
-    methods = given.methods or {"reported": CHOSEN, "rates": RATED}.get(given.part, OPTIMIZERS | ALTERNATIONS)
+    methods = given.methods or USUAL.get(given.part, OPTIMIZERS | ALTERNATIONS)
     tasks = given.tasks or list(PARTS[given.part])
     if given.data_dir is None:
         rows = kept(given.out)

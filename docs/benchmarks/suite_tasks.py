@@ -1,4 +1,4 @@
-"""The tasks of the suite: seven to choose on, two more for the limit of steps, eleven to report, a grid of rates.
+"""The tasks of the suite: some to choose on, eleven to report, a grid of rates.
 
 ``suite_features.py`` makes the features that some of them need.
 """
@@ -198,14 +198,14 @@ def digits(seed: int, places: Places) -> Rows:
     return Rows(x[fit], y[fit], x[scored], y[scored])
 
 
-def teacher(seed: int, places: Places) -> Rows:
-    """5,000 rows in 40 dimensions, labelled by two random layers of tanh; 3,000 to score."""
+def teacher(seed: int, places: Places, *, rows: int = 5000) -> Rows:
+    """Rows in 40 dimensions, labelled by two random layers of tanh; 3,000 to score."""
     rng = np.random.default_rng(1000 + seed)
-    x = h = rng.normal(size=(8000, 40)).astype("float32")
+    x = h = rng.normal(size=(rows + 3000, 40)).astype("float32")
     for i, shape in enumerate(((40, 60), (60, 60), (60, 6))):
         h = (np.tanh(1.6 * h) if i else h) @ (rng.normal(size=shape) / shape[0] ** 0.5)
     y = (h - h.mean(axis=0)).argmax(axis=1)
-    return Rows(x[:5000], y[:5000], x[5000:], y[5000:])
+    return Rows(x[:rows], y[:rows], x[rows:], y[rows:])
 
 
 def features(seed: int, places: Places, *, name: str, rows: int | None = None, held: int = 0) -> Rows:
@@ -267,4 +267,21 @@ GRID = {name: DEVELOPMENT[name] for name in ("clothes, CNN", "vehicles, MLP", "v
     f"clothes, {name} 384 wide": Task(partial(some_clothes, rows=1000), Net(kind, (384,), 64, 10), 50, 5, 5)
     for name, kind in (("ViT", "vit"), ("ConvNeXt", "convnext"))
 }
-TASKS = DEVELOPMENT | LIMIT | REPORTED | GRID
+# For the weight decay of the head: other numbers of rows, and the fewer epochs the more rows there are.
+_NETS = {
+    "clothes, MLP": (some_clothes, Net("dense", (200, 100), 64, 10)),
+    "clothes, CNN": (some_clothes, Net("cnn", (12, 24), 64, 10)),
+    "teacher": (teacher, Net("dense", (128, 64), 64, 6)),
+    "vehicles": (some_vehicles, Net("dense", (200, 80), 64, 2)),
+}
+_EPOCHS = {1500: 24, 6000: 12, 20_000: 7}
+_ROWS = {name: _EPOCHS for name in _NETS} | {
+    "teacher": {rows: epochs + 3 for rows, epochs in _EPOCHS.items()},
+    "vehicles": {1000: 25, 2500: 18, 6500: 13},
+}
+DECAYS = {
+    f"{name}, {rows:,} rows": Task(partial(draw, rows=rows), net, 128, epochs, epochs)
+    for name, (draw, net) in _NETS.items()
+    for rows, epochs in _ROWS[name].items()
+}
+TASKS = DEVELOPMENT | LIMIT | REPORTED | GRID | DECAYS
