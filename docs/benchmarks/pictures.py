@@ -2,9 +2,9 @@
 
     python docs/benchmarks/pictures.py [--out docs/pictures]
 
-Reads the rows beside this file (``*.jsonl.gz``), trains nothing. ``result.png`` and ``robust.png`` are for ``docs/results.md``;
-``curves.png`` and ``budget.png`` are the pictures that ``cronos-flax compare`` makes of Fashion-MNIST with a CNN, those
-with a longer name the same of the other comparisons.
+Reads the rows beside this file (``*.jsonl.gz``), trains nothing. ``result.png`` and ``robust.png`` are for
+``docs/results.md``; ``curves.png`` and ``budget.png`` are the pictures that ``cronos-flax compare`` makes of
+Fashion-MNIST with a CNN, those with a longer name the same of the other comparisons.
 """
 
 import argparse
