@@ -1,5 +1,6 @@
 """The pages for pretrained models: weights from files, ports that agree with their references, and whole runs."""
 
+import json
 import sys
 
 import jax
@@ -10,6 +11,7 @@ from conftest import SHARED
 from flax import nnx, traverse_util
 from pages import page
 from safetensors.numpy import load_file, save_file
+from scipy.special import erf
 
 
 def weights(name):
@@ -20,8 +22,6 @@ def weights(name):
 
 
 def test_the_sentence_encoder_agrees_with_its_reference():
-    import json
-
     from tokenizers import Tokenizer
 
     text, directory = page("pretrained", "text"), weights("minilm")
@@ -92,6 +92,129 @@ def test_every_tensor_of_a_file_finds_its_place_or_is_named(tmp_path):
         images.load(path, shapes)
 
 
+def vit_directory(directory, prefix="vit.", labels=0):
+    """A checkpoint of a small ViT as Hugging Face writes it, with random numbers; its settings and its tensors."""
+    width, wide, rng = 8, 12, np.random.default_rng(0)
+    settings = {"model_type": "vit", "hidden_act": "gelu", "hidden_size": width, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 2, "intermediate_size": wide, "image_size": 9, "patch_size": 3}
+    settings |= {"num_channels": 2, "layer_norm_eps": 1e-3, "qkv_bias": True, "hidden_dropout_prob": 0.0}
+    shapes = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.position_embeddings": (1, 10, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 2, 3, 3),
+        "embeddings.patch_embeddings.projection.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+        "pooler.dense.weight": (width, width),
+    }
+    for layer in ("encoder.layer.0.", "encoder.layer.1."):
+        for name in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+            shapes |= {f"{layer}{name}.weight": (width, width), f"{layer}{name}.bias": (width,)}
+        for name, (out, inputs) in {
+            "attention.output.dense": (width, width),
+            "intermediate.dense": (wide, width),
+            "output.dense": (width, wide),
+        }.items():
+            shapes |= {f"{layer}{name}.weight": (out, inputs), f"{layer}{name}.bias": (out,)}
+        for name in ("layernorm_before", "layernorm_after"):
+            shapes |= {f"{layer}{name}.weight": (width,), f"{layer}{name}.bias": (width,)}
+    tensors = {prefix + name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
+    if labels:
+        tensors["classifier.weight"] = rng.normal(size=(labels, width)).astype("float32")
+        tensors["classifier.bias"] = rng.normal(size=labels).astype("float32")
+    (directory / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, directory / "model.safetensors")
+    return settings, tensors
+
+
+def vit_in_numpy(settings, tensors, images):
+    """Tokens ``(n, length, width)`` of images ``(n, channels, size, size)``, in float64, from Hugging Face's names."""
+    weights = {name.removeprefix("vit."): value.astype("float64") for name, value in tensors.items()}
+
+    def dense(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + settings["layer_norm_eps"])
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    patch, heads = settings["patch_size"], settings["num_attention_heads"]
+    rows, tokens = range(0, images.shape[2], patch), [np.repeat(weights["embeddings.cls_token"][0], len(images), 0)]
+    for i in rows:
+        for j in rows:
+            part = images[:, :, i : i + patch, j : j + patch].reshape(len(images), -1)
+            kernel = weights["embeddings.patch_embeddings.projection.weight"].reshape(settings["hidden_size"], -1)
+            tokens.append(part @ kernel.T + weights["embeddings.patch_embeddings.projection.bias"])
+    x = np.stack(tokens, 1) + weights["embeddings.position_embeddings"]
+    for layer in (f"encoder.layer.{i}" for i in range(settings["num_hidden_layers"])):
+        y, mixed = norm(x, f"{layer}.layernorm_before"), []
+        q, k, v = (dense(y, f"{layer}.attention.attention.{name}") for name in ("query", "key", "value"))
+        for part in np.split(np.arange(x.shape[-1]), heads):
+            scores = np.exp(q[..., part] @ k[..., part].swapaxes(1, 2) / np.sqrt(len(part)))
+            mixed.append(scores / scores.sum(-1, keepdims=True) @ v[..., part])
+        x = x + dense(np.concatenate(mixed, -1), f"{layer}.attention.output.dense")
+        y = dense(norm(x, f"{layer}.layernorm_after"), f"{layer}.intermediate.dense")
+        x = x + dense(y * (1 + erf(y / np.sqrt(2))) / 2, f"{layer}.output.dense")
+    return norm(x, "layernorm")
+
+
+@pytest.mark.parametrize(("prefix", "labels"), [("", 0), ("vit.", 3)])
+def test_the_vision_transformer_agrees_with_one_in_numpy(prefix, labels, tmp_path):
+    vit = page("pretrained", "vit")
+    settings, tensors = vit_directory(tmp_path, prefix, labels)
+    images = np.random.default_rng(1).normal(size=(4, 2, 9, 9)).astype("float32")
+    output = vit_in_numpy(settings, tensors, images)
+    if labels:
+        output = output[:, 0] @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+    np.savez(tmp_path / "reference.npz", pixel_values=images, output=output)
+    model = vit.load(tmp_path, vit.ViTConfig.from_directory(tmp_path))
+    ours = np.asarray(model(jnp.asarray(images.transpose(0, 2, 3, 1))))
+    assert ours.shape == output.shape
+    assert np.max(np.abs(ours - output)) < 1e-4 * np.max(np.abs(output))
+    assert vit.largest_difference(model, tmp_path / "reference.npz") < 1e-4
+    model.norm.bias[...] += 1  # what is compared can differ
+    assert vit.largest_difference(model, tmp_path / "reference.npz") > 1e-3
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_its_names_are_said(tmp_path):
+    vit, path = page("pretrained", "vit"), tmp_path / "model.safetensors"
+    settings, tensors = vit_directory(tmp_path)
+    config = vit.ViTConfig.from_directory(tmp_path)
+    missing = "vit.encoder.layer.1.attention.attention.key.bias"
+    save_file({name: value for name, value in tensors.items() if name != missing}, path)
+    with pytest.raises(ValueError, match=r"has no encoder\.layer\.1\.attention\.attention\.key\.bias$"):
+        vit.load(tmp_path, config)
+    save_file(tensors | {"vit.encoder.layer.2.output.dense.bias": np.zeros(8, "float32")}, path)
+    with pytest.raises(ValueError, match=r"no place for encoder\.layer\.2\.output\.dense\.bias$"):
+        vit.load(tmp_path, config)
+    save_file(tensors | {"layernorm.bias": np.zeros(8, "float32")}, path)
+    with pytest.raises(ValueError, match=r"layernorm\.bias is in the file twice"):
+        vit.load(tmp_path, config)
+    save_file(tensors | {"vit.layernorm.bias": np.zeros(7, "float32")}, path)
+    with pytest.raises(ValueError, match=r"layernorm\.bias has shape \(7,\)"):
+        vit.load(tmp_path, config)
+    for name, other in (("model_type", "deit"), ("hidden_act", "gelu_new")):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {name: other}))
+        with pytest.raises(ValueError, match=f"{name} must be .*{other}"):
+            vit.ViTConfig.from_directory(tmp_path)
+
+
+def test_images_become_what_the_vision_transformer_was_trained_on(tmp_path):
+    vit = page("pretrained", "vit")
+    vit_directory(tmp_path)
+    said = {"do_normalize": True, "image_mean": [0.5, 0.25], "image_std": [0.5, 0.25], "size": 9}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    config = vit.ViTConfig.from_directory(tmp_path)
+    assert (config.hidden_size, config.num_channels, config.image_mean) == (8, 2, (0.5, 0.25))
+    batches = vit.Batches(np.full((40, 4, 4, 1), 255, "uint8"), np.arange(40), config)
+    (pixels, labels), (rest, _) = batches
+    assert pixels.shape == (32, 9, 9, 2)
+    assert rest.shape == (8, 9, 9, 2)
+    np.testing.assert_array_equal(labels, np.arange(32))
+    np.testing.assert_allclose(pixels[0, 0, 0], [1, 3], rtol=1e-6)  # (1 - mean) / std
+
+
 def test_batches_are_padded_to_few_lengths_and_augmented_anew():
     text, images = page("pretrained", "text"), page("pretrained", "images")
     ids, mask = text.padded([[5, 6, 7], [8] * 20])
@@ -108,7 +231,7 @@ def test_batches_are_padded_to_few_lengths_and_augmented_anew():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rows"), [("text", 5 * 8), ("images", 10 * 8)])
+@pytest.mark.parametrize(("name", "rows"), [("text", 5 * 8), ("images", 10 * 8), ("vit", 10 * 8)])
 def test_a_page_runs_without_weights_and_keeps_its_features(name, rows, tmp_path, monkeypatch, capsys):
     module, picture = page("pretrained", name), tmp_path / "picture.png"
     options = "--shots", "8", "--hidden", "8", "--epochs", "1", "--test-rows", "64", "--beta", "1e-3"
