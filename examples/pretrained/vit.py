@@ -194,7 +194,8 @@ def write_random(directory: Path, config: ViTConfig) -> None:
     tensors, rng = {}, np.random.default_rng(0)
     model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
     for place, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = np.ones(leaf.shape) if place[-1] == "scale" else rng.standard_normal(leaf.shape)
+        value = rng.standard_normal(leaf.shape) if place[-1] not in ("scale", "bias") else np.zeros(leaf.shape)
+        value += place[-1] == "scale"
         if place[-1] == "kernel":
             value = (value / np.sqrt(np.prod(leaf.shape[:-1]))).transpose(np.argsort(AXES[value.ndim]))
         tensors[f"vit.{name_of(place)}"] = np.ascontiguousarray(value, "float32")
@@ -412,7 +413,7 @@ def main() -> None:
     steps = args.epochs * (len(train.labels) // BATCH)
     adam = optax.adamw(optax.warmup_cosine_decay_schedule(0, args.rate, steps // 10, steps + 1))
     linear = nnx.clone(original)
-    linear.classifier = nnx.Linear(*probe.coef_.T.shape, rngs=nnx.Rngs(0))
+    linear.classifier = nnx.data(nnx.Linear(*probe.coef_.T.shape, rngs=nnx.Rngs(0)))
     linear.classifier.kernel.set_value(jnp.float32(probe.coef_.T))
     linear.classifier.bias = nnx.Param(jnp.float32(probe.intercept_))
     results["LP-FT"] = results["linear probe"] + fine_tune(
