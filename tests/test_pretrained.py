@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 from pages import page
 from safetensors.numpy import load_file, save_file
 from scipy.special import erf
+from sklearn.linear_model import LogisticRegression
 
 
 def weights(name):
@@ -213,6 +214,21 @@ def test_images_become_what_the_vision_transformer_was_trained_on(tmp_path):
     assert rest.shape == (8, 9, 9, 2)
     np.testing.assert_array_equal(labels, np.arange(32))
     np.testing.assert_allclose(pixels[0, 0, 0], [1, 3], rtol=1e-6)  # (1 - mean) / std
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_vision_transformer_starts_from_the_probe(classes, tmp_path):
+    vit = page("pretrained", "vit")
+    vit_directory(tmp_path)
+    model = vit.load(tmp_path, vit.ViTConfig.from_directory(tmp_path))
+    rng = np.random.default_rng(1)
+    images, labels = rng.normal(size=(32, 9, 9, 2)).astype("float32"), np.arange(32) % classes
+    call = nnx.jit(type(model).__call__)
+    features = np.asarray(vit.class_token(call(model, images), images))
+    probe = LogisticRegression(max_iter=500).fit(features, labels)
+    logits = call(vit.with_probe(model, probe), images)
+    np.testing.assert_allclose(jax.nn.softmax(logits), probe.predict_proba(features), atol=1e-5)
+    assert model.classifier is None
 
 
 def test_batches_are_padded_to_few_lengths_and_augmented_anew():

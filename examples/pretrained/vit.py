@@ -255,6 +255,18 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ training
 
 
+def with_probe(model: ViT, probe: LogisticRegressionCV) -> ViT:
+    """The model with a linear probe as its classifier, for LP-FT."""
+    kernel, bias = probe.coef_.T, probe.intercept_
+    if len(bias) == 1:  # of two classes scikit-learn has the difference only
+        kernel, bias = kernel * [-0.5, 0.5], bias * [-0.5, 0.5]
+    model = nnx.clone(model)
+    model.classifier = nnx.data(nnx.Linear(*kernel.shape, rngs=nnx.Rngs(0)))
+    model.classifier.kernel.set_value(jnp.float32(kernel))
+    model.classifier.bias = nnx.Param(jnp.float32(bias))
+    return model
+
+
 @nnx.jit
 def step(model: nnx.Module, optimizer: nnx.Optimizer, pixels: jax.Array, labels: Any) -> None:
     """One gradient step."""
@@ -412,10 +424,7 @@ def main() -> None:
     # The backbone too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     steps = args.epochs * (len(train.labels) // BATCH)
     adam = optax.adamw(optax.warmup_cosine_decay_schedule(0, args.rate, steps // 10, steps + 1))
-    linear = nnx.clone(original)
-    linear.classifier = nnx.data(nnx.Linear(*probe.coef_.T.shape, rngs=nnx.Rngs(0)))
-    linear.classifier.kernel.set_value(jnp.float32(probe.coef_.T))
-    linear.classifier.bias = nnx.Param(jnp.float32(probe.intercept_))
+    linear = with_probe(original, probe)
     results["LP-FT"] = results["linear probe"] + fine_tune(
         linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), train, test, args.epochs, probed
     )
