@@ -211,6 +211,12 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ training
 
 
+def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
+    kernel, bias = probe.coef_.T, probe.intercept_
+    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
+
+
 class ProbedState(TrainState):
     """Flax's train state with running statistics, for LP-FT."""
 
@@ -336,7 +342,7 @@ def main() -> None:
     how |= {"train_kwargs": {"train": args.norms == "batch"}, "eval_kwargs": {"train": False}}
 
     linear = original.clone(classes=classes)
-    fc = {"kernel": jnp.asarray(probe.coef_.T, jnp.float32), "bias": jnp.asarray(probe.intercept_, jnp.float32)}
+    fc = dict(zip(("kernel", "bias"), (jnp.asarray(part, jnp.float32) for part in layer_of(probe)), strict=True))
     statistics = {"batch_stats": pretrained["batch_stats"]}
     state = ProbedState.create(
         apply_fn=linear.apply, params={**pretrained["params"], "fc": fc}, tx=adam, model_state=statistics

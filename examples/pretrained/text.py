@@ -86,6 +86,12 @@ def sentence(tokens: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
+def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
+    kernel, bias = probe.coef_.T, probe.intercept_
+    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
+
+
 class Probed(nnx.Module):
     """The encoder with one layer on it, for LP-FT."""
 
@@ -401,7 +407,7 @@ def main() -> None:
 
     # The encoder too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     adam = optax.adamw(rate(args, len(ids)))
-    linear = Probed(encoder, probe.coef_.T, probe.intercept_)
+    linear = Probed(encoder, *layer_of(probe))
     results["LP-FT"] = results["linear probe"] + fine_tune(
         linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), ids, labels, args.epochs, test, probed
     )

@@ -255,11 +255,15 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ training
 
 
+def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
+    kernel, bias = probe.coef_.T, probe.intercept_
+    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
+
+
 def with_probe(model: ViT, probe: LogisticRegressionCV) -> ViT:
     """The model with a linear probe as its classifier, for LP-FT."""
-    kernel, bias = probe.coef_.T, probe.intercept_
-    if len(bias) == 1:  # of two classes scikit-learn has the difference only
-        kernel, bias = kernel * [-0.5, 0.5], bias * [-0.5, 0.5]
+    kernel, bias = layer_of(probe)
     model = nnx.clone(model)
     model.classifier = nnx.data(nnx.Linear(*kernel.shape, rngs=nnx.Rngs(0)))
     model.classifier.kernel.set_value(jnp.float32(kernel))
