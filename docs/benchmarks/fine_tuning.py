@@ -1,0 +1,173 @@
+"""Fine-tuning a pretrained network on few images: CRONOS-AM, Adam on everything, and a linear probe first (LP-FT).
+
+    python docs/benchmarks/fine_tuning.py --data-dir DIR --weights DIR [--out fine_tuning.jsonl]
+
+ResNet-20 with weights of CIFAR-10, on 1,000 images of Fashion-MNIST; 1,000 images of the test split are scored after
+every epoch. All methods train everything by Adam, at four rates. CRONOS-AM solves the head first, and has its
+defaults; LP-FT begins with logistic regression, its strength chosen by cross-validation. Every run is one row of the
+file, written when it is done; rows that are there are not run again. Ends with the table;
+``--out docs/benchmarks/fine_tuning.jsonl.gz`` prints that of the kept rows.
+"""
+
+import functools
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from resnet import MEAN, STD, ResNet, read_safetensors, variables_of
+from rows import Row, kept, missing, parser
+from sklearn.linear_model import LogisticRegressionCV
+
+import cronos_flax as cf
+from cronos_flax._alternation.backbone import rated
+from cronos_flax.compare.data import load_tfds
+from cronos_flax.compare.methods import BaselineState, optimizer
+
+ROWS, SCORED, BATCH, HIDDEN, CLASSES = 1000, 1000, 50, 64, 10
+EPOCHS, OURS_EPOCHS = 10, 9  # of about the same CPU time
+RATES = (10**-2.5, 1e-3, 1e-2, 10**-3.5)
+DECAYS = (None, "cosine")
+OURS = "CRONOS-AM"
+
+
+class Net(nn.Module):
+    """ResNet-20 with a linear classifier, or with ``Dense → relu → Dense``."""
+
+    hidden: int | None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Outputs ``(n, 10)`` of normalised images ``(n, 32, 32, 3)``."""
+        x = ResNet(name="backbone")(images, train)
+        if self.hidden is not None:
+            x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(CLASSES, name="outputs")(x)
+
+
+class Method(NamedTuple):
+    """What starts, and how it goes on."""
+
+    start: str  # "fresh", "probe" or "solve"
+    rate: float
+    decay: str | None = None
+    largest_step: float | None = None  # of an optimizer alone
+
+
+METHODS: dict[str, Method] = {}
+for _rate in RATES:
+    METHODS[f"{OURS} {_rate:.2g}"] = Method("solve", _rate)
+    METHODS |= {f"LP-FT {_rate:.2g} {decay or 'constant'}": Method("probe", _rate, decay) for decay in DECAYS}
+    # With the limit of steps and the decay that CRONOS-AM has, and no solves.
+    METHODS[f"LP-FT {_rate:.2g} wsd, limited"] = Method("probe", _rate, "wsd", cf.Alternation().largest_step)
+METHODS |= {f"Adam {rate:.2g} cosine": Method("fresh", rate, "cosine") for rate in RATES}
+
+
+def prepared(images: np.ndarray) -> np.ndarray:
+    """Grey images of 28 × 28 as the network takes them."""
+    wide = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))) / np.float32(255)
+    return (wide - MEAN) / STD
+
+
+@functools.cache
+def rows_of(data_dir: Path, seed: int) -> tuple[np.ndarray, ...]:
+    """Images and labels to fit, and to score."""
+    x, y = load_tfds("fashion_mnist", "train", data_dir)
+    x_scored, y_scored = load_tfds("fashion_mnist", f"test[:{SCORED}]", data_dir)
+    chosen = np.random.default_rng(seed).permutation(len(x))[:ROWS]
+    return prepared(x[chosen]), np.asarray(y)[chosen], prepared(x_scored), np.asarray(y_scored)
+
+
+def started(method: Method, seed: int, pretrained: dict[str, Any], x: np.ndarray, y: np.ndarray) -> Any:
+    """The train state before the first epoch: with a fresh head, a linear probe, or a solved head."""
+    model = Net(None if method.start == "probe" else HIDDEN)
+    variables = model.init(jax.random.key(seed), x[:1])
+    params = {**variables["params"], "backbone": pretrained["params"]}
+    variables = {"params": params, "batch_stats": {"backbone": pretrained["batch_stats"]}}
+    common = {"apply_fn": model.apply, "model_state": {"batch_stats": variables["batch_stats"]}}
+    if method.start == "solve":
+        head = cf.find_head(model, variables, x[:BATCH], train=False, statistics="batch")
+        tx, solver = optimizer("adam", method.rate), cf.Cronos(loss="softmax")
+        state = cf.CronosTrainState.create(params=params, tx=tx, head=head, solver=solver, **common)
+        return state.solve_head((x, y), key=jax.random.key(seed))[0]
+    if method.start == "probe":
+        features = np.asarray(jax.jit(ResNet().apply)(pretrained, x))
+        strengths = {"Cs": np.logspace(-3, 4, 8), "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "max_iter": 500}
+        probe = LogisticRegressionCV(**strengths, use_legacy_attributes=False).fit(features, y)
+        outputs = {
+            "kernel": jnp.asarray(probe.coef_.T, jnp.float32),
+            "bias": jnp.asarray(probe.intercept_, jnp.float32),
+        }
+        params = {**params, "outputs": outputs}
+    tx = optimizer("adam", method.rate, method.decay is not None)
+    if method.largest_step is not None:
+        tx = rated(optimizer("adam", method.rate), largest_step=method.largest_step)
+    return BaselineState.create(params=params, tx=tx, run_decay=method.decay, **common)
+
+
+def run(name: str, seed: int, *, data_dir: Path, weights: Path) -> Row:
+    """Train once; accuracy after each epoch in %, and seconds until then."""
+    method, (x, y, x_scored, y_scored) = METHODS[name], rows_of(data_dir, seed)
+    pretrained = variables_of(read_safetensors(weights / "resnet20_cifar10.safetensors"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        began = time.process_time()
+        state = started(method, seed, pretrained, x, y)
+        at_start = time.process_time() - began
+        state, history = cf.train(
+            state,
+            (x, y),
+            epochs=OURS_EPOCHS if method.start == "solve" else EPOCHS,
+            batch_size=BATCH,
+            loss="softmax",
+            validation=(x_scored, y_scored),
+            train_kwargs={"train": True},
+            eval_kwargs={"train": False},
+            key=jax.random.key(seed),
+            compile_first=True,
+        )
+    figures, scored = getattr(state, "figures", {}), [row for row in history if "validation_accuracy" in row]
+    return {
+        "accuracy": [100 * row["validation_accuracy"] for row in scored],
+        "seconds": [row["seconds"] for row in scored],  # of training
+        "start_cpu": at_start,
+        "solving": sum(row.get("solve_seconds", 0.0) for row in history),
+        "rejections": figures.get("rejections", 0),
+        "warned": sorted({str(warning.message)[:60] for warning in told if warning.category is UserWarning}),
+        "cpu": time.process_time() - began,
+    }
+
+
+def table(rows: list[Row]) -> None:
+    """Print accuracy during training and at its end, mean over seeds, and CPU seconds."""
+    print("| method | seeds | after 2 epochs | after 4 | at the end | epochs | CPU s | rejected |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in METHODS:
+        own = [row for row in rows if row["method"] == name]
+        if own:
+            after = (np.mean([row["accuracy"][at] for row in own]) for at in (1, 3))
+            ends = [row["accuracy"][-1] for row in own]
+            cells = [name, f"{len(own)}", *(f"{value:.1f}" for value in after)]
+            cells += [f"{np.mean(ends):.2f} ({', '.join(f'{end:.1f}' for end in ends)})", f"{len(own[0]['accuracy'])}"]
+            cells += [f"{np.mean([row['cpu'] for row in own]):.0f}", f"{sum(row['rejections'] for row in own)}"]
+            print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    made = parser(__file__, __doc__, data=False, weights=True)
+    made.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    given = made.parse_args()
+    rows = kept(given.out)
+    if given.data_dir is not None:
+        do = functools.partial(run, data_dir=given.data_dir, weights=given.weights)
+        rows = missing(given.out, ("method", "seed"), ((name, s) for s in given.seeds for name in METHODS), do)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()
