@@ -98,12 +98,13 @@ def table(rows: list[dict[str, Any]]) -> None:
         seconds = (f"{np.mean(some):.1f}" if some else "–" for some in (first, later))
         size = f"{shots} a class" if shots else "all"
         print(f"| {size} | {method} | {len(own)} | {np.mean(scores):.2f}{spread} | {' | '.join(seconds)} |")
-    print("\nsolved head less logistic regression with C chosen, 10 a class, paired by draw, ± standard error")
+    print("\n10 a class, paired by draw, ± standard error")
     of = {(row["method"], row["draw"]): row["accuracy"] for row in rows if row["shots"]}
-    for method in (SOLVED, PATH):
-        apart = [of[method, draw] - of[SEARCH, draw] for draw in DRAWS if {(method, draw), (SEARCH, draw)} <= of.keys()]
+    for one, other in ((SOLVED, SEARCH), (PATH, SEARCH), (SOLVED, PATH)):
+        apart = [of[one, draw] - of[other, draw] for draw in DRAWS if {(one, draw), (other, draw)} <= of.keys()]
         if len(apart) > 1:
-            print(f"{method}: {np.mean(apart):+.2f} ± {np.std(apart, ddof=1) / np.sqrt(len(apart)):.2f}")
+            error = np.std(apart, ddof=1) / np.sqrt(len(apart))
+            print(f"{one} less {other}: {np.mean(apart):+.2f} ± {error:.2f}; least {min(apart):+.2f}")
 
 
 def main() -> None:

@@ -262,6 +262,14 @@ class Scores(NamedTuple):
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
+    def pair(self) -> str:
+        """The first of two methods less the second, paired by seed, ± standard error, by task and of the mean."""
+        apart = np.subtract(*self.ends())
+        lines = [f"\n{self.methods[0]} less {self.methods[1]}, paired by seed, ± standard error:"]
+        for task, row in zip((*self.tasks, "mean"), (*apart, apart.mean(axis=0)), strict=True):
+            lines.append(f"{task}: {row.mean():+.2f} ± {row.std(ddof=1) / len(row) ** 0.5:.2f}")
+        return "\n".join(lines)
+
     def draw(self, path: Path) -> None:
         """Save a picture: how far each method is under the best of all, a dot for each task."""
         under, order = self.means.max(axis=0) - self.means, np.argsort(-self.ranks)
@@ -330,6 +338,8 @@ def main() -> None:
     if not scores.methods:
         raise SystemExit(f"No method has rows of {given.seeds} seeds on all of these tasks: {', '.join(tasks)}.")
     print(scores.table())
+    if len(scores.methods) == 2 and given.seeds > 1:
+        print(scores.pair())
     if given.picture is not None:
         scores.draw(given.picture)
 
