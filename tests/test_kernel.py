@@ -142,9 +142,8 @@ def test_a_sketch_in_float32_is_finite_on_operators_of_low_rank(rank_of_operator
     with jax.enable_x64(False):
         root = np.random.default_rng(0).normal(size=(60, rank_of_operator)).astype("float32")
         for seed in range(20):
-            made = numerics.sketch(
-                lambda v: root @ (root.T @ v), numerics.test_matrix(60, 20, jax.random.key(seed), jnp.float32)
-            )
+            test = numerics.test_matrix(60, 20, jax.random.key(seed), jnp.float32)
+            made = numerics.sketch(root @ (root.T @ test), test)
             assert np.all(np.isfinite(made.vectors))
             assert np.all(np.asarray(made.eigenvalues) >= 0)
             close = (made.vectors * made.eigenvalues) @ made.vectors.T

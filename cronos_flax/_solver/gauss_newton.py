@@ -1,9 +1,11 @@
 """The linear system of a refreshed step (method.md, "Refreshed gates"), its preconditioner, and its solution.
 
 With the gates D of the current neurons, outputs are linear in a step ``δ = (δU, δA, δb)`` of neurons, directions and
-output bias, ``J δ = P ((D ∘ X δU) A + relu(X U) δA) + 1 δbᵀ``, and the step is Levenberg–Marquardt's,
+output bias, and the step is Levenberg–Marquardt's,
 
-    (J*H J + μ (I + J₁*J₁) + β/‖uᵢ‖) δ = −∇(loss of the network),      J₁ δ = (X δU, relu(X U) δA, 1 δbᵀ)
+    (J₁* (J₂*H J₂ + μ) J₁ + μ + β/‖uᵢ‖) δ = −∇(loss of the network)
+
+    J₁ δ = (X δU, relu(X U) δA, 1 δbᵀ),      J₂ (Z, Y, B) = P ((D ∘ Z) A + Y) + B
 
 with H the curvature of the loss. Directions move within their tangent, ``δaᵢ ⟂ aᵢ``: their lengths are those of the
 neurons. With one output they stay, and with the squared loss so does the bias; then δ is the U-step of ADMM.
@@ -13,7 +15,6 @@ approximation.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -76,10 +77,10 @@ class Spectrum:
     tail: Scalar
 
     @classmethod
-    def of(cls, operator: Callable[[Array], Array], trace: Scalar, test: Float[Array, "N r"]) -> Self:
-        """From products of the matrix with a test matrix."""
+    def of(cls, image: Float[Array, "N r"], trace: Scalar, test: Float[Array, "N r"]) -> Self:
+        """From the product of the matrix with a test matrix."""
         size, rank = test.shape
-        leading = sketch(operator, test)
+        leading = sketch(image, test)
         rest = jnp.maximum(trace - jnp.sum(leading.eigenvalues), 0)
         return cls(leading.vectors, leading.eigenvalues, rest / max(size - rank, 1))
 
@@ -106,7 +107,7 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     X, k = some.X, some.count
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
-    features = Spectrum.of(lambda V: X.T @ (X @ V) / k, trace, test)
+    features = Spectrum.of(X.T @ (X @ test) / k, trace, test)
     return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype))
 
 
@@ -122,6 +123,20 @@ class Step(NamedTuple):
     U: Neurons
     W: Directions | None
     b: Bias
+
+
+class Effect(NamedTuple):
+    """What a step does; None for what it does not move.
+
+    Args:
+        Z: to the pre-activations.
+        Y: to the outputs, by the output kernel.
+        B: to the outputs, by the output bias; shape ``(n, C)``.
+    """
+
+    Z: Activations
+    Y: Outputs | None
+    B: Outputs | None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "H", "A", "outputs", "stretch"], meta_fields=[])
@@ -152,20 +167,28 @@ class LocalModel:
         D, outputs, stretch = some.take(self.D), some.take(self.outputs), self.stretch * self.rows.count / len(index)
         return dataclasses.replace(self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=stretch)
 
-    def forward(self, Z: Activations, delta: Step) -> Outputs:
-        """``J δ``, given ``Z = X δU``."""
-        T = jnp.where(self.D, Z, 0) @ self.A
-        if self.H is not None and delta.W is not None:
-            T = T + self.H @ delta.W
-        return self.rows.center(T) + self.rows.constant(delta.b)
+    def effect(self, delta: Step) -> Effect:
+        """``J₁ δ``."""
+        Y = None if self.H is None or delta.W is None else self.H @ delta.W
+        return Effect(self.rows.X @ delta.U, Y, None if delta.b is None else self.rows.constant(delta.b))
 
-    def backward(self, R: Outputs) -> tuple[Activations, Directions | None, Bias]:
-        """The adjoint of :meth:`forward`; its first part is that of Z."""
+    def effect_adjoint(self, effect: Effect) -> Step:
+        """``J₁*``, onto steps that leave the directions' lengths."""
+        W = None if self.H is None or effect.Y is None else self.tangent(self.H.T @ effect.Y)
+        return Step(self.rows.X.T @ effect.Z, W, None if effect.B is None else self.rows.root @ effect.B)
+
+    def outputs_of(self, effect: Effect) -> Outputs:
+        """``J₂``."""
+        T = jnp.where(self.D, effect.Z, 0) @ self.A
+        T = self.rows.center(T if effect.Y is None else T + effect.Y)
+        return T if effect.B is None else T + effect.B
+
+    def outputs_adjoint(self, R: Outputs) -> Effect:
+        """``J₂*``."""
         T = self.rows.center(R)
         # One output needs no product of matrices, which would cost more than the memory it writes.
         Z = jnp.where(self.D, T * self.A.T if T.shape[1] == 1 else T @ self.A.T, 0)
-        W = None if self.H is None else self.tangent(self.H.T @ T)
-        return Z, W, self.rows.root @ R if self.rows.output_bias else None
+        return Effect(Z, None if self.H is None else T, R if self.rows.output_bias else None)
 
     def tangent(self, W: Directions) -> Directions:
         """W without what only lengthens a direction."""
@@ -174,8 +197,7 @@ class LocalModel:
 
 def gradient(model: LocalModel, beta: Scalar, U: Neurons) -> Step:
     """Of the regularised loss; at ``uᵢ = 0`` the subgradient of least norm."""
-    Z, W, b = model.backward(model.rows.gradient(model.outputs))
-    g = model.rows.X.T @ Z
+    g, W, b = model.effect_adjoint(model.outputs_adjoint(model.rows.gradient(model.outputs)))
     size, slope = norms(U), norms(g)
     shrunk = g * (jnp.maximum(slope - beta, 0) / jnp.where(slope > 0, slope, 1))[None, :]
     lives = (size > 0)[None, :]
@@ -220,18 +242,18 @@ class Preconditioner:
     def of(cls, prepared: Prepared, model: LocalModel, N: Float[Array, " m"], damping: Scalar) -> Self:
         """For the curvature that a model has."""
         D, A, rows, root = model.D.astype(N.dtype), model.A, model.rows, 1 / jnp.sqrt(N)
-        h, n = rows.mean_curvature(model.outputs), model.stretch * rows.count
-
-        def spectrum(K: Float[Array, "m m"]) -> Spectrum:
-            K = root[:, None] * K * root[None, :]
-            return Spectrum.of(lambda V: K @ V, jnp.trace(K), prepared.test)
-
+        h, n, test = rows.mean_curvature(model.outputs), model.stretch * rows.count, prepared.test
         M = model.stretch * (D.T @ (h[:, None] * D)) * (A @ A.T) + n * damping * jnp.eye(len(A), dtype=N.dtype)
+        M = root[:, None] * M * root[None, :]
+        of_neurons = M @ test, jnp.trace(M)
         if model.H is None:
-            neurons, kernel = spectrum(M), None
-        else:
-            H = rows.center(model.H)
-            both = jax.vmap(spectrum)(jnp.stack([M, model.stretch * (H.T @ ((h + damping)[:, None] * H))]))
+            neurons, kernel = Spectrum.of(*of_neurons, test), None
+        else:  # two products with H cost less than HᵀH; both spectra are made by one program
+            H = rows.center(model.H) * root[None, :]
+            weighted = (model.stretch * (h + damping))[:, None] * H
+            of_kernel = weighted.T @ (H @ test), jnp.sum(weighted * H)
+            images, traces = map(jnp.stack, zip(of_neurons, of_kernel, strict=True))
+            both = jax.vmap(Spectrum.of, (0, 0, None))(images, traces, test)
             neurons, kernel = (jax.tree.map(lambda part, i=i: part[i], both) for i in range(2))
         bias = model.stretch * (rows.weight @ (h + damping))
         return cls(prepared.features, neurons, kernel, root, bias, model)
@@ -270,16 +292,13 @@ def direction(
     max_steps = jnp.where(precise, settings.precise_cg_steps, settings.cg_steps)
 
     def solve(model: LocalModel) -> tuple[Step, Int[Array, ""]]:
-        rows, stretch = model.rows, model.stretch
-
         def operator(V: Step) -> Step:
-            Z = rows.X @ V.U
-            Z_back, W, b = model.backward(rows.curvature(model.outputs, model.forward(Z, V)))
-            if model.H is not None and V.W is not None and W is not None:
-                W = stretch * (W + damping * model.tangent(model.H.T @ (model.H @ V.W))) + N[:, None] * V.W
-            if V.b is not None and b is not None:
-                b = stretch * (b + damping * jnp.sum(rows.weight) * V.b)
-            return Step(stretch * (rows.X.T @ (Z_back + damping * Z)) + N[None, :] * V.U, W, b)
+            effect = model.effect(V)
+            back = model.outputs_adjoint(model.rows.curvature(model.outputs, model.outputs_of(effect)))
+            both = jax.tree.map(lambda curved, damped: model.stretch * (curved + damping * damped), back, effect)
+            U, W, b = model.effect_adjoint(both)
+            W = None if W is None or V.W is None else W + N[:, None] * V.W
+            return Step(U + N[None, :] * V.U, W, b)
 
         return conjugate_gradient(
             operator,

@@ -157,12 +157,9 @@ class NystromPCG:
         del eigenvalues
         X, m = program.rows.X, program.A.shape[0]
         shape = X.shape[1], m
-
-        def operator(vectors: Array) -> Array:
-            return jax.lax.map(lambda v: self._product(program, kappa, v.reshape(shape)).ravel(), vectors.T).T
-
-        size = shape[0] * m
-        return sketch(operator, test_matrix(size, self.rank, key, X.dtype))
+        test = test_matrix(shape[0] * m, self.rank, key, X.dtype)
+        image = jax.lax.map(lambda v: self._product(program, kappa, v.reshape(shape)).ravel(), test.T).T
+        return sketch(image, test)
 
     @staticmethod
     def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:

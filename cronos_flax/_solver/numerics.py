@@ -96,21 +96,20 @@ def test_matrix(size: int, rank: int, key: Array, dtype: jnp.dtype) -> Float[Arr
     return jax.random.normal(key, (size, min(rank, size)), dtype) / jnp.sqrt(jnp.asarray(size, dtype))
 
 
-def sketch(operator: Callable[[Array], Array], test: Float[Array, "N r"]) -> Sketch:
-    """Sketch a positive semidefinite operator from its action on a test matrix.
+def sketch(image: Float[Array, "N r"], test: Float[Array, "N r"]) -> Sketch:
+    """Sketch a positive semidefinite operator from its product with a test matrix.
 
     Only eigenvalues of r × r matrices are asked of LAPACK. Larger problems, and triangular solves, would wake its
     threads, which spin for a while afterwards and on a CPU take the time of the products that follow.
 
     Args:
-        operator: maps shape ``(N, r)`` to itself, column by column.
+        image: the product.
         test: from :func:`test_matrix`.
 
     Returns:
         The :class:`Sketch`; finite also where the operator's rank is smaller, with zero vectors for what is missing.
     """
     size, dtype = len(test), test.dtype
-    image = operator(test)
     # Shifted so that the core has an inverse in this precision; subtracted again below.
     shift = jnp.sqrt(jnp.asarray(size, dtype)) * jnp.finfo(dtype).eps * jnp.linalg.norm(image)
     shift = jnp.maximum(shift, jnp.sqrt(jnp.finfo(dtype).tiny))
