@@ -24,6 +24,8 @@ DECAYS: dict[str | None, Callable[[float], float]] = {
 _MAX_ITERS = 3
 _BETA_RATIO = {"moving": 0.02, "frozen": 0.005}
 _LARGEST_GROWTH = 16.0
+_CHOOSE_BETA = 0.4
+_HELD_EVERY, _LEAST_HELD, _MOST_HELD = 10, 50, 2000  # one row in so many is held back, to choose β on
 # The first epoch with a solve before it, how many have one each, and one in how many after these.
 _SOLVES = {"moving": (1, 1, 10), "frozen": (0, 5, 3)}
 
@@ -66,6 +68,13 @@ class Alternation:
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
             and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own; that of another state
             has a ``beta_ratio``.
+        choose_beta: of :func:`cronos_flax.train`, for arrays: the share of the run, ``> 0``, after which β is chosen
+            anew, by the loss on a tenth of the rows (2,000 at most) that neither steps nor solves have seen until then;
+            see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they are rows like the others. All
+            solves take as many rows as the first. None takes .4 for a moving head, and infinity, which is never, for a
+            frozen one and for a solver with ``beta`` or ``beta_ratio`` of its own. With fewer than 500 rows, with
+            ``solve_data``, and for a state that has been solved for before the run, β stays; for a loader too, whose
+            rows cannot be told apart: in a loop of your own give ``validation`` to a solve.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -86,6 +95,7 @@ class Alternation:
     decay: str | None = "wsd"
     largest_step: float | None = 0.02
     largest_growth: float | None = None
+    choose_beta: float | None = None
 
     def __post_init__(self) -> None:
         choice("head", self.head, HEADS, where="Alternation")
@@ -95,8 +105,9 @@ class Alternation:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
             choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
-        for name, limit in (("largest_step", self.largest_step), ("largest_growth", self.largest_growth)):
-            if limit is not None and not (isinstance(limit, numbers.Real) and limit > 0):
+        for name in ("largest_step", "largest_growth", "choose_beta"):
+            limit: Any = getattr(self, name)
+            if limit is not None and (not isinstance(limit, numbers.Real) or not float(limit) > 0):
                 raise ValueError(f"Alternation: `{name}` must be a number > 0 or None, got {limit!r}.")
 
     def moves(self, head: Head) -> bool:
@@ -117,7 +128,7 @@ class Alternation:
 
 
 def alternation_settings(where: str, alternation: Alternation | None, solver: Cronos, head: Head) -> Alternation:
-    """The parts that a user asked for by ``alternation=``, None for the default ones; ``largest_growth`` filled in.
+    """The parts that a user asked for by ``alternation=``, None for the default ones; filled in as the head asks.
 
     Args:
         where: the caller's name.
@@ -128,15 +139,34 @@ def alternation_settings(where: str, alternation: Alternation | None, solver: Cr
     alternation = Alternation() if alternation is None else alternation
     if not isinstance(alternation, Alternation):
         raise ValueError(f"{where}: `alternation` must be a cf.Alternation, got {type(alternation).__name__}.")
-    if alternation.largest_growth is not None:
-        return alternation
-    chooses = head.frozen > 0 and solver.beta is None and solver.beta_ratio is None
-    return dataclasses.replace(alternation, largest_growth=_LARGEST_GROWTH if chooses else math.inf)
+    is_free = head.frozen > 0 and solver.beta is None and solver.beta_ratio is None
+    usual: dict[str, Any] = {
+        "largest_growth": _LARGEST_GROWTH if is_free else math.inf,
+        "choose_beta": _CHOOSE_BETA if is_free and alternation.moves(head) else math.inf,
+    }
+    missing = {name: value for name, value in usual.items() if getattr(alternation, name) is None}
+    return dataclasses.replace(alternation, **missing)
+
+
+# Of a state, whose user may have replaced the parts that were filled in.
 
 
 def growth_limit(alternation: Alternation) -> float:
-    """``largest_growth`` of a state, whose user may have replaced the parts that were filled in."""
+    """``largest_growth``."""
     return _LARGEST_GROWTH if alternation.largest_growth is None else alternation.largest_growth
+
+
+def choosing_share(alternation: Alternation) -> float:
+    """``choose_beta``."""
+    usual = _CHOOSE_BETA if alternation.head == "moving" else math.inf
+    return usual if alternation.choose_beta is None else alternation.choose_beta
+
+
+def to_hold_back(alternation: Alternation, n: int, epochs: int) -> int:
+    """How many of n rows a run of so many epochs holds back, to choose β on."""
+    held = min(n // _HELD_EVERY, _MOST_HELD)
+    is_in_time = choosing_share(alternation) * epochs <= epochs - 1  # before the last epoch
+    return held if is_in_time and held >= _LEAST_HELD else 0
 
 
 def alternation_defaults(solver: Cronos, head: Head, alternation: Alternation) -> Cronos:

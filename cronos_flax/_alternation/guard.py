@@ -24,6 +24,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._alternation.choice import chosen
 from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
@@ -262,6 +263,7 @@ def solve_guarded(
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
     largest_growth: float,
+    unseen: GatheredRows | None = None,
 ) -> tuple[GuardState | None, Float[Array, ""], dict[str, Any], Solution]:
     """Solve for a head, and accept the new state or go back.
 
@@ -276,6 +278,7 @@ def solve_guarded(
         callback: called during the solve, and with the guard's figures at the end.
         throw: raise if the loss is not finite and no earlier state can be restored.
         largest_growth: of the gradient in the features, where this solve chooses ``beta``; infinity for no limit.
+        unseen: other rows, to choose ``beta`` on anew; None keeps it.
 
     Returns:
         The guard's new state, the weight decay, the parts to continue with, and the solution; ``solution.status`` says
@@ -293,10 +296,12 @@ def solve_guarded(
 
         if is_first:
             new, solution = first_solved(fit, network, rows, solver, largest_growth)
-            if np.isfinite(on_host(solution.stats.beta)):
-                beta = on_device(solution.stats.beta, beta.dtype)
         else:
             new, solution = fit(dataclasses.replace(solver, beta=beta))
+        if unseen is not None:
+            new, solution = chosen(fit, (new, solution), solver, unseen)
+        if (is_first or unseen is not None) and np.isfinite(on_host(solution.stats.beta)):
+            beta = on_device(solution.stats.beta, beta.dtype)
         if guard is not None and not guard.has_weight_decay(beta):  # losses with another one say nothing
             guard = guard.forgetful()
     else:

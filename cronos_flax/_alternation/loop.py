@@ -16,7 +16,7 @@ from jax import Array
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.position import Checkpoints, Position
-from cronos_flax._alternation.sources import Arrays, Batches
+from cronos_flax._alternation.sources import Arrays, Batches, HeldBack
 from cronos_flax._alternation.steps import Door
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import all_finite
@@ -87,6 +87,7 @@ class Loop:
         clock: of the training time.
         source: of batches.
         to_solve: of rows to solve on.
+        held_back: rows that the first part of the run does not see; None if there are none.
         schedule: when to solve: every so many steps, or by epochs; None for a state without a head.
         decay: the factor on the rate, of the share of the run that is done; None for none.
         epochs: of the whole run.
@@ -109,6 +110,7 @@ class Loop:
     clock: Clock
     source: Arrays | Batches
     to_solve: Arrays | Batches
+    held_back: HeldBack | None
     schedule: int | Alternation | None
     decay: Callable[[float], float] | None
     epochs: int
@@ -128,13 +130,23 @@ class Loop:
     def compile(self) -> None:
         """Compile by a step and a solve on copies, then restart the clock."""
         began, position = time.perf_counter(), self.position
-        for batch in itertools.islice(self.source.epoch(position.epoch, position.batch), 1):
+        for batch in itertools.islice(self.batches(), 1):
             jax.block_until_ready(self.stepped(copied(self.state), batch))
         if self.schedule is not None:
-            jax.block_until_ready(self.solved()[0].params)
+            choice = {} if self.rest is None or self.held_back is None else {"validation": self.held_back.rows}
+            jax.block_until_ready(self.solved(**choice)[0].params)
         compile_seconds = time.perf_counter() - began
         self.clock = Clock(position.seconds)
         self.tell(compile_seconds=compile_seconds)
+
+    def batches(self) -> Iterator[Batch]:
+        """Those of this epoch that are not done."""
+        return (self.rest or self.source).epoch(self.position.epoch, self.position.batch)
+
+    @property
+    def rest(self) -> Arrays | None:
+        """The rows that there are while others are held back."""
+        return self.held_back.rest if self.held_back is not None and self.position.holds_back else None
 
     def stepped(self, state: Any, batch: Batch) -> tuple[Any, Array]:
         """The state after a gradient step, and the loss."""
@@ -153,7 +165,7 @@ class Loop:
             Whether it was the last epoch; the head is always solved for after that one.
         """
         position, began = self.position, self.clock.seconds
-        for batch in self.source.epoch(position.epoch, position.batch):
+        for batch in self.batches():
             every = self.checkpoints.every
             if every is not None and position.step % every == 0 and position.batch:
                 self.save()
@@ -171,8 +183,12 @@ class Loop:
         position.loss_sum = 0.0
         harmed = isinstance(self.schedule, Alternation) and position.has_risen(mean_loss)
         # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
+        self.choose_if_due()
         self.solve_if_due(anyway=harmed)
+        if harmed and self.last is not None:
+            self.compare_from_here()
         is_last = position.epoch >= self.epochs or self.time_is_up()
+        position.holds_back = position.holds_back and not is_last
         self.solve_if_due(anyway=is_last)
         with self.clock.stopped():
             figures = self.validate(self.state)
@@ -180,22 +196,41 @@ class Loop:
         self.save()
         return is_last
 
-    def solved(self) -> tuple[Any, Solution]:
+    def solved(self, **choice: Any) -> tuple[Any, Solution]:
         """The state with its head solved for, and the solution."""
         step = self.position.step
-        rows, unpack = self.to_solve.rows(step, self.solve_rows)
-        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step))
+        rows, unpack = (self.rest or self.to_solve).rows(step, self.solve_rows)
+        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step), **choice)
+
+    def choose_if_due(self) -> None:
+        """Solve for the head with β chosen on the rows that are held back, which then join the others."""
+        position = self.position
+        if self.rest is None or self.held_back is None or self.schedule is None:
+            return
+        is_time = self.share_done() >= self.held_back.until
+        if is_time and (np.isfinite(on_host(self.state.beta)) or position.solve_is_due(self.schedule, self.epochs)):
+            self.solve(validation=self.held_back.rows)
+            position.holds_back = False
+            self.compare_from_here()
+
+    def compare_from_here(self) -> None:
+        """Take the losses of epochs from here on as they are: the guard has accepted what raised them."""
+        self.position.compared_from = len(self.position.history)
 
     def solve_if_due(self, anyway: bool = False) -> None:
         """Solve for the head, with a row of the history; never twice at the same step."""
         position = self.position
         if self.schedule is None or position.last_solve_step == position.step:
             return
-        if not (anyway or position.solve_is_due(self.schedule, self.epochs)):
-            return
+        if anyway or position.solve_is_due(self.schedule, self.epochs):
+            self.solve()
+
+    def solve(self, **choice: Any) -> None:
+        """Solve for the head, with a row of the history."""
+        position = self.position
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
-        self.state, solution = self.solved()
+        self.state, solution = self.solved(**choice)
         stats = solution.stats
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
         self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)

@@ -141,6 +141,7 @@ class CronosOptimizer(nnx.Optimizer):
         model: nnx.Module,
         data: Any,
         *,
+        validation: Any = None,
         unpack: Callable[[Any], tuple] | None = None,
         key: Array | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
@@ -155,6 +156,9 @@ class CronosOptimizer(nnx.Optimizer):
         Args:
             model: the model.
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments.
+            validation: rows to choose β on anew, in the form of ``data``, to which nothing has been fitted: the head is
+                solved for at 4 and 16 times the present β, as long as the mean loss on these rows falls; if it rises
+                at once, at a fourth and a sixteenth. None keeps β.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
             callback: called after each batch, at each step of the solve, and with the guard's figures at the end. The
@@ -171,12 +175,13 @@ class CronosOptimizer(nnx.Optimizer):
         """
         head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)
         rows, moments = head.gather(model, data, unpack, callback, most_in_memory(solver))
+        unseen = None if validation is None else head.gather(model, validation, unpack)[0]
         key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model, moments=moments)
         beta, network = self.beta.get_value(), head.read(model)
         guard, beta, changed, solution = solve_guarded(
-            guard, beta, network, rows, solver, parts, key, callback, throw, growth
+            guard, beta, network, rows, solver, parts, key, callback, throw, growth, unseen
         )
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))

@@ -43,6 +43,9 @@ class Position:
         solve_seconds: time of the last solve.
         epoch_seconds: time of the last epoch, with a solve.
         null_loss: the loss of the best constant outputs at the last solve; None before the first.
+        held_back: rows that the first part of the run does not see; None before that is decided.
+        holds_back: whether they are still unseen.
+        compared_from: the row of the history from which on losses of epochs are compared.
         history: the rows so far.
     """
 
@@ -56,6 +59,9 @@ class Position:
     solve_seconds: float = 0.0
     epoch_seconds: float = 0.0
     null_loss: float | None = None
+    held_back: int | None = None
+    holds_back: bool = False
+    compared_from: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def solve_is_due(self, schedule: int | Alternation, epochs: int) -> bool:
@@ -68,7 +74,8 @@ class Position:
         """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
         if self.null_loss is None:
             return False
-        least = min((row["loss"] for row in self.history if math.isfinite(row.get("loss", math.nan))), default=math.inf)
+        rows = self.history[self.compared_from :]
+        least = min((row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))), default=math.inf)
         return not loss <= least + _RISE * self.null_loss  # it may be NaN
 
     def share_done(self, epochs: int) -> float:

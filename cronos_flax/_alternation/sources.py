@@ -58,6 +58,7 @@ class Arrays:
         batch_size: rows of a batch; rows that do not fill one are left out of the pass.
         steps: batches of an epoch; None for one pass. An epoch goes on in the pass where the last one ended.
         seed: of the orders and samples.
+        among: where the rows are that there are; None for all.
     """
 
     x: Any
@@ -65,6 +66,7 @@ class Arrays:
     batch_size: int
     steps: int | None
     seed: int
+    among: np.ndarray | None = None
 
     @classmethod
     def of(cls, x: Any, y: Any, batch_size: int, steps: int | None, key: Array, name: str) -> Self:
@@ -82,31 +84,42 @@ class Arrays:
         x, y = jax.tree.map(np.asarray, on_host((x, native(y, "train: the targets"))))
         return cls(x, y, min(batch_size, len(y)), steps, int(on_host(_bits(key))))
 
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.y) if self.among is None else len(self.among)
+
+    def held_back(self, count: int, until: float) -> "HeldBack":
+        """So many random rows, and the others."""
+        order = np.random.default_rng((self.seed, 2)).permutation(len(self.y))
+        held, rest = (np.sort(part) for part in np.split(order, [count]))
+        others = dataclasses.replace(self, among=rest, batch_size=min(self.batch_size, len(rest)))
+        return HeldBack(self._take(held), others, until)
+
     def epoch(self, number: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch, from batch ``start`` on."""
-        in_pass, order, ordered = len(self.y) // self.batch_size, np.empty(0, int), -1
+        in_pass, order, ordered = len(self) // self.batch_size, np.empty(0, int), -1
         steps = in_pass if self.steps is None else self.steps
         for i in range(number * steps + start, (number + 1) * steps):
             passed, place = divmod(i, in_pass)
             if passed != ordered:
-                ordered, order = passed, np.random.default_rng((self.seed, 0, passed)).permutation(len(self.y))
-            x, y = self._take(order[place * self.batch_size : (place + 1) * self.batch_size])
+                ordered, order = passed, np.random.default_rng((self.seed, 0, passed)).permutation(len(self))
+            x, y = self._among(order[place * self.batch_size : (place + 1) * self.batch_size])
             yield Batch.of((x,), {}, y, None, "train")
 
     def known_batches(self) -> int:
         """Batches of an epoch."""
-        return len(self.y) // self.batch_size if self.steps is None else self.steps
+        return len(self) // self.batch_size if self.steps is None else self.steps
 
     def once(self) -> Iterator[Batch]:
         """All rows."""
-        return batches((self.x, self.y), None, "train")
+        return batches(self.rows(0, None)[0], None, "train")
 
     def rows(self, step: int, count: int | None) -> tuple[Any, None]:
         """``data`` and ``unpack`` of a head solve on so many random rows; None for all rows."""
-        if count is None or count >= len(self.y):
-            return (self.x, self.y), None
+        if count is None or count >= len(self):
+            return (self.x, self.y) if self.among is None else self._take(self.among), None
         rng = np.random.default_rng((self.seed, 1, step))
-        return self._take(np.sort(rng.choice(len(self.y), count, replace=False))), None
+        return self._among(np.sort(rng.choice(len(self), count, replace=False))), None
 
     def affordable(self, between: int | None, head: Head) -> int:
         """Rows of a solve: no more than the gradient steps between two solves take, and than fit into memory.
@@ -115,15 +128,33 @@ class Arrays:
             between: rows of the gradient steps between two solves; None for all.
             head: the head that is solved for.
         """
-        between = len(self.y) if between is None else between
+        between = len(self) if between is None else between
         return min(max(between, _LEAST_SOLVED), max(_SOLVE_BYTES // head.solve_bytes(1), 1))
 
     def fingerprint(self) -> Fingerprint:
         """Of the rows; of large arrays some of them, evenly spaced, are read."""
         return _described({"x": self.x, "y": self.y})
 
+    def _among(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
+        return self._take(places if self.among is None else self.among[places])
+
     def _take(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
         return jax.tree.map(lambda leaf: leaf[rows], self.x), self.y[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldBack:
+    """Rows that a run does not see at first.
+
+    Args:
+        rows: these, arrays ``(x, y)``.
+        rest: the others.
+        until: the share of the run from which on it sees them too.
+    """
+
+    rows: tuple[Any, np.ndarray]
+    rest: Arrays
+    until: float
 
 
 @dataclasses.dataclass

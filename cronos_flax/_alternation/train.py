@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.backbone import RatedState
-from cronos_flax._alternation.defaults import DECAYS
+from cronos_flax._alternation.defaults import DECAYS, choosing_share, to_hold_back
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
 from cronos_flax._alternation.optimizer_state import sets_its_rate
@@ -196,12 +196,21 @@ def train(
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
             class_weight = on_device(balanced_weights(loss, map(door, source.once())))
+        held_back = None
+        if position.held_back is None:
+            position.held_back = _to_hold_back(state, source, to_solve, epochs)
+            position.holds_back = position.held_back > 0
+        if position.held_back and isinstance(source, Arrays) and isinstance(state, CronosTrainState):
+            held_back = source.held_back(position.held_back, choosing_share(state.alternation))
+            most = len(held_back.rest)  # in all solves, so that they are one program
+            solve_rows = most if solve_rows is None else min(solve_rows, most)
         loop = Loop(
             state=copied(state),  # the loop donates its own
             position=position,
             clock=Clock(position.seconds),
             source=source,
             to_solve=to_solve,
+            held_back=held_back,
             schedule=schedule,
             decay=_decay_for(state),
             epochs=epochs,
@@ -244,6 +253,13 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
             stacklevel=3,
         )
     return loss
+
+
+def _to_hold_back(state: Any, source: Arrays | Batches, to_solve: Arrays | Batches, epochs: int) -> int:
+    """How many rows a run that begins holds back, to choose β on."""
+    if not isinstance(state, CronosTrainState) or not isinstance(source, Arrays) or to_solve is not source:
+        return 0
+    return 0 if np.isfinite(on_host(state.beta)) else to_hold_back(state.alternation, len(source), epochs)
 
 
 def _settings(state: Any, key: Array, **given: Any) -> dict[str, Any]:

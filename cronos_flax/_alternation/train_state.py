@@ -195,6 +195,7 @@ class CronosTrainState(TrainState):
         self,
         data: Any,
         *,
+        validation: Any = None,
         unpack: Callable[[Any], tuple] | None = None,
         key: Array | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
@@ -214,6 +215,9 @@ class CronosTrainState(TrainState):
         Args:
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments. The guard compares losses from solve
                 to solve, so give the same rows each time, or samples of the same rows.
+            validation: rows to choose β on anew, in the form of ``data``, to which nothing has been fitted: the head is
+                solved for at 4 and 16 times the present β, as long as the mean loss on these rows falls; if it rises
+                at once, at a fourth and a sixteenth. None keeps β.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
             callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end. The
@@ -229,10 +233,11 @@ class CronosTrainState(TrainState):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         rows, moments = self.head.gather(self.variables, data, unpack, callback, most_in_memory(self.solver))
+        unseen = None if validation is None else self.head.gather(self.variables, validation, unpack)[0]
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         growth = growth_limit(self.alternation)
         guard, beta, changed, solution = solve_guarded(
-            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth
+            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth, unseen
         )
         return self.replace(guard=guard, beta=beta, **changed), solution

@@ -16,6 +16,7 @@ variants whose steps are not limited have four fifths of these.
 
 import functools
 import itertools
+import math
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def ours(rate: float = 3e-3, optimizer: str = "adam", solver: dict[str, Any] | N
     return Method(optimizer, rate, None, cf.Alternation(**parts), tuple((solver or {}).items()))
 
 
-free = functools.partial(ours, largest_step=None)
+unchosen = functools.partial(ours, choose_beta=math.inf)  # β stays as it is at the first solve
+free = functools.partial(unchosen, largest_step=None)
 
 
 OPTIMIZERS = (
@@ -79,13 +81,14 @@ LIMITED = {
     for name, rate in (("adam", 1e-3), ("adam", 3e-3), ("adam", 1e-2))
 }
 RATIOS = {"beta_ratio .04": 0.04, "beta_ratio .01": 0.01, "beta_ratio .005": 0.005, "beta_ratio .0025": 0.0025}
+UNCHOSEN = f"{OURS}, β not chosen"  # as all alternations were before β was chosen
 VARIANTS = {
-    "rate 1e-3": ours(1e-3),
-    "rate 1e-2": ours(1e-2),
-    "largest_step .01": ours(largest_step=0.01),
-    "largest_step .03": ours(largest_step=0.03),
-    "beta_ratio .05": ours(solver={"beta_ratio": 0.05}),
-} | {name: ours(solver={"beta_ratio": ratio}) for name, ratio in RATIOS.items()}
+    "rate 1e-3": unchosen(1e-3),
+    "rate 1e-2": unchosen(1e-2),
+    "largest_step .01": unchosen(largest_step=0.01),
+    "largest_step .03": unchosen(largest_step=0.03),
+    "beta_ratio .05": unchosen(solver={"beta_ratio": 0.05}),
+} | {name: unchosen(solver={"beta_ratio": ratio}) for name, ratio in RATIOS.items()}
 FREE = f"{OURS}, steps not limited"  # as all alternations were before the limit
 FREE_VARIANTS = {
     "four fifths of the epochs": free(),
@@ -113,13 +116,13 @@ FREE_VARIANTS = {
     "solved at the end only": free(first_epoch=10**6),
 }
 ALTERNATIONS = (
-    {OURS: ours(), FREE: free()}
-    | {f"{OURS}, {name}": method for name, method in VARIANTS.items()}
+    {OURS: ours(), UNCHOSEN: unchosen(), FREE: free()}
+    | {f"{UNCHOSEN}, {name}": method for name, method in VARIANTS.items()}
     | {f"{FREE}, {name}": method for name, method in FREE_VARIANTS.items()}
 )
 LOWEST = {"adam": -4.5, "sgd": -3.5}  # exponents of the lowest of seven rates, which are half a decade apart
 RATES = [(name, rate) for name, low in LOWEST.items() for rate in 10 ** np.arange(low, low + 3.1, 0.5)]
-RATED = {f"{OURS}, {name} {rate:.2g}": ours(rate, name) for name, rate in RATES}
+RATED = {f"{UNCHOSEN}, {name} {rate:.2g}": unchosen(rate, name) for name, rate in RATES}
 FREE_RATED = {f"{FREE}, {name} {rate:.2g}": free(rate, name) for name, rate in RATES}
 CHOSEN = (  # one setting of each, from the development tasks
     OURS,
@@ -131,7 +134,7 @@ CHOSEN = (  # one setting of each, from the development tasks
     "nadamw 0.003 cosine",
     "schedule_free_adamw 0.0025",
 )
-DECAYED = (OURS, *(f"{OURS}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
+DECAYED = (OURS, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
 USUAL = {"reported": CHOSEN, "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | FREE_RATED
 
