@@ -3,7 +3,8 @@
 After each head solve the regularised loss of the network is known on all rows. If it is clearly above the best so far,
 the optimizer's steps since the last solve have done harm. Then all parts of the state go back to the copies kept at the
 last accepted solve, and the backbone continues at a lower rate. Accepted solves raise the rate again. All solves of an
-alternation have one weight decay β, for losses with another β say nothing about the backbone.
+alternation have one weight decay β, until it is chosen anew: then the guard forgets losses with another β, which say
+nothing about the backbone.
 
 The rate multiplies the updates of the user's optimizer, so it works for every optimizer, also for one without a
 learning rate. It is part of the optimizer's state. The guard keeps copies, so a train step can be jitted and donated as

@@ -70,7 +70,8 @@ def train(
     Args:
         state: a :class:`CronosTrainState`, or any ``flax.training.train_state.TrainState``; it is not changed, and its
             arrays are not donated.
-        data: whole arrays ``(x, y)``, in a new order for each epoch; or a re-iterable of batches, as for
+        data: whole arrays ``(x, y)``, in a new order for each epoch, some of which the first part of the run does not
+            see (``choose_beta`` of :class:`Alternation`); or a re-iterable of batches, as for
             :func:`cronos_flax.fit_head`, in the order in which they come. Batches without a row of positive weight are
             passed over.
         epochs: passes through the data, of the whole run. A run that is resumed with more of them ends later; its rate
@@ -80,7 +81,8 @@ def train(
             the last one ended, and data that end begin again, arrays in a new order.
         solve_every: steps between two head solves. None solves before the epochs that ``state.alternation`` says. There
             is also a solve at the end. With a number the first solve is before the first step.
-        solve_rows: for arrays, the number of random rows of a solve. None means all rows; or, with ``solve_every``, as
+        solve_rows: for arrays, the number of random rows of a solve. None means all rows, or as many as are not held
+            back at first (``choose_beta`` of :class:`Alternation`); or, with ``solve_every``, as
             many as the steps between two solves take, at least 8,192. A solve takes at most 4 GB.
         solve_data: the rows of the solves, in the form of ``data``, if they are others: clean ones where ``data``
             augments. None means those of ``data``: for a loader one pass, or the first ``steps_per_epoch`` batches of

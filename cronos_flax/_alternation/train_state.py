@@ -62,9 +62,9 @@ class CronosTrainState(TrainState):
         head: from :func:`cronos_flax.find_head`.
         solver: how the head is solved, with the defaults of an alternation filled in.
         alternation: the parts of the alternation.
-        beta: weight decay of all solves, in the units of the mean loss; infinite until the first solve chooses it, as
-            :class:`cronos_flax.Alternation` says under ``largest_growth``.
-            Replace it by infinity to have it chosen anew.
+        beta: weight decay of solves and of the head's steps, in the units of the mean loss; infinite until the first
+            solve chooses it, see ``largest_growth`` of :class:`cronos_flax.Alternation`. A solve with ``validation``
+            chooses it anew; and the next one, if you replace it by infinity.
         model_state: the module's collections other than its parameters, such as ``{"batch_stats": …}``.
         guard: the state of the guard; None without guard. ``state.figures`` shows it as numbers.
     """
