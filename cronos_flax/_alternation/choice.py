@@ -9,11 +9,14 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from jax import Array
 
 from cronos_flax._alternation.first_solve import Solved
 from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.meshes import on_automatic_axes_of
 from cronos_flax._solver.processes import agreed
+from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
 _FACTOR, _MOST = 4.0, 2  # β is tried at so many times its value and at its fraction, and so often in a row
@@ -36,8 +39,11 @@ def chosen(fit: Callable[[Cronos], Solved], first: Solved, solver: Cronos, unsee
 
     def loss(solved: Solved) -> float:
         """The mean on the unseen rows; classes count as in the solves."""
-        value = solver.objective(solved[1].params, unseen.X, unseen.y, 0.0, sample_weight=unseen.weight)
-        return agreed(float(on_host(value)))
+
+        def measured(network: TwoLayer) -> Array:
+            return solver.objective(network, unseen.X, unseen.y, 0.0, sample_weight=unseen.weight)
+
+        return agreed(float(on_host(on_automatic_axes_of(unseen.mesh, measured, solved[1].params))))
 
     beta, best = on_host(first[1].stats.beta), first
     if not (np.isfinite(beta) and beta > 0 and unseen.finite):
