@@ -104,7 +104,7 @@ def begun(mesh, spec):
 
 
 def alternated(mesh, spec, directory):
-    """Losses of ``cf.train``, and of a step and a solve of what a checkpoint gives back."""
+    """Losses of ``cf.train``, and of a step and solves of what a checkpoint gives back; the β that one chooses."""
     params, head, data = begun(mesh, spec)
 
     def fresh():
@@ -120,7 +120,10 @@ def alternated(mesh, spec, directory):
     assert_as_before(stepped.params, params)
     solved, solution = stepped.solve_head(data, unpack=unpack)
     assert_as_before(solved.params, params)
-    return [*(row.get("objective", row.get("loss")) for row in history), float(solution.stats.objective)]
+    chosen, again = solved.solve_head(data[1:], validation=data[:1], unpack=unpack)
+    assert_as_before(chosen.params, params)
+    objectives = (float(each.stats.objective) for each in (solution, again))
+    return [*(row.get("objective", row.get("loss")) for row in history), *objectives, float(chosen.beta)]
 
 
 def fitted(mesh, spec, directory):
