@@ -129,6 +129,13 @@ def test_else_beta_stays(name):
     assert len(set(np.float32(betas(history)).tolist())) == 1
 
 
+def test_of_very_large_arrays_nothing_is_held_back(monkeypatch):
+    """A solve on the other rows would copy them: arrays on disk may not fit into memory."""
+    monkeypatch.setattr("cronos_flax._alternation.train._MOST_COPIED", X.nbytes - 1)
+    _, history = train(made())
+    assert len(set(np.float32(betas(history)).tolist())) == 1
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
 def test_a_run_that_is_stopped_around_the_choice_ends_where_the_unbroken_one_ends(tmp_path, stop_at):
     whole, history = train(made())

@@ -73,8 +73,9 @@ class Alternation:
             see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they are rows like the others. All
             solves take as many rows as the first. None takes .4 for a moving head, and infinity, which is never, for a
             frozen one and for a solver with ``beta`` or ``beta_ratio`` of its own. With fewer than 500 rows, with
-            ``solve_data``, and for a state that has been solved for before the run, β stays; for a loader too, whose
-            rows cannot be told apart: in a loop of your own give ``validation`` to a solve.
+            more than a GiB of them, with ``solve_data``, and for a state that has been solved for before the run, β
+            stays; for a loader too, whose rows cannot be told apart: in a loop of your own give ``validation`` to a
+            solve.
 
     Raises:
         ValueError: for a setting outside its range.

@@ -33,6 +33,8 @@ from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
 
 State = TypeVar("State", bound=TrainState)
 
+_MOST_COPIED = 2**30  # bytes of arrays of which rows are held back: a solve on the others copies these
+
 
 def train(
     state: State,
@@ -260,6 +262,8 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
 def _to_hold_back(state: Any, source: Arrays | Batches, to_solve: Arrays | Batches, epochs: int) -> int:
     """How many rows a run that begins holds back, to choose β on."""
     if not isinstance(state, CronosTrainState) or not isinstance(source, Arrays) or to_solve is not source:
+        return 0
+    if sum(leaf.nbytes for leaf in jax.tree.leaves(source.x)) > _MOST_COPIED:
         return 0
     return 0 if np.isfinite(on_host(state.beta)) else to_hold_back(state.alternation, len(source), epochs)
 
