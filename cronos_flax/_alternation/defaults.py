@@ -69,13 +69,13 @@ class Alternation:
             and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own; that of another state
             has a ``beta_ratio``.
         choose_beta: of :func:`cronos_flax.train`, for arrays: the share of the run, ``> 0``, after which β is chosen
-            anew, by the loss on a tenth of the rows (2,000 at most) that neither steps nor solves have seen until then;
-            see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they are rows like the others. All
-            solves take as many rows as the first. None takes .4 for a moving head, and infinity, which is never, for a
-            frozen one and for a solver with ``beta`` or ``beta_ratio`` of its own. With fewer than 500 rows, with
-            more than a GiB of them, with ``solve_data``, and for a state that has been solved for before the run, β
-            stays; for a loader too, whose rows cannot be told apart: in a loop of your own give ``validation`` to a
-            solve.
+            anew, at the end of an epoch, by the loss on a tenth of the rows (2,000 at most) that neither steps nor
+            solves have seen until then; see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they
+            are rows like the others. All solves take as many rows as the first. None takes .4 for a moving head, and
+            infinity, which is never, for a frozen one and for a solver with ``beta`` or ``beta_ratio`` of its own. β
+            stays, too, with fewer than 500 rows or more than a GiB of them, with ``solve_data``, for a state that has
+            been solved for before the run, and where the choice would come only after the last epoch. Rows of a loader
+            cannot be told apart: in a loop of your own give ``validation`` to a solve.
 
     Raises:
         ValueError: for a setting outside its range.

@@ -216,8 +216,8 @@ class CronosTrainState(TrainState):
             data: as for :func:`cronos_flax.fit_head`, as are the other arguments. The guard compares losses from solve
                 to solve, so give the same rows each time, or samples of the same rows.
             validation: rows to choose β on anew, in the form of ``data``, to which nothing has been fitted: the head is
-                solved for at 4 and 16 times the present β, as long as the mean loss on these rows falls; if it rises
-                at once, at a fourth and a sixteenth. None keeps β.
+                solved for at 4 and 16 times the present β, as long as the mean loss on these rows falls; if it does
+                not fall at 4 times, at a fourth and a sixteenth. None keeps β, and so do features that are not finite.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
             callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end. The
