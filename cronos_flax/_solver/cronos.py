@@ -275,13 +275,14 @@ class Cronos:
         key: Array,
         callback: Callable[[dict[str, float]], Any] | None,
         order: Array | None = None,
+        patience: int | None = None,
     ) -> Solution:
         """Run the compiled solve on arguments that fit together."""
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
         # What does not matter to the compiled programs must not compile them anew.
         solver = dataclasses.replace(self, max_iters=None, class_weight=None, max_bytes=None)
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
-        limits = {"hidden": hidden, "max_iters": max_iters}
+        limits: Any = {"hidden": hidden, "max_iters": max_iters, "patience": patience}
         if callback is None and not isinstance(features, Source):
             return solve(Asked(solver, features, y, weight, start, key, None, order), **limits)
         source = features if isinstance(features, Source) else None
@@ -308,11 +309,15 @@ class Cronos:
             fit, chosen_on = data, betas.Data(betas.same_columns(X, data.X), y, weight)
 
         def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
-            on_the_way = betas.TOL if self.tol is None else max(float(on_host(self.tol)), betas.TOL)
-            tol, tell = (self.tol, callback) if final else (on_the_way, None)
+            tol, patience = self.tol, None
+            if not final and tol is None and self.gates == "refreshed":
+                patience = self.refreshed.window
+            elif not final:
+                tol = betas.TOL if tol is None else max(float(on_host(tol)), betas.TOL)
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
-            return plain._solve_checked(*rows, network if init is None else init, hidden, key, tell)
+            start, tell = network if init is None else init, callback if final else None
+            return plain._solve_checked(*rows, start, hidden, key, tell, patience=patience)
 
         beta_max = float(on_host(self._user_beta_max(fit, network)))
         beta, best, tried, losses = betas.follow(solve, loss_of(self.loss), beta_max, fit, chosen_on)

@@ -231,13 +231,14 @@ def _padded(asked: Asked) -> Asked:
     return asked._replace(features=features, targets=targets, weight=weight, length=length)
 
 
-def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
+def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = None) -> Solution:
     """Solve.
 
     Args:
         asked: data, settings and start.
         hidden: neurons of a random network.
         max_iters: most iterations.
+        patience: of a refreshed solve without ``tol``, see :class:`Limits`; None for that of a problem of this size.
     """
     control, progress = control_of(asked), asked.progress
     n = len(asked.targets if asked.order is None else asked.order)
@@ -263,7 +264,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     limits = Limits(tol, max_iters)
     if asked.solver.tol is None:
         d, (m, C) = rows.X.shape[1], first.A.shape
-        patience = refreshed.patience(n, d, m, C, settings)
+        patience = refreshed.patience(n, d, m, C, settings) if patience is None else patience
         if patience <= max_iters:
             limits = limits._replace(null=null, patience=patience)
     descent = refreshed.begin(control, n, first, key, limits, settings)
