@@ -19,10 +19,11 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 5)).astype("float32")
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 NOISY = np.where(RNG.random(N) < 0.3, 1 - Y, Y)
+TWICE = cf.Alternation(first_epoch=1)  # there is a solve before that which chooses
 IDS = np.concatenate([X[:, :4], np.arange(N, dtype="float32")[:, None]], axis=1)
 
 
-def made(params=PARAMS, alternation=None, guard=True, **solver):
+def made(params=PARAMS, alternation=TWICE, guard=True, **solver):
     return cf.CronosTrainState.create(
         apply_fn=MODEL.apply,
         params=params,
@@ -72,7 +73,8 @@ def test_beta_is_the_one_after_which_the_loss_on_other_rows_is_least(targets, ra
     assert float(before.beta) == pytest.approx(beta, rel=1e-6)
 
 
-def test_rows_that_are_held_back_are_seen_by_nothing_until_beta_is_chosen(monkeypatch):
+@pytest.mark.parametrize("first_epoch", [None, 1])
+def test_rows_that_are_held_back_are_seen_by_nothing_until_beta_is_chosen(monkeypatch, first_epoch):
     """A tenth of them; and by all after that. Ids of rows are one of the features."""
     seen, stepped = [], Loop.stepped
 
@@ -91,12 +93,15 @@ def test_rows_that_are_held_back_are_seen_by_nothing_until_beta_is_chosen(monkey
     monkeypatch.setattr(cf.CronosTrainState, "solve_head", spy)
     params = jax.tree.map(lambda v: v, PARAMS)
     params["layers_0"]["kernel"] = params["layers_0"]["kernel"].at[4].set(0)  # ids are no feature
-    state, history = train(made(params=params), (IDS, NOISY))
-    first, choice, last = solves
+    alternation = cf.Alternation(first_epoch=first_epoch)
+    state, history = train(made(params=params, alternation=alternation), (IDS, NOISY))
+    *before, choice, last = solves
     (held,) = choice[1:]
     assert len(held) == 60
-    assert len(first) == len(last) == 1
-    assert first[0] == choice[0] == set(range(N)) - held  # before epochs 1 and 2
+    assert len(before) == (first_epoch is not None)
+    assert [row["epoch"] for row in history if "beta" in row] == [1] * len(before) + [2, 5]
+    assert all(len(rows) == 1 for rows in (*before, last))
+    assert all(rows[0] == set(range(N)) - held for rows in (*before, choice))
     assert len(last[0]) == N - 60
     assert last[0] & held  # a sample of all rows
     early = set().union(*(ids for epoch, ids in seen if epoch < 2))
@@ -104,8 +109,8 @@ def test_rows_that_are_held_back_are_seen_by_nothing_until_beta_is_chosen(monkey
     assert not early & held
     late = set().union(*(ids for epoch, ids in seen if epoch >= 2))
     assert len(late & held) > 50
-    first_beta, at_choice, at_end = betas(history)
-    assert at_choice != first_beta
+    *first_beta, at_choice, at_end = betas(history)
+    assert at_choice not in first_beta
     assert at_end == pytest.approx(at_choice)
     assert float(state.beta) == pytest.approx(at_choice)
 
@@ -114,9 +119,9 @@ UNCHOSEN = {
     "β of one's own": lambda: train(made(beta_ratio=0.02)),
     "few rows": lambda: train(made(), (X[:499], NOISY[:499])),
     "one epoch": lambda: train(made(), epochs=1),
-    "a frozen head": lambda: train(made(alternation=cf.Alternation(head="frozen"))),
-    "never": lambda: train(made(alternation=cf.Alternation(choose_beta=math.inf))),
-    "in the last epoch": lambda: train(made(alternation=cf.Alternation(choose_beta=0.9))),
+    "a frozen head": lambda: train(made(alternation=cf.Alternation(head="frozen", first_epoch=1))),
+    "never": lambda: train(made(alternation=cf.Alternation(choose_beta=math.inf, first_epoch=1))),
+    "in the last epoch": lambda: train(made(alternation=cf.Alternation(choose_beta=0.9, first_epoch=1))),
     "solved for before": lambda: train(made().solve_head((X, NOISY))[0]),
     "solve_data": lambda: train(made(), solve_data=(X, NOISY)),
     "a loader": lambda: train(made(), [(X[i : i + 64], NOISY[i : i + 64]) for i in range(0, N, 64)]),
@@ -136,9 +141,9 @@ def test_of_very_large_arrays_nothing_is_held_back(monkeypatch):
     assert len(set(np.float32(betas(history)).tolist())) == 1
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 4])
-def test_a_run_that_is_stopped_around_the_choice_ends_where_the_unbroken_one_ends(tmp_path, stop_at):
-    whole, history = train(made())
+@pytest.mark.parametrize(("stop_at", "alternation"), [(1, TWICE), (2, TWICE), (4, TWICE), (1, None), (2, None)])
+def test_a_run_that_is_stopped_around_the_choice_ends_where_the_unbroken_one_ends(tmp_path, stop_at, alternation):
+    whole, history = train(made(alternation=alternation))
 
     class StoppedError(Exception):
         pass
@@ -148,8 +153,8 @@ def test_a_run_that_is_stopped_around_the_choice_ends_where_the_unbroken_one_end
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        train(made(), directory=tmp_path, callbacks=[stop], save_every=3)
-    state, resumed = train(made(), directory=tmp_path, save_every=3)
+        train(made(alternation=alternation), directory=tmp_path, callbacks=[stop], save_every=3)
+    state, resumed = train(made(alternation=alternation), directory=tmp_path, save_every=3)
     same(state.params, whole.params)
     same(state.opt_state, whole.opt_state)
     assert betas(resumed) == betas(history)
@@ -164,6 +169,25 @@ def test_a_limit_of_seconds_counts_as_the_length_of_the_run():
 def test_with_solves_at_steps_beta_is_chosen_too():
     _, history = train(made(guard=False), solve_every=4)
     assert len(set(np.float32(betas(history)).tolist())) == 2
+
+
+def test_the_first_solve_of_a_run_is_that_which_chooses_and_later_ones_are_counted_from_it():
+    alternation = cf.Alternation(then_every=2)
+    _, history = train(made(alternation=alternation), epochs=10)
+    assert [row["epoch"] for row in history if "beta" in row] == [4, 6, 8, 10]
+    loader = [(X[i : i + 64], NOISY[i : i + 64]) for i in range(0, N, 64)]
+    _, history = train(made(alternation=alternation), loader, epochs=10)  # of which no rows can be held back
+    assert [row["epoch"] for row in history if "beta" in row] == [1, 3, 5, 7, 9, 10]
+
+
+def test_a_first_solve_that_chooses_begins_at_a_quarter_of_the_usual_beta():
+    fit, other = (X[:300], NOISY[:300]), (X[300:], NOISY[300:])
+    usual, _ = made().solve_head(fit)
+    got, _ = made().solve_head(fit, validation=other)
+    begun = made(beta_ratio=usual.solver.beta_ratio / 4).solve_head(fit)[0]
+    expected, _ = begun.replace(params=made().params, guard=None).solve_head(fit, validation=other)
+    assert float(begun.beta) == pytest.approx(float(usual.beta) / 4, rel=1e-6)
+    assert float(got.beta) == pytest.approx(float(expected.beta), rel=1e-6)
 
 
 def test_nnx_chooses_as_linen_does():
@@ -215,6 +239,7 @@ def test_features_of_batch_statistics_are_chosen_on():
         tx=optax.adam(1e-2),
         head=head,
         solver=cf.Cronos(loss="softmax"),
+        alternation=TWICE,
     )
     state, history = train(state, train_kwargs={"train": True})
     assert len(set(np.float32(betas(history)).tolist())) == 2

@@ -22,6 +22,16 @@ from cronos_flax._solver.transfer import on_device, on_host
 _FACTOR, _MOST = 4.0, 2  # β is tried at so many times its value and at its fraction, and so often in a row
 
 
+def weaker(solver: Cronos) -> Cronos:
+    """For a first solve that chooses: it begins at a quarter of the usual β.
+
+    Steps before it had no weight decay, so that features and the head have grown. At a large β the few iterations of a
+    solve would do little but make the head smaller; then the loss on unseen rows may fall all the same, and choose it.
+    """
+    ratio = solver.beta_ratio
+    return solver if ratio is None else dataclasses.replace(solver, beta_ratio=ratio / _FACTOR)
+
+
 def chosen(fit: Callable[[Cronos], Solved], first: Solved, solver: Cronos, unseen: GatheredRows) -> Solved:
     """Solve at larger β than the first, as long as the loss on unseen rows falls; if it never did, at smaller ones.
 

@@ -45,8 +45,9 @@ class Alternation:
             anew. ``"frozen"``: it stands still. Then a weaker β does better: the default of ``beta_ratio`` is .02 for a
             moving head and .005 for a frozen one.
         first_epoch: of :func:`cronos_flax.train`: the epoch, from 0, before which the head is first solved for. None
-            takes 1 for a moving head, so that it is not solved on features of random weights, and 0 for a frozen one.
-            For a pretrained backbone call ``state.solve_head(data)`` before training.
+            takes that before which β is chosen (``choose_beta``); where it is not chosen, 1 for a moving head, so that
+            it is not solved on features of random weights, and 0 for a frozen one. For a pretrained backbone call
+            ``state.solve_head(data)`` before training.
         dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
             None takes 1 for a moving head and 5 for a frozen one.
         then_every: after these, one solve in so many epochs, ``≥ 1``, but none in the last ``then_every / 2`` before
@@ -68,10 +69,10 @@ class Alternation:
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,
             and no limit (``math.inf``) for a solver with ``beta`` or ``beta_ratio`` of its own; that of another state
             has a ``beta_ratio``.
-        choose_beta: of :func:`cronos_flax.train`, for arrays: the share of the run, ``> 0``, after which β is chosen
-            anew, at the end of an epoch, by the loss on a tenth of the rows (2,000 at most) that neither steps nor
-            solves have seen until then; see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they
-            are rows like the others. All solves take as many rows as the first. None takes .4 for a moving head, and
+        choose_beta: of :func:`cronos_flax.train`, for arrays: the share of the run, ``> 0``, after which β is chosen,
+            at the end of an epoch, by the loss on a tenth of the rows (2,000 at most) that neither steps nor solves
+            have seen until then; see ``validation`` of :meth:`CronosTrainState.solve_head`. From there on they are rows
+            like the others. All solves take as many rows as the first. None takes .4 for a moving head, and
             infinity, which is never, for a frozen one and for a solver with ``beta`` or ``beta_ratio`` of its own. β
             stays, too, with fewer than 500 rows or more than a GiB of them, with ``solve_data``, for a state that has
             been solved for before the run, and where the choice would come only after the last epoch. Rows of a loader
@@ -115,12 +116,14 @@ class Alternation:
         """Whether gradient steps move this head; one without a backbone is only solved for."""
         return self.head == "moving" and head.frozen > 0
 
-    def solve_is_due(self, epoch: int, end: float = math.inf) -> bool:
+    def solve_is_due(self, epoch: int, end: float = math.inf, chosen_at: int | None = None) -> bool:
         """Whether a solve comes before this epoch, of so many; the first is number 0.
+
+        Where β was chosen before an epoch, this had the first solve, unless ``first_epoch`` is a number.
 
         The end has a solve of its own: soon before it there is none but those of the dense epochs.
         """
-        given = self.first_epoch, self.dense_epochs, self.then_every
+        given = chosen_at if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (
             usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
         )

@@ -25,7 +25,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._alternation.choice import chosen
+from cronos_flax._alternation.choice import chosen, weaker
 from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
@@ -296,7 +296,8 @@ def solve_guarded(
             return fit_rows(network, rows, solver, key, callback, throw=False)
 
         if is_first:
-            new, solution = first_solved(fit, network, rows, solver, largest_growth)
+            at_first = solver if unseen is None else weaker(solver)
+            new, solution = first_solved(fit, network, rows, at_first, largest_growth)
         else:
             new, solution = fit(dataclasses.replace(solver, beta=beta))
         if unseen is not None:

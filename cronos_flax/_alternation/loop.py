@@ -207,10 +207,12 @@ class Loop:
         position = self.position
         if self.rest is None or self.held_back is None or self.schedule is None:
             return
+        by_epochs = isinstance(self.schedule, Alternation) and self.schedule.first_epoch is None
+        may_be_first = by_epochs or position.solve_is_due(self.schedule, self.epochs)
         is_time = self.share_done() >= self.held_back.until
-        if is_time and (np.isfinite(on_host(self.state.beta)) or position.solve_is_due(self.schedule, self.epochs)):
+        if is_time and (may_be_first or np.isfinite(on_host(self.state.beta))):
             self.solve(validation=self.held_back.rows)
-            position.holds_back = False
+            position.holds_back, position.chosen_at = False, position.epoch
             self.compare_from_here()
 
     def compare_from_here(self) -> None:

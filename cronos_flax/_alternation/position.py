@@ -45,6 +45,7 @@ class Position:
         null_loss: the loss of the best constant outputs at the last solve; None before the first.
         held_back: rows that the first part of the run does not see; None before that is decided.
         holds_back: whether they are still unseen.
+        chosen_at: the epoch before which β was chosen; None before that.
         compared_from: the row of the history from which on losses of epochs are compared.
         history: the rows so far.
     """
@@ -61,6 +62,7 @@ class Position:
     null_loss: float | None = None
     held_back: int | None = None
     holds_back: bool = False
+    chosen_at: int | None = None
     compared_from: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
@@ -68,7 +70,9 @@ class Position:
         """Whether a solve comes before the next step of a run of so many epochs."""
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs)
+        if self.holds_back and schedule.first_epoch is None:  # the first solve is that which chooses β
+            return False
+        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, self.chosen_at)
 
     def has_risen(self, loss: float) -> bool:
         """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
