@@ -171,13 +171,20 @@ def test_with_solves_at_steps_beta_is_chosen_too():
     assert len(set(np.float32(betas(history)).tolist())) == 2
 
 
-def test_the_first_solve_of_a_run_is_that_which_chooses_and_later_ones_are_counted_from_it():
-    alternation = cf.Alternation(then_every=2)
-    _, history = train(made(alternation=alternation), epochs=10)
-    assert [row["epoch"] for row in history if "beta" in row] == [4, 6, 8, 10]
-    loader = [(X[i : i + 64], NOISY[i : i + 64]) for i in range(0, N, 64)]
-    _, history = train(made(alternation=alternation), loader, epochs=10)  # of which no rows can be held back
-    assert [row["epoch"] for row in history if "beta" in row] == [1, 3, 5, 7, 9, 10]
+@pytest.mark.parametrize(
+    ("epochs", "alternation", "expected"),
+    [
+        (12, cf.Alternation(), [5, 12]),  # a short run: the first solve is that which chooses
+        (13, cf.Alternation(), [1, 6, 13]),
+        (28, cf.Alternation(), [1, 12, 22, 28]),  # not at 11; and later ones are counted from that which chooses
+        (12, cf.Alternation(then_every=2), [1, 3, 5, 7, 9, 11, 12]),
+        (12, cf.Alternation(first_epoch=0), [0, 5, 12]),
+        (28, cf.Alternation(choose_beta=math.inf), [1, 11, 21, 28]),
+    ],
+)
+def test_soon_before_the_choice_there_is_no_solve(epochs, alternation, expected):
+    _, history = train(made(alternation=alternation), epochs=epochs)
+    assert [row["epoch"] for row in history if "beta" in row] == expected
 
 
 def test_a_first_solve_that_chooses_begins_at_a_quarter_of_the_usual_beta():

@@ -45,15 +45,15 @@ class Alternation:
             anew. ``"frozen"``: it stands still. Then a weaker β does better: the default of ``beta_ratio`` is .02 for a
             moving head and .005 for a frozen one.
         first_epoch: of :func:`cronos_flax.train`: the epoch, from 0, before which the head is first solved for. None
-            takes that before which β is chosen (``choose_beta``); where it is not chosen, 1 for a moving head, so that
-            it is not solved on features of random weights, and 0 for a frozen one. For a pretrained backbone call
-            ``state.solve_head(data)`` before training.
+            takes 1 for a moving head, so that it is not solved on features of random weights, and 0 for a frozen one;
+            but that before which β is chosen (``choose_beta``), if it is less than ``then_every / 2`` later: a short
+            run has no time for both. For a pretrained backbone call ``state.solve_head(data)`` before training.
         dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
             None takes 1 for a moving head and 5 for a frozen one.
         then_every: after these, one solve in so many epochs, ``≥ 1``, but none in the last ``then_every / 2`` before
-            that of the end. None takes 10 for a moving head and 3 for a frozen one. There is a solve too after an epoch
-            whose mean loss is above that of an earlier one, by more than a twentieth of the loss of the best constant
-            outputs: where gradient steps have done harm, the guard goes back.
+            that of the end, or that which chooses β. None takes 10 for a moving head and 3 for a frozen one. There is a
+            solve too after an epoch whose mean loss is above that of an earlier one, by more than a twentieth of the
+            loss of the best constant outputs: where gradient steps have done harm, the guard goes back.
         decay: of :func:`cronos_flax.train`: how the rate of gradient steps falls to zero at the end of the run:
             ``"wsd"`` (warm-up, stable, decay) warms up over the first twentieth, stays, and falls over the last third;
             the others are ``"cosine"`` and ``"linear"``; None keeps the rate. It is left out for optimizers with a
@@ -116,17 +116,25 @@ class Alternation:
         """Whether gradient steps move this head; one without a backbone is only solved for."""
         return self.head == "moving" and head.frozen > 0
 
-    def solve_is_due(self, epoch: int, end: float = math.inf, chosen_at: int | None = None) -> bool:
-        """Whether a solve comes before this epoch, of so many; the first is number 0.
+    def solve_is_due(
+        self, epoch: int, end: float = math.inf, choice: float = math.inf, chosen_at: int | None = None
+    ) -> bool:
+        """Whether a solve comes before this epoch; the first is number 0.
 
-        Where β was chosen before an epoch, this had the first solve, unless ``first_epoch`` is a number.
-
-        The end has a solve of its own: soon before it there is none but those of the dense epochs.
+        Args:
+            epoch: the epoch.
+            end: their number. The end has a solve of its own: soon before it there is none but those of the dense
+                epochs.
+            choice: the epoch before which β will be chosen, by a solve of its own: soon before it there is none,
+                unless ``first_epoch`` is a number.
+            chosen_at: the epoch before which β was chosen: then the next ones are counted from there.
         """
         given = chosen_at if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (
             usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
         )
+        if self.first_epoch is None and choice - epoch < every / 2:
+            return False
         later = epoch - first - (dense - 1)  # than the last of the dense epochs
         return epoch >= first and (later <= 0 or (later % every == 0 and end - epoch >= every / 2))
 

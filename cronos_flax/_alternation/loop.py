@@ -148,6 +148,12 @@ class Loop:
         """The rows that there are while others are held back."""
         return self.held_back.rest if self.held_back is not None and self.position.holds_back else None
 
+    @property
+    def choice(self) -> float:
+        """The epoch before which β will be chosen; infinity if it will not, or nobody knows."""
+        held = None if self.rest is None else self.held_back
+        return math.inf if held is None else math.ceil(held.until * self.epochs)
+
     def stepped(self, state: Any, batch: Batch) -> tuple[Any, Array]:
         """The state after a gradient step, and the loss."""
         factor = None if self.decay is None else on_device(self.decay(self.share_done()), np.float32)
@@ -204,11 +210,11 @@ class Loop:
 
     def choose_if_due(self) -> None:
         """Solve for the head with β chosen on the rows that are held back, which then join the others."""
-        position = self.position
-        if self.rest is None or self.held_back is None or self.schedule is None:
+        position, schedule = self.position, self.schedule
+        if self.rest is None or self.held_back is None or schedule is None:
             return
-        by_epochs = isinstance(self.schedule, Alternation) and self.schedule.first_epoch is None
-        may_be_first = by_epochs or position.solve_is_due(self.schedule, self.epochs)
+        may_be_first = isinstance(schedule, Alternation) and schedule.first_epoch is None
+        may_be_first = may_be_first or position.solve_is_due(schedule, self.epochs)
         is_time = self.share_done() >= self.held_back.until
         if is_time and (may_be_first or np.isfinite(on_host(self.state.beta))):
             self.solve(validation=self.held_back.rows)
@@ -224,7 +230,7 @@ class Loop:
         position = self.position
         if self.schedule is None or position.last_solve_step == position.step:
             return
-        if anyway or position.solve_is_due(self.schedule, self.epochs):
+        if anyway or position.solve_is_due(self.schedule, self.epochs, self.choice):
             self.solve()
 
     def solve(self, **choice: Any) -> None:

@@ -66,13 +66,17 @@ class Position:
     compared_from: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def solve_is_due(self, schedule: int | Alternation, epochs: int) -> bool:
-        """Whether a solve comes before the next step of a run of so many epochs."""
+    def solve_is_due(self, schedule: int | Alternation, epochs: int, choice: float = math.inf) -> bool:
+        """Whether a solve comes before the next step.
+
+        Args:
+            schedule: when to solve: every so many steps, or by epochs.
+            epochs: of the run.
+            choice: the epoch before which β will be chosen; infinity if it will not.
+        """
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        if self.holds_back and schedule.first_epoch is None:  # the first solve is that which chooses β
-            return False
-        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, self.chosen_at)
+        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, choice, self.chosen_at)
 
     def has_risen(self, loss: float) -> bool:
         """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
