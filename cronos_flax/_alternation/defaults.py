@@ -25,7 +25,6 @@ _MAX_ITERS = 3
 _BETA_RATIO = {"moving": 0.02, "frozen": 0.005}
 _LARGEST_GROWTH = 16.0
 _CHOOSE_BETA = 0.4
-_HELD_EVERY, _LEAST_HELD, _MOST_HELD = 10, 50, 2000  # one row in so many is held back, to choose β on
 # The first epoch with a solve before it, how many have one each, and one in how many after these.
 _SOLVES = {"moving": (1, 1, 10), "frozen": (0, 5, 3)}
 
@@ -172,13 +171,6 @@ def choosing_share(alternation: Alternation) -> float:
     """``choose_beta``."""
     usual = _CHOOSE_BETA if alternation.head == "moving" else math.inf
     return usual if alternation.choose_beta is None else alternation.choose_beta
-
-
-def to_hold_back(alternation: Alternation, n: int, epochs: int) -> int:
-    """How many of n rows a run of so many epochs holds back, to choose β on."""
-    held = min(n // _HELD_EVERY, _MOST_HELD)
-    is_in_time = choosing_share(alternation) * epochs <= epochs - 1  # before the last epoch
-    return held if is_in_time and held >= _LEAST_HELD else 0
 
 
 def alternation_defaults(solver: Cronos, head: Head, alternation: Alternation) -> Cronos:

@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.backbone import RatedState
-from cronos_flax._alternation.defaults import DECAYS, choosing_share, to_hold_back
+from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
 from cronos_flax._alternation.optimizer_state import sets_its_rate
@@ -33,6 +33,7 @@ from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
 
 State = TypeVar("State", bound=TrainState)
 
+_HELD_EVERY, _LEAST_HELD, _MOST_HELD = 10, 50, 2000  # one row in so many is held back, to choose β on
 _MOST_COPIED = 2**30  # bytes of arrays of which rows are held back: a solve on the others copies these
 
 
@@ -200,12 +201,12 @@ def train(
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
             class_weight = on_device(balanced_weights(loss, map(door, source.once())))
-        held_back = None
         if position.held_back is None:
             position.held_back = _to_hold_back(state, source, to_solve, epochs)
             position.holds_back = position.held_back > 0
-        if position.held_back and isinstance(source, Arrays) and isinstance(state, CronosTrainState):
-            held_back = source.held_back(position.held_back, choosing_share(state.alternation))
+        held_back = None
+        if position.held_back and isinstance(source, Arrays) and alternation is not None:
+            held_back = source.held_back(position.held_back, choosing_share(alternation))
             most = len(held_back.rest)  # in all solves, so that they are one program
             solve_rows = most if solve_rows is None else min(solve_rows, most)
         loop = Loop(
@@ -263,9 +264,11 @@ def _to_hold_back(state: Any, source: Arrays | Batches, to_solve: Arrays | Batch
     """How many rows a run that begins holds back, to choose β on."""
     if not isinstance(state, CronosTrainState) or not isinstance(source, Arrays) or to_solve is not source:
         return 0
-    if sum(leaf.nbytes for leaf in jax.tree.leaves(source.x)) > _MOST_COPIED:
-        return 0
-    return 0 if np.isfinite(on_host(state.beta)) else to_hold_back(state.alternation, len(source), epochs)
+    is_chosen = np.isfinite(on_host(state.beta))
+    is_in_time = choosing_share(state.alternation) * epochs <= epochs - 1  # before the last epoch
+    fits = sum(leaf.nbytes for leaf in jax.tree.leaves(source.x)) <= _MOST_COPIED
+    held = min(len(source) // _HELD_EVERY, _MOST_HELD)
+    return held if not is_chosen and is_in_time and fits and held >= _LEAST_HELD else 0
 
 
 def _settings(state: Any, key: Array, **given: Any) -> dict[str, Any]:

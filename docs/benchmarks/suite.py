@@ -190,11 +190,13 @@ def run(task: str, method: str, seed: int, *, places: Places) -> Row:
             key=jax.random.key(seed),
             compile_first=True,
         )
-    accuracies = [100 * row["validation_accuracy"] for row in history if "validation_accuracy" in row]
+    scored = [row for row in history if "validation_accuracy" in row]
+    accuracies = [100 * row["validation_accuracy"] for row in scored]
+    solved = next((row["step"] for row in history if "beta" in row), 0)
     figures = getattr(state, "figures", {})
     return {
         "end": accuracies[-1],
-        "first": accuracies[0],  # after the first solve, if that comes after the first epoch
+        "first": next(a for a, row in zip(accuracies, scored, strict=True) if row["step"] >= solved),  # solve, or epoch
         "before": accuracies[-2],
         "seconds": history[-1]["seconds"],
         "solving": sum(row.get("solve_seconds", 0.0) for row in history),
