@@ -27,7 +27,8 @@ from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Sca
 _STARTS, _STEPS = 16, 12  # of the climb to β_max
 _LONGER, _SHORTER = 2.0, 0.25  # what a step's length is multiplied by after it went up, and after it did not
 RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
-TOL = 1e-2  # of the solves on the way, which are for comparing; refreshed ones end when a window brings little
+TOL = 1e-2  # of the solves on the way, which are for comparing
+PATIENCE = 4  # of refreshed ones, in place of that: they end when so many iterations bring little
 _EVERY = 5  # one row in so many is held out
 
 

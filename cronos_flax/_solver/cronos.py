@@ -311,7 +311,7 @@ class Cronos:
         def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
             tol, patience = self.tol, None
             if not final and tol is None and self.gates == "refreshed":
-                patience = self.refreshed.window
+                patience = betas.PATIENCE
             elif not final:
                 tol = betas.TOL if tol is None else max(float(on_host(tol)), betas.TOL)
             # The weights are as the classes made them.
