@@ -184,13 +184,16 @@ def test_with_solves_at_steps_beta_is_chosen_too():
     [
         (12, cf.Alternation(), [5, 12]),  # a short run: the first solve is that which chooses
         (13, cf.Alternation(), [1, 6, 13]),
-        (28, cf.Alternation(), [1, 12, 22, 28]),  # not at 11; and later ones are counted from that which chooses
+        (28, cf.Alternation(), [1, 12, 21, 28]),  # not at 11
+        (17, cf.Alternation(), [1, 7, 17]),  # nor soon after it, at 11
+        (20, cf.Alternation(then_every=9, choose_beta=0.2), [4, 13, 20]),  # counted from the first
+        (12, cf.Alternation(then_every=4, dense_epochs=2), [1, 2, 5, 10, 12]),
         (12, cf.Alternation(then_every=2), [1, 3, 5, 7, 9, 11, 12]),
         (12, cf.Alternation(first_epoch=0), [0, 5, 12]),
         (28, cf.Alternation(choose_beta=math.inf), [1, 11, 21, 28]),
     ],
 )
-def test_soon_before_the_choice_there_is_no_solve(epochs, alternation, expected):
+def test_around_the_choice_there_is_no_other_solve(epochs, alternation, expected):
     _, history = train(made(alternation=alternation), epochs=epochs)
     assert [row["epoch"] for row in history if "beta" in row] == expected
 

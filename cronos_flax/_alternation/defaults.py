@@ -50,9 +50,10 @@ class Alternation:
         dense_epochs: of :func:`cronos_flax.train`: so many epochs from there on each have a solve before them, ``≥ 1``.
             None takes 1 for a moving head and 5 for a frozen one.
         then_every: after these, one solve in so many epochs, ``≥ 1``, but none in the last ``then_every / 2`` before
-            that of the end, or that which chooses β. None takes 10 for a moving head and 3 for a frozen one. There is a
-            solve too after an epoch whose mean loss is above that of an earlier one, by more than a twentieth of the
-            loss of the best constant outputs: where gradient steps have done harm, the guard goes back.
+            that of the end, or around that which chooses β. None takes 10 for a moving head and 3 for a frozen one.
+            There is a solve too after an epoch whose mean loss is above that of an earlier one, by more than a
+            twentieth of the loss of the best constant outputs: where gradient steps have done harm, the guard goes
+            back.
         decay: of :func:`cronos_flax.train`: how the rate of gradient steps falls to zero at the end of the run:
             ``"wsd"`` (warm-up, stable, decay) warms up over the first twentieth, stays, and falls over the last third;
             the others are ``"cosine"`` and ``"linear"``; None keeps the rate. It is left out for optimizers with a
@@ -116,26 +117,26 @@ class Alternation:
         return self.head == "moving" and head.frozen > 0
 
     def solve_is_due(
-        self, epoch: int, end: float = math.inf, choice: float = math.inf, chosen_at: int | None = None
+        self, epoch: int, end: float = math.inf, choice: float = math.inf, first: int | None = None
     ) -> bool:
         """Whether a solve comes before this epoch; the first is number 0.
 
         Args:
             epoch: the epoch.
-            end: their number. The end has a solve of its own: soon before it there is none but those of the dense
-                epochs.
-            choice: the epoch before which β will be chosen, by a solve of its own: soon before it there is none,
-                unless ``first_epoch`` is a number.
-            chosen_at: the epoch before which β was chosen: then the next ones are counted from there.
+            end: their number. The end has a solve of its own.
+            choice: the epoch before which β is chosen, by a solve of its own. If ``first_epoch`` is None, there is none
+                shortly before it; and shortly after it, as shortly before the end, none but those of dense epochs.
+            first: the epoch before which the head was first solved for, if that has become another than usual.
         """
-        given = chosen_at if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
+        given = first if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (
             usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
         )
-        if self.first_epoch is None and choice - epoch < every / 2:
+        ahead = choice - epoch if self.first_epoch is None else math.inf
+        if epoch < first or 0 <= ahead < every / 2:
             return False
         later = epoch - first - (dense - 1)  # than the last of the dense epochs
-        return epoch >= first and (later <= 0 or (later % every == 0 and end - epoch >= every / 2))
+        return later <= 0 or (later % every == 0 and min(abs(ahead), end - epoch) >= every / 2)
 
 
 def alternation_settings(where: str, alternation: Alternation | None, solver: Cronos, head: Head) -> Alternation:

@@ -150,7 +150,9 @@ class Loop:
 
     @property
     def choice(self) -> float:
-        """The epoch before which β will be chosen; infinity if it will not, or nobody knows."""
+        """The epoch before which β is chosen; infinity if it is not."""
+        if self.position.chosen_at is not None:
+            return self.position.chosen_at
         held = None if self.rest is None else self.held_back
         return math.inf if held is None else math.ceil(held.until * self.epochs)
 
@@ -213,12 +215,13 @@ class Loop:
         position, schedule = self.position, self.schedule
         if self.rest is None or self.held_back is None or schedule is None:
             return
+        is_first = position.last_solve_step < 0
         may_be_first = isinstance(schedule, Alternation) and schedule.first_epoch is None
         may_be_first = may_be_first or position.solve_is_due(schedule, self.epochs)
-        is_time = self.share_done() >= self.held_back.until
-        if is_time and (may_be_first or np.isfinite(on_host(self.state.beta))):
+        if self.share_done() >= self.held_back.until and (may_be_first or not is_first):
             self.solve(validation=self.held_back.rows)
             position.holds_back, position.chosen_at = False, position.epoch
+            position.first_solve = position.epoch if is_first else None
             self.compare_from_here()
 
     def compare_from_here(self) -> None:

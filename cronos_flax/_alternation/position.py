@@ -46,6 +46,7 @@ class Position:
         held_back: rows that the first part of the run does not see; None before that is decided.
         holds_back: whether they are still unseen.
         chosen_at: the epoch before which β was chosen; None before that.
+        first_solve: the same, if that was the first solve.
         compared_from: the row of the history from which on losses of epochs are compared.
         history: the rows so far.
     """
@@ -63,6 +64,7 @@ class Position:
     held_back: int | None = None
     holds_back: bool = False
     chosen_at: int | None = None
+    first_solve: int | None = None
     compared_from: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
@@ -72,11 +74,11 @@ class Position:
         Args:
             schedule: when to solve: every so many steps, or by epochs.
             epochs: of the run.
-            choice: the epoch before which β will be chosen; infinity if it will not.
+            choice: the epoch before which β is chosen; infinity if it is not.
         """
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, choice, self.chosen_at)
+        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, choice, self.first_solve)
 
     def has_risen(self, loss: float) -> bool:
         """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
