@@ -145,8 +145,8 @@ def train(
         ...     head=cf.find_head(model, {"params": params}, x), solver=cf.Cronos(loss="softmax"),
         ... )
         >>> state, history = cf.train(state, (x[:500], y[:500]), epochs=3, validation=(x[500:], y[500:]))
-        >>> [row["epoch"] for row in history if "objective" in row]  # solves; before epoch 2 β is chosen
-        [1, 2, 3]
+        >>> [row["epoch"] for row in history if "objective" in row]  # solves; in the first β is chosen
+        [2, 3]
         >>> history[-1]["validation_accuracy"] > 0.7
         True
     """
