@@ -126,7 +126,7 @@ class Alternation:
             end: their number. The end has a solve of its own.
             choice: the epoch before which β is chosen, by a solve of its own. If ``first_epoch`` is None, there is none
                 shortly before it; and shortly after it, as shortly before the end, none but those of dense epochs.
-            first: the epoch before which the head was first solved for, if that has become another than usual.
+            first: the epoch before which the head was first solved for; None for the usual one.
         """
         given = first if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (

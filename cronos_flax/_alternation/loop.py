@@ -221,7 +221,6 @@ class Loop:
         if self.share_done() >= self.held_back.until and (may_be_first or not is_first):
             self.solve(validation=self.held_back.rows)
             position.holds_back, position.chosen_at = False, position.epoch
-            position.first_solve = position.epoch if is_first else None
             self.compare_from_here()
 
     def compare_from_here(self) -> None:

@@ -46,7 +46,6 @@ class Position:
         held_back: rows that the first part of the run does not see; None before that is decided.
         holds_back: whether they are still unseen.
         chosen_at: the epoch before which β was chosen; None before that.
-        first_solve: the same, if that was the first solve.
         compared_from: the row of the history from which on losses of epochs are compared.
         history: the rows so far.
     """
@@ -64,9 +63,13 @@ class Position:
     held_back: int | None = None
     holds_back: bool = False
     chosen_at: int | None = None
-    first_solve: int | None = None
     compared_from: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def first_solve(self) -> int | None:
+        """The epoch before which the head was first solved for; None before that."""
+        return next((int(row["epoch"]) for row in self.history if "beta" in row), None)
 
     def solve_is_due(self, schedule: int | Alternation, epochs: int, choice: float = math.inf) -> bool:
         """Whether a solve comes before the next step.

@@ -217,7 +217,8 @@ class CronosTrainState(TrainState):
                 to solve, so give the same rows each time, or samples of the same rows.
             validation: rows to choose β on anew, in the form of ``data``, to which nothing has been fitted: the head is
                 solved for at 4 and 16 times the present β, as long as the mean loss on these rows falls; if it does
-                not fall at 4 times, at a fourth and a sixteenth. None keeps β, and so do features that are not finite.
+                not fall at 4 times, at a fourth and a sixteenth. A first solve begins at a fourth of the β it would
+                else have. None keeps β, and so do features that are not finite.
             unpack: how to take a batch apart.
             key: key of samples and revived neurons; None derives one from ``step``.
             callback: called after each batch, at each step of the solve, and with ``state.figures`` at the end. The
