@@ -249,20 +249,41 @@ def test_solves_between_few_steps_take_no_more_rows_than_the_guard_needs(monkeyp
     assert all(2**19 < HEAD.solve_bytes(rows) <= 2**20 for rows in seen)
 
 
-def test_nothing_is_compiled_anew_after_the_first_alternation():
-    compiled = []
+def compiled_programs(*args, **kwargs):
+    """How many programs are compiled before each row of the history of a run."""
+    compiled, counts = [], []
 
     def listen(event, _, **kwargs):
         if "backend_compile" in event:
             compiled.append(event)
 
-    counts = []
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        train(epochs=6, callbacks=[lambda row: counts.append(len(compiled))])
+        train(*args, callbacks=[lambda row: counts.append(len(compiled))], **kwargs)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+    return counts
+
+
+def test_nothing_is_compiled_anew_after_the_first_alternation():
+    counts = compiled_programs(epochs=6)
     assert counts[-1] == counts[3]
+
+
+@pytest.mark.parametrize("solves", [False, True])
+def test_nothing_is_compiled_while_the_clock_runs(solves):
+    """An optimizer was timed with a program that looks whether parameters are finite, .2 to .5 s the first time."""
+    model = nn.Sequential([nn.Dense(13 + solves), nn.relu, nn.Dense(10), nn.relu, nn.Dense(3)])  # of no other test
+    variables = model.init(jax.random.key(0), X[:1])
+    parts = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.adam(1e-2)}
+    if solves:
+        head = cf.find_head(model, variables, X[:8])
+        state = cf.CronosTrainState.create(**parts, head=head, solver=cf.Cronos(loss="softmax"))
+    else:
+        state = TrainState.create(**parts)
+    counts = compiled_programs(state, loss="softmax", epochs=6, compile_first=True)
+    assert counts[0] > 0
+    assert counts[-1] == counts[0]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):

@@ -135,6 +135,7 @@ class Loop:
         if self.schedule is not None:
             choice = {} if self.rest is None or self.held_back is None else {"validation": self.held_back.rows}
             jax.block_until_ready(self.solved(**choice)[0].params)
+        all_finite(self.state.params)
         compile_seconds = time.perf_counter() - began
         self.clock = Clock(position.seconds)
         self.tell(compile_seconds=compile_seconds)
