@@ -20,16 +20,11 @@ from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax.compare import models, programs, summaries, tables
 from cronos_flax.compare.cli import main
 from cronos_flax.compare.data import EMBEDDED, Split, load
-from cronos_flax.compare.methods import (
-    BASELINES,
-    check_method,
-    grid,
-    has_head,
-    linear_probe,
-    rows_of,
-)
+from cronos_flax.compare.frozen import linear_probe
+from cronos_flax.compare.methods import BASELINES, check_method, grid, has_head
 from cronos_flax.compare.models import MODELS, model_of
 from cronos_flax.compare.results import kept
+from cronos_flax.compare.runs import rows_of
 from cronos_flax.compare.sweep import sweep
 from cronos_flax.compare.task import Run, Settings, Task, targets_for
 
@@ -152,7 +147,12 @@ def test_grids():
     assert check_method("cronos-am-strict:sgd") == "cronos-am-strict:sgd"
     assert grid("adam+cosine", 3) == grid("adam", 3) == grid("cronos-am:adam", 3)
     assert [has_head(name) for name in ("adam+wsd", "sgd", "cronos", "cronos-am:sgd")] == [False, False, True, True]
-    for bad in ("lbfgs", "adam+", "adam+step", "schedule_free_adamw+cosine", "cronos-am:adam+cosine", "other:adam", ""):
+    assert grid("lp-ft", 3) == grid("lp-ft:adam+cosine", 3) == grid("adam", 3) != grid("lp-ft:sgd", 3)
+    assert grid("cronos-ft", 7) == [None]
+    assert check_method("lp-ft:sgd+wsd") == "lp-ft:sgd+wsd"
+    assert [has_head(name) for name in ("lp-ft", "lp-ft:sgd+wsd", "cronos-ft:adam", "linear-probe")] == [True] * 4
+    bad_decays = "adam+", "adam+step", "lp-ft+", "lp-ft:adam+", "schedule_free_adamw+cosine", "cronos-am:adam+cosine"
+    for bad in ("lbfgs", *bad_decays, "cronos-ft+cosine", "cronos+wsd", "other:adam", "lp-ft:cronos", "lp-ft:", ""):
         with pytest.raises(ValueError, match=r"`methods` must be of cronos-am.*got '" + re.escape(bad)):
             check_method(bad)
 
@@ -471,6 +471,10 @@ BAD = {
     "shard": (["compare", "--shard", "0/8", "--out", "OUT"], "must be K/N with 1 ≤ K ≤ N, such as 2/8, got '0/8'"),
     "no shard": (["compare", "--shard", "/8", "--out", "OUT"], "must be K/N with 1 ≤ K ≤ N, such as 2/8, got '/8'"),
     "rows": (["compare", "--rows", "99999", "--out", "OUT"], "must leave rows to fit"),
+    "too many shots": (["compare", "--shots", "2,999", "--out", "OUT"], "`shots` must be at most"),
+    "no shots": (["compare", "--shots", "2,0", "--out", "OUT"], "must be an integer ≥ 1, got '0'"),
+    "shots and rows": (["compare", "--shots", "2", "--rows", "9", "--out", "OUT"], "leave `--rows` out"),
+    "no augmentation": (["compare", "--augment", "nothere:flip", "--out", "OUT"], "`augment` 'nothere:flip' cannot"),
     "out": (["compare", "--out", "FILE/x"], "cannot be written to"),
     "no out": (["compare"], "--out"),
     "target of a part": (

@@ -84,7 +84,7 @@ def _check_free(out: Path, name: str = "`--out`") -> None:
             pass
 
 
-def _settings(args: argparse.Namespace) -> Any:
+def _settings(args: argparse.Namespace, shots: int | None = None) -> Any:
     from cronos_flax.compare.task import Settings
 
     return Settings(
@@ -98,17 +98,14 @@ def _settings(args: argparse.Namespace) -> Any:
         validation=args.validation,
         scaling=args.scaling,
         targets=args.targets,
+        shots=shots,
+        augment=args.augment,
         data_dir=args.data_dir,
     )
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from cronos_flax._head.files import held
-    from cronos_flax.compare.methods import has_head
-    from cronos_flax.compare.progress import Progress
-    from cronos_flax.compare.results import by_run
-    from cronos_flax.compare.sweep import fill
-    from cronos_flax.compare.task import Task
+    from cronos_flax._head.files import held, replace
 
     if args.epochs is None and args.seconds is None:
         args.epochs = 10
@@ -118,10 +115,41 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError("`--seconds` needs runs that are timed: leave `--jobs` out.")
     if args.shard and args.target is not None:
         raise ValueError("`--target` is for the table, which a part does not have: give it to `cronos-flax merge`.")
+    if args.shots and args.rows:
+        raise ValueError("`--shots` says how many rows are fitted: leave `--rows` out.")
+    if not args.shots:
+        _compare_once(args, args.out, _settings(args))
+        return 0
+    _check_free(args.out)
+    each = {shots: _settings(args, shots) for shots in args.shots}
+    for settings in reversed(each.values()):  # before any work
+        _check_rows(settings, args.first_seed)
+    sweeps = {shots: _compare_once(args, args.out / f"shots-{shots}", settings) for shots, settings in each.items()}
+    if args.shard:
+        return 0
+    from cronos_flax.compare import shots
+
+    with held(args.out):
+        replace(args.out / "shots.md", (text := shots.table(sweeps)).encode())
+        shots.draw(sweeps, args.out / "shots.png")
+    if not args.quiet:
+        print(f"{text}\n{args.out}: shots.md, shots.png")
+    return 0
+
+
+def _compare_once(args: argparse.Namespace, whole: Path, settings: Any) -> list[Any]:
+    """One comparison, or a part of it, into a directory; its rows."""
+    from cronos_flax._head.files import held
+    from cronos_flax.compare.methods import has_head
+    from cronos_flax.compare.progress import Progress
+    from cronos_flax.compare.results import by_run
+    from cronos_flax.compare.sweep import fill
+    from cronos_flax.compare.task import Task
+
     shard = args.shard
-    out = shard.directory(args.out) if shard else args.out
+    out = shard.directory(whole) if shard else whole
     _check_free(out)
-    settings, runs = _settings(args), _runs(args)
+    runs = _runs(args)
     task = Task.of(settings)
     task.split(args.first_seed)
     if any(has_head(run.method) for run in runs):
@@ -138,10 +166,17 @@ def _compare(args: argparse.Namespace) -> int:
             _write_figures(rows, out, args.target)
     if shard and not args.quiet:
         print(f"{out}: {len(mine)} of the {len(runs)} runs. When all parts are done:")
-        print(f"  cronos-flax merge {args.out} {args.out}/part-*-of-{shard.of}")
+        print(f"  cronos-flax merge {whole} {whole}/part-*-of-{shard.of}")
     elif not args.quiet:
         progress.show(rows, out)
-    return 0
+    return rows
+
+
+def _check_rows(settings: Any, seed: int) -> None:
+    """Raise unless the data have the rows that the settings ask for."""
+    from cronos_flax.compare.task import Task
+
+    Task.of(settings).split(seed)
 
 
 def _runs(args: argparse.Namespace) -> list[Any]:
@@ -190,8 +225,9 @@ def _write_figures(rows: list[Any], out: Path, target: float | None) -> None:
 def _train(args: argparse.Namespace) -> int:
     from cronos_flax._head.files import held, replace
     from cronos_flax.compare import plots
-    from cronos_flax.compare.methods import ALTERNATION, BASELINES, rows_of
+    from cronos_flax.compare.methods import ALTERNATION, BASELINES
     from cronos_flax.compare.progress import Progress
+    from cronos_flax.compare.runs import rows_of
     from cronos_flax.compare.task import Run, Task
 
     if args.optimizer not in BASELINES:

@@ -122,7 +122,15 @@ class Split(NamedTuple):
     y_test: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, seed: int, validation: int, scaling: str, rows: int | None = None) -> Self:
+    def of(
+        cls,
+        dataset: Dataset,
+        seed: int,
+        validation: int,
+        scaling: str,
+        rows: int | None = None,
+        shots: int | None = None,
+    ) -> Self:
         """Hold rows of the training part back, at random; the same for the same seed.
 
         Each class is split in proportion, where there are rows enough. The row of a class that has one is fitted.
@@ -135,9 +143,10 @@ class Split(NamedTuple):
                 the rows to fit; ``"unit"``: by the largest number that the dtype of the inputs holds or, of floats,
                 the largest there; ``"none"``. Regression targets are standardised with any but the last.
             rows: how many to fit at most; None for all that are left.
+            shots: how many rows of each class to fit; None for no such choice.
 
         Raises:
-            ValueError: if nothing is left to fit.
+            ValueError: if nothing is left to fit; or if a class has fewer rows than ``shots``, or there are none.
         """
         left = len(dataset.y) - validation
         if validation < 1 or not 0 < (left if rows is None else rows) <= left:
@@ -147,7 +156,7 @@ class Split(NamedTuple):
             )
         labels = None if dataset.num_classes is None else dataset.y
         fit, held = _apart(len(dataset.y), validation, seed, labels)
-        fit = fit[:rows]
+        fit = fit[:rows] if shots is None else _of_each(shots, fit, labels)
         shift, scale = _scale(dataset.x, fit, scaling)
         x, x_held, x_test = (
             ((part - shift) / scale).astype("float32") for part in (dataset.x[fit], dataset.x[held], dataset.x_test)
@@ -157,6 +166,20 @@ class Split(NamedTuple):
             shift, scale = (y.mean(), y.std() or 1) if scaling != "none" else (0, 1)
             y, y_held, y_test = (((part - shift) / scale).astype("float32") for part in (y, y_held, y_test))
         return cls(x, y, x_held, y_held, x_test, y_test)
+
+
+def _of_each(shots: int, rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """So many rows of each class, in the order in which they come."""
+    if labels is None:
+        raise ValueError("`shots` is for sets with classes, and the targets of this one are values. Use `rows`.")
+    classes, counts = np.unique(labels[rows], return_counts=True)
+    if counts.min() < shots:
+        raise ValueError(
+            f"`shots` must be at most {counts.min()}, the rows of the smallest class, {classes[counts.argmin()]}, that "
+            f"are not held back, got {shots}."
+        )
+    chosen = np.concatenate([np.flatnonzero(labels[rows] == label)[:shots] for label in classes])
+    return rows[np.sort(chosen)]
 
 
 def _scale(x: np.ndarray, fit: np.ndarray, scaling: str) -> tuple[Any, Any]:

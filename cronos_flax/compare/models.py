@@ -1,15 +1,14 @@
 """Models for the command line: those of the published experiments, and yours, by the name of a factory."""
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+
+from cronos_flax.compare.own import function
 
 
 class MLP(nn.Module):
@@ -101,7 +100,9 @@ def model_of(name: str, outputs: int) -> Model:
     Raises:
         ValueError: if there is no such factory, or it returns something else.
     """
-    made = _named(name, outputs) if name in MODELS else _factory(name)(outputs)
+    said = "a function of the number of outputs"
+    known = f"one of {', '.join(MODELS)}, or "
+    made = _named(name, outputs) if name in MODELS else function("model", name, said, known)(outputs)
     module, variables = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module) or not (variables is None or "params" in variables):
         raise ValueError(
@@ -119,18 +120,3 @@ def model_of(name: str, outputs: int) -> Model:
 def _named(name: str, outputs: int) -> nn.Module:
     """The same object each time, so that its programs are compiled once."""
     return MODELS[name](outputs)
-
-
-def _factory(name: str) -> Callable[[int], Any]:
-    file, _, function = name.partition(":")
-    if not file or not function:
-        raise ValueError(f"`model` must be one of {', '.join(MODELS)}, or module:factory, got {name!r}.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(file), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"`model` {name!r} cannot be imported from {os.getcwd()}: {error}.") from error
-    if not callable(factory):
-        raise ValueError(f"`model` {name!r} must be a function of the number of outputs, got {factory!r}.")
-    return factory

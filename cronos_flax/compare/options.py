@@ -10,7 +10,7 @@ from typing import Any
 from cronos_flax._alternation.defaults import DECAYS
 from cronos_flax.compare.arrays import KINDS
 from cronos_flax.compare.data import EMBEDDED, SCALINGS
-from cronos_flax.compare.methods import ALTERNATION, FROZEN, METHODS, PROBE, STRICT
+from cronos_flax.compare.methods import ALTERNATION, FROZEN, METHODS, PROBE, PROBED_FIRST, SOLVED_FIRST, STRICT
 from cronos_flax.compare.models import MODELS
 from cronos_flax.compare.shards import Shard
 
@@ -74,7 +74,14 @@ def _task() -> Parser:
         "--validation", type=_positive_float, default=0.2, metavar="N",
         help="rows of the training split held back for validation; below 1, a fraction",
     )  # fmt: skip
-    data.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="rows of a gradient step")
+    data.add_argument(
+        "--batch-size", type=_positive, default=128, metavar="N", help="rows of a gradient step; at most all rows"
+    )
+    data.add_argument(
+        "--augment", metavar="NAME",
+        help="module:function of a batch of inputs and a NumPy Generator, which returns what gradient steps see; "
+        "solves, probes and scores see the rows as they are",
+    )  # fmt: skip
     return task
 
 
@@ -94,6 +101,11 @@ def _compare(kinds: Any, task: Parser) -> Parser:
     runs.add_argument(
         "--seeds", type=_positive, default=3, metavar="N",
         help="number of seeds; a seed fixes split, weights, order of rows",
+    )  # fmt: skip
+    runs.add_argument(
+        "--shots", type=_counts, metavar="LIST",
+        help="fit on so many rows of each class only, such as 1,5,10,20: a comparison for each, into DIR/shots-N, and "
+        "DIR/shots.md and shots.png of them all; a seed draws the rows",
     )  # fmt: skip
     runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds are N, N+1, …")
     budget = runs.add_mutually_exclusive_group()
@@ -182,15 +194,19 @@ def _add_quiet(group: Any) -> None:
 def _method_lines(names: Sequence[str]) -> list[str]:
     said = {
         ALTERNATION: "CRONOS-AM with its defaults, and Adam at 3e-3",
-        STRICT: "the same with a head that only solves move, at a constant rate",
-        FROZEN: "the head solved once, on the untrained backbone",
-        PROBE: "a linear model on the features of the untrained backbone",
+        SOLVED_FIRST: "the same after the head was solved on the backbone as it is",
+        STRICT: "CRONOS-AM with a head that only solves move, at a constant rate",
+        FROZEN: "the head solved once, on the backbone as it is",
+        PROBE: "a linear model on the features of the backbone as it is",
+        PROBED_FIRST: "the best linear probe in the head, then Adam on all, over its grid",
     }
     optimizers = ", ".join(name for name in names if name not in said)
     own = [f"  {name:<23}{text}" for name, text in said.items()]
     lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
-    own.append(f"  {ALTERNATION + ':OPTIMIZER':<23}CRONOS-AM with another one, over its grid")
-    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}with a rate that follows {', '.join(filter(None, DECAYS))}"]
+    kinds = ", ".join((ALTERNATION, SOLVED_FIRST, STRICT, PROBED_FIRST))
+    own.append(f"  {'KIND:OPTIMIZER':<23}{kinds}: with another one, over its grid")
+    decays = f"with a rate that follows {', '.join(filter(None, DECAYS))}; {PROBED_FIRST} too"
+    return [*own, *lines, f"  {'OPTIMIZER+DECAY':<23}{decays}"]
 
 
 def _shard(text: str) -> Shard:
@@ -208,6 +224,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer ≥ 1, got {text!r}")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(dict.fromkeys(_positive(part.strip()) for part in text.split(","))))
 
 
 def _positive_float(text: str) -> float:

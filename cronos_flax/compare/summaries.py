@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE
+from cronos_flax.compare.methods import ALTERNATION, FROZEN, PROBE, SOLVED_FIRST
 from cronos_flax.compare.task import Row
 
 NO_SCORE = -np.inf  # of a run that failed
@@ -83,7 +83,7 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
 
 def reference(methods: list[Summary]) -> Summary | None:
     """The method that the others are compared with: CRONOS-AM, or the solved head of a frozen backbone."""
-    return next((m for name in (ALTERNATION, FROZEN) for m in methods if m.method == name), None)
+    return next((m for name in (ALTERNATION, SOLVED_FIRST, FROZEN) for m in methods if m.method == name), None)
 
 
 def default_target(methods: list[Summary]) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from cronos_flax._head.files import held
-from cronos_flax.compare.methods import rows_of
 from cronos_flax.compare.results import add, by_run, check_same, repaired
+from cronos_flax.compare.runs import rows_of
 from cronos_flax.compare.shards import Plan, Shard
 from cronos_flax.compare.task import Row, Run, Settings, Task
 

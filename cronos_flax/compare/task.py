@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from cronos_flax._head.linen import Head, find_head
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax.compare.data import Dataset, Split, load
 from cronos_flax.compare.models import Model, model_of
+from cronos_flax.compare.own import function
 
 Row = dict[str, Any]  # one check of one run: figures by name
 
@@ -33,6 +36,8 @@ class Settings:
         validation: how many rows are held back for validation; below 1, which fraction.
         scaling: one of ``cronos_flax.compare.data.SCALINGS``.
         targets: ``"classes"`` or ``"values"``; None for what the dtype of the set's targets says.
+        shots: how many rows of each class to fit; None for no such choice.
+        augment: ``module:function``: what gradient steps see of a batch, see :class:`Augmented`; None for the batch.
         data_dir: where TFDS sets lie; two comparisons that differ only in this are the same.
     """
 
@@ -46,6 +51,8 @@ class Settings:
     validation: float = 0.2
     scaling: str = "standardise"
     targets: str | None = None
+    shots: int | None = None
+    augment: str | None = None
     data_dir: str | None = dataclasses.field(default=None, compare=False)
 
     def shared(self) -> Row:
@@ -66,6 +73,51 @@ class Run(NamedTuple):
         return self.method + ("" if self.rate is None else f" {self.rate:g}") + f", seed {self.seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """Batches of all rows without end, in a new order for each epoch, changed by a function of the user's.
+
+    The same for the same seed; rows that do not fill a batch are left out of the epoch.
+
+    Args:
+        x: inputs, scaled.
+        y: targets.
+        batch_size: rows of a batch.
+        seed: of the orders, and of what the function draws.
+        augment: a function of inputs ``(batch_size, ...)`` and a ``np.random.Generator`` that returns inputs of the
+            same shape.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    batch_size: int
+    seed: int
+    augment: Callable[[np.ndarray, np.random.Generator], Any]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """From the first epoch on."""
+        for epoch in itertools.count():
+            random = np.random.default_rng((self.seed, epoch))
+            order = random.permutation(len(self.y))
+            for i in range(0, len(order) - self.batch_size + 1, self.batch_size):
+                rows = order[i : i + self.batch_size]
+                yield self.changed(self.x[rows], random), self.y[rows]
+
+    def changed(self, x: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """What the function makes of inputs.
+
+        Raises:
+            ValueError: if these are not inputs of the same shape.
+        """
+        new = np.asarray(self.augment(x.copy(), random))
+        if new.shape != x.shape or new.dtype.kind != "f":
+            raise ValueError(
+                f"`augment` must return floats of the shape that it was given, {x.shape}, got {new.dtype} of shape "
+                f"{new.shape}."
+            )
+        return new.astype("float32")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """The data, the model and its head, made once for all runs."""
@@ -74,6 +126,7 @@ class Task:
     dataset: Dataset
     loss: str
     model: Model
+    augment: Callable[..., Any] | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> "Task":
@@ -85,7 +138,12 @@ class Task:
         dataset = load(settings.dataset, settings.data_dir, settings.targets)
         loss = settings.loss or ("softmax" if dataset.num_classes else "squared")
         _, outputs = targets_for(loss, dataset.y, dataset.num_classes)
-        return cls(settings, dataset, loss, model_of(settings.model, outputs))
+        said = "a function of a batch of inputs and a random generator"
+        augment = None if settings.augment is None else function("augment", settings.augment, said)
+        task = cls(settings, dataset, loss, model_of(settings.model, outputs), augment)
+        if augment is not None:
+            next(iter(task.augmented(0, 2)))  # whether it is such a function
+        return task
 
     @property
     def held_back(self) -> int:
@@ -95,7 +153,14 @@ class Task:
 
     def labelled(self, seed: int) -> Split:
         """The rows that this seed splits off, with labels, or values for regression."""
-        return Split.of(self.dataset, seed, self.held_back, self.settings.scaling, self.settings.rows)
+        settings = self.settings
+        return Split.of(self.dataset, seed, self.held_back, settings.scaling, settings.rows, settings.shots)
+
+    def augmented(self, seed: int, batch_size: int) -> Augmented:
+        """Batches of the rows to fit, as gradient steps see them if there is an ``augment``."""
+        data = self.split(seed)
+        assert self.augment is not None
+        return Augmented(data.x, data.y, batch_size, seed, self.augment)
 
     @functools.cached_property
     def checksum(self) -> str:

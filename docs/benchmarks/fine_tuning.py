@@ -4,8 +4,9 @@
 
 ResNet-20 with weights of CIFAR-10, on 1,000 images of Fashion-MNIST; 1,000 images of the test split are scored after
 every epoch. All methods train everything by Adam, at four rates. CRONOS-AM solves the head first, and has its
-defaults; LP-FT begins with logistic regression, its strength chosen by cross-validation. Every run is one row of the
-file, written when it is done; rows that are there are not run again. Ends with the table;
+defaults; LP-FT begins with logistic regression, its strength chosen by cross-validation: on the network without a
+hidden layer, or, "two layers", in the head of CRONOS-AM, on the features that its first solve sees. Every run is one
+row of the file, written when it is done; rows that are there are not run again. Ends with the table;
 ``--out docs/benchmarks/fine_tuning.jsonl.gz`` prints that of the kept rows.
 """
 
@@ -26,6 +27,7 @@ from sklearn.linear_model import LogisticRegressionCV
 import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare.data import load_tfds
+from cronos_flax.compare.frozen import Linear, in_head
 from cronos_flax.compare.methods import BaselineState, optimizer
 
 ROWS, SCORED, BATCH, HIDDEN, CLASSES = 1000, 1000, 50, 64, 10
@@ -52,19 +54,22 @@ class Net(nn.Module):
 class Method(NamedTuple):
     """What starts, and how it goes on."""
 
-    start: str  # "fresh", "probe" or "solve"
+    start: str  # "fresh", "probe", "probe in head" or "solve"
     rate: float
     decay: str | None = None
     largest_step: float | None = None  # of an optimizer alone
 
 
 METHODS: dict[str, Method] = {}
+_LIMIT = cf.Alternation().largest_step
 for _rate in RATES:
     METHODS[f"{OURS} {_rate:.2g}"] = Method("solve", _rate)
     METHODS |= {f"LP-FT {_rate:.2g} {decay or 'constant'}": Method("probe", _rate, decay) for decay in DECAYS}
     # With the limit of steps and the decay that CRONOS-AM has, and no solves.
-    METHODS[f"LP-FT {_rate:.2g} wsd, limited"] = Method("probe", _rate, "wsd", cf.Alternation().largest_step)
+    METHODS[f"LP-FT {_rate:.2g} wsd, limited"] = Method("probe", _rate, "wsd", _LIMIT)
+    METHODS[f"LP-FT, two layers {_rate:.2g} cosine"] = Method("probe in head", _rate, "cosine")
 METHODS |= {f"Adam {rate:.2g} cosine": Method("fresh", rate, "cosine") for rate in RATES}
+METHODS |= {f"Adam {rate:.2g} wsd, limited": Method("fresh", rate, "wsd", _LIMIT) for rate in RATES}
 
 
 def prepared(images: np.ndarray) -> np.ndarray:
@@ -82,6 +87,13 @@ def rows_of(data_dir: Path, seed: int) -> tuple[np.ndarray, ...]:
     return prepared(x[chosen]), np.asarray(y)[chosen], prepared(x_scored), np.asarray(y_scored)
 
 
+def probed(features: np.ndarray, y: np.ndarray) -> Linear:
+    """Logistic regression, its strength chosen by cross-validation."""
+    strengths = {"Cs": np.logspace(-3, 4, 8), "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "max_iter": 500}
+    probe = LogisticRegressionCV(**strengths, use_legacy_attributes=False).fit(features, y)
+    return Linear(probe.coef_.T, probe.intercept_)
+
+
 def started(method: Method, seed: int, pretrained: dict[str, Any], x: np.ndarray, y: np.ndarray) -> Any:
     """The train state before the first epoch: with a fresh head, a linear probe, or a solved head."""
     model = Net(None if method.start == "probe" else HIDDEN)
@@ -95,14 +107,16 @@ def started(method: Method, seed: int, pretrained: dict[str, Any], x: np.ndarray
         state = cf.CronosTrainState.create(params=params, tx=tx, head=head, solver=solver, **common)
         return state.solve_head((x, y), key=jax.random.key(seed))[0]
     if method.start == "probe":
-        features = np.asarray(jax.jit(ResNet().apply)(pretrained, x))
-        strengths = {"Cs": np.logspace(-3, 4, 8), "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "max_iter": 500}
-        probe = LogisticRegressionCV(**strengths, use_legacy_attributes=False).fit(features, y)
-        outputs = {
-            "kernel": jnp.asarray(probe.coef_.T, jnp.float32),
-            "bias": jnp.asarray(probe.intercept_, jnp.float32),
-        }
+        probe = probed(np.asarray(jax.jit(ResNet().apply)(pretrained, x)), y)
+        outputs = {"kernel": jnp.asarray(probe.kernel, jnp.float32), "bias": jnp.asarray(probe.bias, jnp.float32)}
         params = {**params, "outputs": outputs}
+    if method.start == "probe in head":
+        head = cf.find_head(model, variables, x[:BATCH], train=False, statistics="batch")
+        rows, moments = head.gather(variables, (x, y))
+        features = np.asarray(rows.X)
+        network = in_head(probed(features, np.asarray(rows.y)), features, head.read(variables))
+        variables = head.module.recalibrated(head.write(variables, network), moments)
+        params, common["model_state"] = variables["params"], {"batch_stats": variables["batch_stats"]}
     tx = optimizer("adam", method.rate, method.decay is not None)
     if method.largest_step is not None:
         tx = rated(optimizer("adam", method.rate), largest_step=method.largest_step)
@@ -161,11 +175,12 @@ def main() -> None:
     """Run what is missing, print the table."""
     made = parser(__file__, __doc__, data=False, weights=True)
     made.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    made.add_argument("--methods", nargs="*", default=list(METHODS), help="some of the methods")
     given = made.parse_args()
     rows = kept(given.out)
     if given.data_dir is not None:
         do = functools.partial(run, data_dir=given.data_dir, weights=given.weights)
-        rows = missing(given.out, ("method", "seed"), ((name, s) for s in given.seeds for name in METHODS), do)
+        rows = missing(given.out, ("method", "seed"), ((name, s) for s in given.seeds for name in given.methods), do)
     table(rows)
 
 
