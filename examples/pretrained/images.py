@@ -27,19 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from alternatives import Curve, Results, few, layer_of, probe_of
 from flax.training.train_state import TrainState
 from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegressionCV
 
 import cronos_flax as cf
-from cronos_flax.compare import style
 from cronos_flax.compare.data import load_tfds
 
 BATCH = 32
-Curve = list[tuple[float, float]]  # seconds, test accuracy in %
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -194,14 +191,6 @@ class Augmented:
         return image[:, ::-1] if self.mirrored and self.rng.random() < 0.5 else image
 
 
-def few(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows of so many examples of each class, drawn at random; 0 for all rows."""
-    if not shots:
-        return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    return np.concatenate([order[labels[order] == label][:shots] for label in np.unique(labels)])
-
-
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits as images of 32 × 32 pixels."""
     data = load_digits()
@@ -209,12 +198,6 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
-    kernel, bias = probe.coef_.T, probe.intercept_
-    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
 
 
 class ProbedState(TrainState):
@@ -248,35 +231,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of training images")
     parser.add_argument("--out", type=Path, default=Path("images.png"), help="path of the picture")
     return parser
-
-
-def tell(name: str, points: Curve, console: Console) -> None:
-    """Print how a method ended."""
-    console.print(f"{name}: {points[-1][1]:.1f} % after {points[-1][0]:.1f} s")
-
-
-def show(results: dict[str, Curve], title: str, console: Console) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    for column in ("method", "test accuracy, %", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, points in results.items():
-        table.add_row(name, f"{points[-1][1]:.1f}", f"{points[-1][0]:.1f}")
-    console.print(table)
-
-
-def draw(results: dict[str, Curve], title: str, path: Path) -> None:
-    """Save the picture: a line for what is trained in epochs, a point for what is one fit."""
-    with style.styled(7, 4) as figure:
-        axes, labels = figure.subplots(), []
-        for (name, points), color in zip(results.items(), (*style.COLORS[1:3], style.OTHER, style.OURS), strict=True):
-            seconds, scores = zip(*points, strict=True)
-            axes.plot(seconds, scores, color=color, marker="o", markersize=4, linewidth=2 if len(points) > 1 else 0)
-            labels.append(style.Label(seconds[-1], scores[-1], name, color, name == "CRONOS-AM"))
-        axes.set(xlabel="seconds from the first pass on", ylabel="test accuracy, %", title=title)
-        axes.set_xlim(0, max(label.x for label in labels))
-        style.label_ends(axes, labels)
-        style.save(figure, path)
 
 
 def main() -> None:
@@ -316,23 +270,20 @@ def main() -> None:
     kept = None if args.cache is None else args.cache / f"{args.dataset}-{args.shots}-{args.seed}"
     features = cf.gather_features(head, variables, (x, y), cache=kept)
     passed = time.perf_counter() - began
-    seen, results = cf.gather_features(head, variables, (x_test, y_test)), {}
+    seen, results = cf.gather_features(head, variables, (x_test, y_test)), Results(console)
 
     # What costs seconds from here: a linear probe with its strength chosen, and a solved head with its weight decay
     began = time.perf_counter()
-    strengths = {"Cs": np.logspace(-3, 4, 8), "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "max_iter": 500}
-    probe = LogisticRegressionCV(**strengths, use_legacy_attributes=False).fit(features.X, features.y)
+    probe = probe_of(features.X, features.y)
     probed = passed + time.perf_counter() - began
-    results["linear probe"] = [(probed, 100 * probe.score(seen.X, seen.y))]
-    tell("linear probe", results["linear probe"], console)
+    results.add("linear probe", [(probed, 100 * probe.score(seen.X, seen.y))])
 
     began = time.perf_counter()
     solver = cf.Cronos(loss="softmax", beta="path" if args.beta is None else args.beta)
     fitted, solution = cf.fit_head(head, variables, features, solver=solver)
     solved = passed + time.perf_counter() - began
     right = cf.predict(head.read(fitted), jnp.asarray(seen.X)).argmax(1) == seen.y
-    results["solved head"] = [(solved, 100 * float(np.mean(right)))]
-    tell("solved head", results["solved head"], console)
+    results.add("solved head", [(solved, 100 * float(np.mean(right)))])
 
     # The backbone too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     batches = Augmented(x, y, args.data_dir is not None, np.random.default_rng(0))
@@ -348,8 +299,7 @@ def main() -> None:
         apply_fn=linear.apply, params={**pretrained["params"], "fc": fc}, tx=adam, model_state=statistics
     )
     _, history = cf.train(state, batches, **how)
-    results["LP-FT"] = results["linear probe"] + curve(history, probed)
-    tell("LP-FT", results["LP-FT"], console)
+    results.add("LP-FT", curve(history, probed), after="linear probe")
 
     ours = cf.CronosTrainState.create(
         apply_fn=model.apply,
@@ -361,14 +311,12 @@ def main() -> None:
     )
     batches.rng = np.random.default_rng(0)
     ours, history = cf.train(ours, batches, solve_data=(x, y), **how)
-    results["CRONOS-AM"] = results["solved head"] + curve(history, solved)
-    tell("CRONOS-AM", results["CRONOS-AM"], console)
+    results.add("CRONOS-AM", curve(history, solved), after="solved head")
 
     title = f"{'digits' if args.data_dir is None else args.dataset}: {len(x):,} images, {classes} classes"
-    show(results, title, console)
+    results.show(title)
     console.print(f"guard: {ours.figures}")
-    draw(results, title, args.out)
-    console.print(f"picture: {args.out}")
+    results.draw(title, args.out)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from alternatives import Curve, Results, few, layer_of, probe_of
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import load_file
-from sklearn.linear_model import LogisticRegressionCV
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import cronos_flax as cf
-from cronos_flax.compare import style
 
 LONGEST, BATCH, PASS_BATCH = 128, 32, 64  # tokens; texts of a gradient step, and of a pass for features
 Batch = tuple[jax.Array, jax.Array, np.ndarray]  # token ids (n, length), mask (n, length), labels (n,)
-Curve = list[tuple[float, float]]  # seconds, test accuracy in %
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -86,18 +83,12 @@ def sentence(tokens: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
-def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
-    kernel, bias = probe.coef_.T, probe.intercept_
-    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
-
-
 class Probed(nnx.Module):
     """The encoder with one layer on it, for LP-FT."""
 
     def __init__(self, encoder: Encoder, kernel: np.ndarray, bias: np.ndarray) -> None:
         self.encoder = nnx.clone(encoder)
-        self.out = nnx.Linear(*kernel.shape, rngs=nnx.Rngs(0))
+        self.out = nnx.Linear(*kernel.shape, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
         self.out.kernel, self.out.bias = nnx.Param(jnp.float32(kernel)), nnx.Param(jnp.float32(bias))
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -186,14 +177,6 @@ def by_length(ids: list[list[int]], labels: np.ndarray) -> list[Batch]:
 def unpack(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], np.ndarray]:
     """The model's arguments and the targets."""
     return batch[:2], batch[2]
-
-
-def few(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows of so many examples of each class, drawn at random; 0 for all rows."""
-    if not shots:
-        return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    return np.concatenate([order[labels[order] == label][:shots] for label in np.unique(labels)])
 
 
 def banking(data_dir: Path, split: str) -> tuple[list[str], np.ndarray]:
@@ -311,35 +294,6 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def tell(name: str, points: Curve, console: Console) -> None:
-    """Print how a method ended."""
-    console.print(f"{name}: {points[-1][1]:.1f} % after {points[-1][0]:.1f} s")
-
-
-def show(results: dict[str, Curve], title: str, console: Console) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    for column in ("method", "test accuracy, %", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, curve in results.items():
-        table.add_row(name, f"{curve[-1][1]:.1f}", f"{curve[-1][0]:.1f}")
-    console.print(table)
-
-
-def draw(results: dict[str, Curve], title: str, path: Path) -> None:
-    """Save the picture: a line for what is trained in epochs, a point for what is one fit."""
-    with style.styled(7, 4) as figure:
-        axes, labels = figure.subplots(), []
-        for (name, curve), color in zip(results.items(), (*style.COLORS[1:3], style.OTHER, style.OURS), strict=True):
-            seconds, scores = zip(*curve, strict=True)
-            axes.plot(seconds, scores, color=color, marker="o", markersize=4, linewidth=2 if len(curve) > 1 else 0)
-            labels.append(style.Label(seconds[-1], scores[-1], name, color, name == "CRONOS-AM"))
-        axes.set(xlabel="seconds from the first pass on", ylabel="test accuracy, %", title=title)
-        axes.set_xlim(0, max(label.x for label in labels))
-        style.label_ends(axes, labels)
-        style.save(figure, path)
-
-
 def main() -> None:
     """Load, check, cache, solve, fine-tune; print the table, save the picture."""
     parser = options()
@@ -373,7 +327,7 @@ def main() -> None:
     ids, labels = [text.ids for text in tokenizer.encode_batch([texts[i] for i in chosen])], labels[chosen]
     test_ids = [text.ids for text in tokenizer.encode_batch([test_texts[i] for i in tested])]
     train, test = by_length(ids, labels), by_length(test_ids, test_labels[tested])
-    classes, results = int(labels.max()) + 1, {}
+    classes, results = int(labels.max()) + 1, Results(console)
 
     # One pass through the encoder; a second run with --cache finds it done
     width = encoder.words.embedding.shape[1]
@@ -390,42 +344,34 @@ def main() -> None:
 
     # What costs seconds from here: a linear probe with its strength chosen, and a solved head with its weight decay
     began = time.perf_counter()
-    probe = LogisticRegressionCV(
-        Cs=np.logspace(-1, 3, 5), cv=3, l1_ratios=(0,), scoring="accuracy", use_legacy_attributes=False, max_iter=500
-    )
-    probe.fit(features.X, features.y)
+    probe = probe_of(features.X, features.y, np.logspace(-1, 3, 5))
     probed = passed + time.perf_counter() - began
-    results["linear probe"] = [(probed, 100 * probe.score(seen.X, seen.y))]
-    tell("linear probe", results["linear probe"], console)
+    results.add("linear probe", [(probed, 100 * probe.score(seen.X, seen.y))])
 
     began = time.perf_counter()
     solver = cf.Cronos(loss="softmax", beta="path" if args.beta is None else args.beta)
     solution = cf.nnx.fit_head(head, model, features, solver=solver)
     solved = passed + time.perf_counter() - began
-    results["solved head"] = [(solved, accuracy(model, test))]
-    tell("solved head", results["solved head"], console)
+    results.add("solved head", [(solved, accuracy(model, test))])
 
     # The encoder too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     adam = optax.adamw(rate(args, len(ids)))
     linear = Probed(encoder, *layer_of(probe))
-    results["LP-FT"] = results["linear probe"] + fine_tune(
-        linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), ids, labels, args.epochs, test, probed
-    )
-    tell("LP-FT", results["LP-FT"], console)
+    points = fine_tune(linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), ids, labels, args.epochs, test, probed)
+    results.add("LP-FT", points, after="linear probe")
     solver = dataclasses.replace(solver, beta=float(solution.stats.beta))
     optimizer = cf.nnx.CronosOptimizer(model, adam, head=head, solver=solver)
     optimizer.solve_head(model, features)  # the guard knows this state
-    results["CRONOS-AM"] = results["solved head"] + fine_tune(
+    points = fine_tune(
         model, optimizer, ids, labels, args.epochs, test, solved,
         solve=lambda: optimizer.solve_head(model, train, unpack=unpack),
     )  # fmt: skip
-    tell("CRONOS-AM", results["CRONOS-AM"], console)
+    results.add("CRONOS-AM", points, after="solved head")
 
     title = f"{'made-up sentences' if args.data_dir is None else 'banking77'}: {len(ids):,} texts, {classes} classes"
-    show(results, title, console)
+    results.show(title)
     console.print(f"guard: {optimizer.figures}")
-    draw(results, title, args.out)
-    console.print(f"picture: {args.out}")
+    results.draw(title, args.out)
 
 
 if __name__ == "__main__":

@@ -31,19 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from alternatives import Curve, Results, few, layer_of, probe_of
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegressionCV
 
 import cronos_flax as cf
-from cronos_flax.compare import style
 from cronos_flax.compare.data import load_tfds
 
 BATCH = 32
-Curve = list[tuple[float, float]]  # seconds, test accuracy in %
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -238,14 +236,6 @@ class Batches:
             yield pixel_values(self.images[rows], self.config), self.labels[rows]
 
 
-def few(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows of so many examples of each class, drawn at random; 0 for all rows."""
-    if not shots:
-        return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    return np.concatenate([order[labels[order] == label][:shots] for label in np.unique(labels)])
-
-
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits as images of 8 × 8 pixels."""
     data = load_digits()
@@ -255,17 +245,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def layer_of(probe: LogisticRegressionCV) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a linear probe with a column for each class: of two classes it has the difference only."""
-    kernel, bias = probe.coef_.T, probe.intercept_
-    return (kernel * [-0.5, 0.5], bias * [-0.5, 0.5]) if len(bias) == 1 else (kernel, bias)
-
-
 def with_probe(model: ViT, probe: LogisticRegressionCV) -> ViT:
     """The model with a linear probe as its classifier, for LP-FT."""
     kernel, bias = layer_of(probe)
     model = nnx.clone(model)
-    model.classifier = nnx.data(nnx.Linear(*kernel.shape, rngs=nnx.Rngs(0)))
+    model.classifier = nnx.data(nnx.Linear(*kernel.shape, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)))
     model.classifier.kernel.set_value(jnp.float32(kernel))
     model.classifier.bias = nnx.Param(jnp.float32(bias))
     return model
@@ -337,35 +321,6 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def tell(name: str, points: Curve, console: Console) -> None:
-    """Print how a method ended."""
-    console.print(f"{name}: {points[-1][1]:.1f} % after {points[-1][0]:.1f} s")
-
-
-def show(results: dict[str, Curve], title: str, console: Console) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    for column in ("method", "test accuracy, %", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, points in results.items():
-        table.add_row(name, f"{points[-1][1]:.1f}", f"{points[-1][0]:.1f}")
-    console.print(table)
-
-
-def draw(results: dict[str, Curve], title: str, path: Path) -> None:
-    """Save the picture: a line for what is trained in epochs, a point for what is one fit."""
-    with style.styled(7, 4) as figure:
-        axes, labels = figure.subplots(), []
-        for (name, points), color in zip(results.items(), (*style.COLORS[1:3], style.OTHER, style.OURS), strict=True):
-            seconds, scores = zip(*points, strict=True)
-            axes.plot(seconds, scores, color=color, marker="o", markersize=4, linewidth=2 if len(points) > 1 else 0)
-            labels.append(style.Label(seconds[-1], scores[-1], name, color, name == "CRONOS-AM"))
-        axes.set(xlabel="seconds from the first pass on", ylabel="test accuracy, %", title=title)
-        axes.set_xlim(0, max(label.x for label in labels))
-        style.label_ends(axes, labels)
-        style.save(figure, path)
-
-
 def main() -> None:
     """Load, check, cache, solve, fine-tune; print the table, save the picture."""
     parser = options()
@@ -395,7 +350,7 @@ def main() -> None:
     chosen = few(pool[1], args.shots, args.seed)
     some = np.random.default_rng(0).permutation(len(tested[1]))[: args.test_rows]
     train, test = Batches(pool[0][chosen], pool[1][chosen], config), Batches(tested[0][some], tested[1][some], config)
-    classes, results = int(train.labels.max()) + 1, {}
+    classes, results = int(train.labels.max()) + 1, Results(console)
 
     # One pass through the backbone; a second run with --cache finds it done
     at: dict[str, Any] = {"at": "classifier"}
@@ -412,41 +367,35 @@ def main() -> None:
 
     # What costs seconds from here: a linear probe with its strength chosen, and a solved head with its weight decay
     began = time.perf_counter()
-    strengths = {"Cs": np.logspace(-3, 4, 8), "cv": 3, "l1_ratios": (0,), "scoring": "accuracy", "max_iter": 500}
-    probe = LogisticRegressionCV(**strengths, use_legacy_attributes=False).fit(features.X, features.y)
+    probe = probe_of(features.X, features.y)
     probed = passed + time.perf_counter() - began
-    results["linear probe"] = [(probed, 100 * probe.score(seen.X, seen.y))]
-    tell("linear probe", results["linear probe"], console)
+    results.add("linear probe", [(probed, 100 * probe.score(seen.X, seen.y))])
 
     began = time.perf_counter()
     solver = cf.Cronos(loss="softmax", beta="path" if args.beta is None else args.beta)
     solution = cf.nnx.fit_head(head, model, features, solver=solver)
     solved = passed + time.perf_counter() - began
-    results["solved head"] = [(solved, accuracy(model, test))]
-    tell("solved head", results["solved head"], console)
+    results.add("solved head", [(solved, accuracy(model, test))])
 
     # The backbone too: from the probe by Adam on everything, and from the solved head by CRONOS-AM
     steps = args.epochs * (len(train.labels) // BATCH)
     adam = optax.adamw(optax.warmup_cosine_decay_schedule(0, args.rate, steps // 10, steps + 1))
     linear = with_probe(original, probe)
-    results["LP-FT"] = results["linear probe"] + fine_tune(
-        linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), train, test, args.epochs, probed
-    )
-    tell("LP-FT", results["LP-FT"], console)
+    points = fine_tune(linear, nnx.Optimizer(linear, adam, wrt=nnx.Param), train, test, args.epochs, probed)
+    results.add("LP-FT", points, after="linear probe")
     solver = dataclasses.replace(solver, beta=float(solution.stats.beta))
     optimizer = cf.nnx.CronosOptimizer(model, adam, head=head, solver=solver)
     optimizer.solve_head(model, features)  # the guard knows this state
-    results["CRONOS-AM"] = results["solved head"] + fine_tune(
+    points = fine_tune(
         model, optimizer, train, test, args.epochs, solved, solve=lambda: optimizer.solve_head(model, train)
     )
-    tell("CRONOS-AM", results["CRONOS-AM"], console)
+    results.add("CRONOS-AM", points, after="solved head")
 
     title = f"{'digits' if args.data_dir is None else args.dataset}: {len(chosen):,} images, {classes} classes"
     title += "; random weights" if args.weights is None else ""
-    show(results, title, console)
+    results.show(title)
     console.print(f"guard: {optimizer.figures}")
-    draw(results, title, args.out)
-    console.print(f"picture: {args.out}")
+    results.draw(title, args.out)
 
 
 if __name__ == "__main__":
