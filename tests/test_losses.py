@@ -316,6 +316,47 @@ def test_a_path_chooses_the_beta_that_its_held_out_rows_like_best():
     assert given.path_losses.shape == stats.path_losses.shape
 
 
+def test_a_path_over_folds_chooses_by_the_mean_over_rows_that_are_each_held_out_once():
+    X, _ = random_problem(5, n=60)
+    y = np.abs(X[:, 0]) + 0.3 * np.random.default_rng(0).normal(size=60).astype("float32")
+    solver, key = cf.Cronos(beta="path", max_iters=30, folds=3), jax.random.key(3)
+    solution = solver.solve(X, y, hidden=8, key=key)
+    betas_tried, losses = (np.asarray(each) for each in (solution.stats.path_betas, solution.stats.path_losses))
+    assert float(solution.stats.beta) == pytest.approx(betas_tried[np.argmin(losses)], rel=1e-5)
+    _, split_key, _ = jax.random.split(key, 3)
+    fold = betas.folds(jnp.asarray(y)[:, None], split_key, 3)
+    plain = cf.Cronos(beta=float(betas_tried[0]), max_iters=30)  # by hand, at the first β
+    missed = []
+    for k in range(3):
+        network = plain.solve(X[fold != k], y[fold != k], hidden=8, key=key).params
+        missed.append(cf.predict(network, X[fold == k])[:, 0] - y[fold == k])
+    assert losses[0] == pytest.approx(float(np.mean(np.square(np.concatenate(missed))) / 2), rel=0.05)
+    one = dataclasses.replace(solver, folds=None).solve(X, y, hidden=8, key=key)
+    assert not np.array_equal(one.stats.path_losses, losses)
+    with pytest.raises(ValueError, match="`validation` takes the place of folds, got both, and folds=3"):
+        solver.solve(X, y, hidden=8, validation=(X, y))
+    for bad in (1, 0, 2.5):
+        with pytest.raises(ValueError, match=r"Cronos: `folds` must be an integer ≥ 2"):
+            cf.Cronos(beta="path", folds=bad)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(60, 3), (100, 5), (103, 5), (12, 10), (11, 4)])
+def test_folds_share_the_rows_and_each_class(rows, count):
+    labels = np.arange(rows) % 3
+    fold = betas.folds(jnp.eye(3)[labels], jax.random.key(0), count)
+    sizes = np.bincount(fold, minlength=count)
+    assert sizes.sum() == rows
+    assert sizes.min() >= rows // count
+    assert sizes.max() - sizes.min() <= max(rows // count - 1, rows % count)
+    for label in range(3) if rows >= 60 else ():
+        own = np.bincount(fold[labels == label], minlength=count)
+        assert own.min() >= rows / 3 / count - 2
+    np.testing.assert_array_equal(
+        betas.held_out(jnp.eye(3)[labels], jax.random.key(0)),
+        betas.folds(jnp.eye(3)[labels], jax.random.key(0), 5) == 0,
+    )
+
+
 def test_held_out_rows_are_stratified():
     labels = np.repeat([0, 1, 2], [50, 20, 30])
     for seed in range(5):

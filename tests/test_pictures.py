@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cronos_flax.compare import plots
+import cronos_flax as cf
+from cronos_flax.compare import path, plots
 from cronos_flax.compare.budget import budget, expected_best
 from cronos_flax.compare.methods import BASELINES, check_method
 from cronos_flax.compare.style import spread
@@ -129,6 +130,18 @@ def test_a_run_that_goes_on_longer_does_not_stretch_the_axis(tmp_path):
     figure = plots.draw_curves([*rows_of(["adam"], timed=False), *long, *short], tmp_path / "curves.png")
     assert figure.axes[0].get_xlim()[1] == 9  # where the best cell ends
     assert max(line.get_xdata()[-1] for line in figure.axes[0].lines) == 9
+
+
+def test_a_path_of_weight_decays_is_drawn_and_the_chosen_one_marked(tmp_path):
+    X = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
+    stats = cf.Cronos(beta="path", max_iters=5).solve(X, X[:, 0], hidden=4).stats
+    (ax,) = path.draw(stats, tmp_path / "path.png").axes
+    line, star = ax.lines
+    np.testing.assert_array_equal(line.get_ydata(), stats.path_losses)
+    assert star.get_ydata() == min(line.get_ydata())
+    assert (tmp_path / "path.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match='`stats` must be of a solve with beta="path"'):
+        path.draw(cf.Cronos(max_iters=1).solve(X, X[:, 0], hidden=4).stats, tmp_path / "none.png")
 
 
 def test_labels_keep_their_distance_and_stay_near():

@@ -4,7 +4,7 @@ On the path, each solve starts from the solution of the one before, from a large
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -192,20 +192,54 @@ def _uniform(key: Array, count: int) -> Array:
     return jax.random.uniform(key, (count,), jnp.float32)
 
 
-def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
-    """Which rows to hold out: of the rows in the order of their targets, one at random of each five.
+def folds(targets: Outputs, key: Array, count: int) -> Int[np.ndarray, " n"]:
+    """The fold of each row, from 0 to count − 1: rows in the order of their targets take turns, from a random one on.
 
-    So every class, or every range of a real target, has its share.
+    So every class, or every range of a real target, has its share in each fold. Rows that are left over are in others
+    than the first one.
     """
     host = on_host(targets)
     rank = host[:, 0] if host.shape[1] == 1 else np.argmax(host, axis=1)
     tie_key, place_key = jax.random.split(key)
     order = np.lexsort((on_host(jax.random.permutation(tie_key, len(rank))), rank))
-    stretches = np.array_split(order, max(len(rank) // _EVERY, 1))
+    stretches = np.array_split(order, max(len(rank) // count, 1))
     place = on_host(_uniform(place_key, len(stretches)))
-    held = np.zeros(len(rank), bool)
-    held[[rows[int(at * len(rows))] for rows, at in zip(stretches, place, strict=True)]] = True
-    return held
+    fold = np.zeros(len(rank), int)
+    for rows, at in zip(stretches, place, strict=True):
+        turn = (np.arange(len(rows)) - int(at * len(rows))) % len(rows)
+        fold[rows] = np.where(turn < count, turn, 1 + (turn - count) % (count - 1))
+    return fold
+
+
+def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
+    """Which rows to hold out: about one in five."""
+    return folds(targets, key, _EVERY) == 0
+
+
+class Path(NamedTuple):
+    """What was tried on the way from a large β to a small one.
+
+    Args:
+        betas: all β.
+        losses: the mean loss at each on the rows to choose on, without penalty.
+        networks: what was found at each; of several folds in the first.
+    """
+
+    betas: Float[np.ndarray, " k"]
+    losses: Float[np.ndarray, " k"]
+    networks: list[TwoLayer]
+
+    @property
+    def best(self) -> tuple[float, TwoLayer]:
+        """The β of least loss, and its network."""
+        best = int(np.argmin(np.nan_to_num(self.losses, nan=np.inf)))
+        return float(self.betas[best]), self.networks[best]
+
+    @classmethod
+    def mean(cls, paths: Sequence["Path"], weights: Sequence[float]) -> "Path":
+        """Of folds with the same β, by the weights of their rows."""
+        losses = np.average([path.losses for path in paths], axis=0, weights=weights)
+        return cls(paths[0].betas, losses, paths[0].networks)
 
 
 def follow(
@@ -214,8 +248,8 @@ def follow(
     beta_max: float,
     fit: Data,
     validation: Data,
-) -> tuple[float, TwoLayer, Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """The best β, its network, and the path: all β, and the mean loss on the held-out rows at each.
+) -> Path:
+    """The path from ``beta_max`` on.
 
     Args:
         solve: takes rows, β and a network to start from, None for the first.
@@ -230,5 +264,4 @@ def follow(
         network = solve(fit, float(beta), network).params
         losses.append(float(on_host(_mean_loss(network, validation, loss))))
         networks.append(network)
-    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
-    return float(betas[best]), networks[best], betas, np.asarray(losses)
+    return Path(betas, np.asarray(losses), networks)

@@ -5,6 +5,7 @@
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part reported --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part rates --out rows.jsonl
     python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part weight-decay --out rows.jsonl
+    python docs/benchmarks/suite.py --data-dir DIR --cache DIR --part tuned --out rows.jsonl
     python docs/benchmarks/suite.py --out docs/benchmarks/suite.jsonl.gz --seeds 2  # a table of kept rows
 
 ``suite_tasks.py`` has the tasks, and ``suite_features.py`` makes the features that some of them need. Settings are
@@ -30,10 +31,14 @@ from suite_tasks import DECAYS, DEVELOPMENT, GRID, LIMIT, REPORTED, TASKS, Place
 import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare import style
+from cronos_flax.compare.budget import expected_best
 from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
 from cronos_flax.compare.task import targets_for
 
-PARTS = {"development": DEVELOPMENT, "limit": LIMIT, "reported": REPORTED, "rates": GRID, "weight-decay": DECAYS}
+PARTS = {
+    "development": DEVELOPMENT, "limit": LIMIT, "reported": REPORTED, "tuned": REPORTED, "rates": GRID,
+    "weight-decay": DECAYS,
+}  # fmt: skip
 OURS = "CRONOS-AM"
 SHARE = 0.8  # of the epochs of an optimizer that variants of CRONOS-AM without a limit of steps have
 
@@ -70,7 +75,7 @@ OPTIMIZERS = (
     alone("adam", (3e-4, 1e-3, 3e-3, 1e-2), (None, "cosine", "wsd"))
     | alone("adamw", (1e-3, 3e-3), ("cosine",))
     | alone("nadamw", (1e-3, 3e-3), ("cosine", "wsd"))
-    | alone("sgd", (0.03, 0.1), ("cosine", "wsd"))
+    | alone("sgd", (0.01, 0.03, 0.1, 0.3), ("cosine", "wsd"))
     | alone("muon", (3e-3, 1e-2), ("cosine",))
     | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
     | alone("prodigy", (1.0,), (None, "cosine", "wsd"))
@@ -137,7 +142,8 @@ CHOSEN = (  # one setting of each, from the development tasks
     "schedule_free_adamw 0.0025",
 )
 DECAYED = (OURS, EARLY, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
-USUAL = {"reported": CHOSEN, "rates": RATED, "weight-decay": DECAYED}
+TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer in ("adam", "sgd", "prodigy"))
+USUAL = {"reported": CHOSEN, "tuned": (OURS, *TUNED), "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | UNCHOSEN_RATED | FREE_RATED
 
 
@@ -320,6 +326,32 @@ def rates_table(rows: list[Row], seeds: int) -> str:
     return "\n".join(lines)
 
 
+def tuned_table(scores: Scores) -> str:
+    """CRONOS-AM less the best setting of each optimizer on each task; and what random search finds of its settings."""
+    ours, lines = scores.ends()[scores.methods.index(OURS)], []
+    counts = (1, 2, 4, 8)
+    head = ["optimizer", "settings", "mean of the best", "ahead on", "furthest behind", *scores.tasks]
+    drawn = ["optimizer", *(f"best of {count}" for count in counts), "of all", f"draws to match {OURS}"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    searches = [f"| {' | '.join(drawn)} |", "|---" * len(drawn) + "|"]
+    groups = {name: [name] for name in dict.fromkeys(METHODS[m].optimizer for m in scores.methods if m != OURS)}
+    for group, names in (groups | {"all": list(groups)}).items():
+        own = [i for i, m in enumerate(scores.methods) if m != OURS and METHODS[m].optimizer in names]
+        means = scores.means[own]
+        best = np.argmax(means, axis=0)
+        apart = ours.mean(axis=1) - means.max(axis=0)
+        cells = [group, f"{len(own)}", f"{means.max(axis=0).mean():.2f}", f"{np.sum(apart > 0)}", f"{-apart.min():.2f}"]
+        for gap, i in zip(apart, best, strict=True):
+            cells.append(f"{gap:+.2f} ({scores.methods[own[i]]})")
+        lines.append(f"| {' | '.join(cells)} |")
+        expected = np.mean([expected_best(of, of) for of in means.T], axis=0)  # of each task, by its own scores
+        enough = np.flatnonzero(expected >= ours.mean())
+        found = [f"{expected[count - 1]:.2f}" if count <= len(own) else "" for count in counts]
+        matched = f"{enough[0] + 1}" if len(enough) else f"> {len(own)}"
+        searches.append(f"| {' | '.join([group, *found, f'{expected[-1]:.2f}', matched])} |")
+    return "\n".join([*lines, "", *searches])
+
+
 def main() -> None:
     """Run what is missing, print the tables."""
     made = parser(__file__, __doc__, data=False)
@@ -345,6 +377,9 @@ def main() -> None:
     scores = Scores.of([row for row in rows if row["method"] in methods], tasks, given.seeds)
     if not scores.methods:
         raise SystemExit(f"No method has rows of {given.seeds} seeds on all of these tasks: {', '.join(tasks)}.")
+    if given.part == "tuned":
+        print(tuned_table(scores))
+        return
     print(scores.table())
     if len(scores.methods) == 2 and given.seeds > 1:
         print(scores.pair())
