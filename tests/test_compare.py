@@ -90,12 +90,12 @@ def test_the_linear_probe_is_scikit_learns_and_cannot_do_what_is_not_linear():
     x = np.random.default_rng(0).normal(size=(400, 2)).astype("float32")
     straight, crossed = (x[:, 0] > 0).astype(int), (x[:, 0] * x[:, 1] > 0).astype(int)
     hits = [
-        np.mean(linear_probe(x[:300], y[:300], 10.0, regression=False)(x[300:]).argmax(axis=1) == y[300:])
+        np.mean(linear_probe(x[:300], y[:300], 10.0, num_classes=2)(x[300:]).argmax(axis=1) == y[300:])
         for y in (straight, crossed)
     ]
     assert hits[0] > 0.95
     assert hits[1] < 0.7
-    outputs = linear_probe(x, 2 * x[:, 0] + 1, 1e6, regression=True)(x)
+    outputs = linear_probe(x, 2 * x[:, 0] + 1, 1e6, num_classes=None)(x)
     np.testing.assert_allclose(outputs[:, 0], 2 * x[:, 0] + 1, atol=1e-3)
 
 

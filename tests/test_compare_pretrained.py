@@ -124,6 +124,35 @@ def test_a_probe_fits_the_outputs_of_any_loss(dataset, loss):
         assert row["test_accuracy"] > probed[0]["test_accuracy"] - 0.05
 
 
+@pytest.mark.parametrize("classes", [[0, 1, 3], [0, 2], [1, 2], [2]])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_probe_has_an_output_for_classes_without_rows_too(classes, has_bias):
+    """It had columns for the classes that there are only, and other methods' labels did not fit them."""
+    rng = np.random.default_rng(0)
+    labels = np.asarray(classes)[rng.integers(0, len(classes), 90)]
+    x = (5 * np.eye(6)[labels] + rng.normal(size=(90, 6))).astype("float32")
+    probe = frozen.linear_probe(x, labels, 1.0, num_classes=4, has_bias=has_bias)
+    assert probe(x).shape == (90, 4)
+    if len(classes) > 1:
+        assert np.mean(probe(x).argmax(axis=1) == labels) > 0.95
+        theirs = LogisticRegression(C=1.0, max_iter=500, fit_intercept=has_bias).fit(x, labels).predict_log_proba(x)
+        ours = jax.nn.log_softmax(probe(x)[:, classes], axis=1)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    if has_bias:
+        assert np.mean(probe(x).argmax(axis=1) == labels) > 0.95
+        assert jax.nn.softmax(probe(x), axis=1)[:, [c for c in range(4) if c not in classes]].max() < 1 / 90
+
+
+def test_gaps_in_labels_and_heads_without_biases_are_probed_too(own):
+    rng = np.random.default_rng(0)
+    labels = np.asarray([0, 2])[rng.integers(0, 2, 240)]
+    np.savez("gap.npz", x=(3 * np.eye(8)[labels] + rng.normal(size=(240, 8))).astype("float32"), y=labels)
+    task = Task.of(Settings("gap.npz", model="mlp", epochs=1, batch_size=32))  # which has no biases
+    for method in ("linear-probe", "lp-ft", "cronos-ft"):
+        rate = None if method == "cronos-ft" else 1.0 if method == "linear-probe" else 1e-3
+        assert rows_of(task, Run(method, rate, 0))[0]["test_accuracy"] > 0.85, method
+
+
 class Normed(nn.Module):
     outputs: int
 

@@ -215,3 +215,31 @@ def test_targets_whose_squares_are_infinite_are_said_as_such():
     y = np.float32(1e30) * X[:, :4]
     with pytest.raises(FloatingPointError, match="Check the scale of the features, of y"):
         cf.fit_head(cf.find_head(Lie(), variables, X), variables, (X, y), solver=cf.Cronos(max_iters=2))
+
+
+def test_a_head_that_ends_worse_than_a_constant_is_told():
+    model, labels = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), (X[:, 0] > 0).astype(int)
+    variables = model.init(KEY, X)
+    head = cf.find_head(model, variables, X)
+    network = jax.tree.map(lambda leaf: 100 * leaf, head.read(variables))
+    far = head.write(variables, network)
+    with pytest.warns(
+        UserWarning, match=r"fit_head: the regularised loss is .* after the solve, and 0\.6\d* for outputs"
+    ):
+        cf.fit_head(head, far, (X, labels), solver=cf.Cronos(loss="softmax", gates="fixed", max_iters=1))
+    _, solution = cf.fit_head(head, far, (X, labels), solver=cf.Cronos(loss="softmax"))  # without a word
+    assert solution.stats.objective < solution.stats.null_loss
+
+
+def test_an_output_without_an_axis_is_told_how_to_get_one():
+    class Squeezed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(nn.relu(nn.Dense(4)(x)))[:, 0]
+
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    variables = Squeezed().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"one axis, \(16,\).* output=lambda out: out\[:, None\]"):
+        cf.find_head(Squeezed(), variables, x)
+    head = cf.find_head(Squeezed(), variables, x, output=lambda out: out[:, None])
+    assert head.outputs == 1

@@ -72,6 +72,21 @@ def test_momo_sees_the_value_of_the_objective_that_solves_lower():
 
 
 @pytest.mark.parametrize("kind", ["moving", "frozen", "plain"])
+def test_an_optimizer_that_takes_less_than_its_type_says_is_not_given_the_loss(kind):
+    """SAM's type says that its update takes more arguments than gradients; it does not."""
+    tx = optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.01)))
+    if kind == "plain":
+        state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx)
+    else:
+        state = made(tx, alternation=cf.Alternation(head=kind))
+    after, history = cf.train(state, (X, Y), epochs=4, batch_size=64, loss="softmax")
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < losses[0]
+    value = step(state) if kind != "plain" else state  # in a loop of one's own, with the value of the loss
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((after.params, value.params)))
+
+
+@pytest.mark.parametrize("kind", ["moving", "frozen", "plain"])
 def test_train_gives_the_loss_to_an_optimizer_that_takes_it(kind):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.momo(0.1))
     if kind == "plain":

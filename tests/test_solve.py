@@ -215,6 +215,24 @@ def test_the_result_does_not_depend_on_the_units_of_the_features():
     np.testing.assert_allclose(cf.predict(a.params, X), cf.predict(b.params, 8 * X), atol=2e-3)
 
 
+@pytest.mark.parametrize("loss", ["softmax", "squared"])
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_a_start_whose_outputs_are_far_too_large_leads_as_far_as_any(loss, scale):
+    """Fresh weights on columns of unlike scale ended at a hundred times the loss of the best constant, "stationary"."""
+    X = np.random.default_rng(0).normal(size=(300, 6)).astype("float32")
+    labels = (X[:, :3] + 0.3 * X[:, 3:]).argmax(axis=1)
+    y = labels if loss == "softmax" else cf.signed_targets(labels, 3)
+    X[:, :2] *= scale
+    solver, start = cf.Cronos(loss=loss), random_network(0, p=6, m=12, C=3)
+    stats = solver.solve(X, y, init=start).stats
+    assert stats.initial_objective > 100 * stats.null_loss
+    assert stats.objective < 0.8 * stats.null_loss
+    fresh = solver.solve(X, y, hidden=12).stats
+    assert stats.objective < 1.3 * fresh.objective
+    traced = jax.jit(lambda X: solver.solve(X, y, init=start, num_classes=3).stats.objective)
+    assert float(traced(X)) == pytest.approx(float(stats.objective), rel=0.1)
+
+
 def test_a_weight_of_k_is_k_copies_and_a_weight_of_zero_is_absence():
     X, y = random_problem(2, n=30, dtype="float64")
     counts = np.random.default_rng(2).permutation(np.repeat([0, 1, 2], 10))  # of sum 30: one program solves both

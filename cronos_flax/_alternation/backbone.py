@@ -4,6 +4,7 @@ No step moves a kernel by more than a share of its size.
 """
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ def rated(
         paths: of the layers whose kernels have the weight decay ``head_decay`` in their gradients.
         largest_step: of a kernel, as a share of its size, before the rates: see :func:`limited`; None for no limit.
     """
-    inner = optax.with_extra_args_support(tx)
+    inner = with_arguments(tx)
 
     def init(params: Any) -> RatedState:
         # Three buffers, as a user's step may donate them.
@@ -63,6 +64,19 @@ def rated(
         return updates, state._replace(optimizer_state=optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_arguments(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As ``optax.with_extra_args_support``; an update that takes less than its type says, as SAM's, gets no more."""
+    extended = optax.with_extra_args_support(tx)
+    taken = inspect.signature(extended.update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return extended
+
+    def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+        return extended.update(updates, state, params, **{name: extra[name] for name in extra if name in taken})
+
+    return optax.GradientTransformationExtraArgs(extended.init, update)
 
 
 def _with_decay(grads: Any, params: Any, beta: Array, paths: tuple[Path, ...]) -> Any:
@@ -120,7 +134,7 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
     """
     check_optimizer("backbone_only", tx)
     check_head("backbone_only", head, LinenModule)
-    inner = optax.with_extra_args_support(tx)
+    inner = with_arguments(tx)
 
     def backbone(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(

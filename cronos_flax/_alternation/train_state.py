@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._alternation.backbone import alternating, check_optimizer
+from cronos_flax._alternation.backbone import alternating, check_optimizer, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
@@ -39,7 +39,7 @@ def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
     tx = state.tx
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return state.apply_gradients(**given)
-    told = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, value=value))
+    told = optax.GradientTransformationExtraArgs(tx.init, functools.partial(with_arguments(tx).update, value=value))
     return state.replace(tx=told).apply_gradients(**given).replace(tx=tx)
 
 

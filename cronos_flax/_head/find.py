@@ -137,7 +137,7 @@ def find(
                 return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
-    raise ValueError(_refusal(module, calls, nearest) + _extended(module, variables, calls))
+    raise ValueError(_refusal(module, calls, nearest) + _flat(out) + _extended(module, variables, calls))
 
 
 def _head(
@@ -352,6 +352,16 @@ def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
     rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
     draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
     return automatically(_scaled_to, draw, features, on_device(size, jnp.float32))
+
+
+def _flat(out: Array) -> str:
+    """A remark on outputs without an axis for them, which no layer fits; empty for others."""
+    if out.ndim > 1:
+        return ""
+    return (
+        f" The outputs on the batch have one axis, {out.shape}: if the module takes that of its one output away, give "
+        "it back with output=lambda out: out[:, None]."
+    )
 
 
 def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:

@@ -66,7 +66,8 @@ def all_finite(tree: Any) -> bool:
     """Whether a pytree of arrays has finite numbers only. Reads one of them from the device."""
     if isinstance(tree, np.ndarray):
         return bool(np.all(np.isfinite(tree)))
-    return bool(on_host(_are_finite(tree)))
+    with jax.ensure_compile_time_eval():  # else, inside jit, even of constants nothing is known
+        return bool(on_host(_are_finite(tree)))
 
 
 def _floats(
@@ -250,6 +251,8 @@ def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) 
         if value is None or jnp.shape(value) != shape:
             got = "None" if value is None else jnp.shape(value)
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
-        if concrete(value) and not all_finite(on_device(value)):
+        with jax.ensure_compile_time_eval():
+            is_bad = concrete(value) and not all_finite(on_device(value))
+        if is_bad:
             raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
     return jax.tree.map(lambda v: on_device(v, y.dtype), network)

@@ -23,6 +23,8 @@ from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Control, Program
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
 
+_QUARTERED = 30  # how often outputs that are too large may be divided by four
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -51,6 +53,32 @@ def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: 
     Z = rows.X @ U
     objective = network_objective(rows, A, b, beta, U, Z)
     return Iterate(U, A, b, Z, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32))
+
+
+def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
+    """The iterate with its outputs nearer to the best constant: at a power of four of the distance, or at none of it.
+
+    Of these, the one of least objective. A network whose outputs are thousands of times too large, as fresh weights on
+    large features have, would take hundreds of steps to get there.
+    """
+    constant = None if iterate.b is None else rows.best_constant()
+
+    def at(share: Scalar) -> tuple[Neurons, Bias, Activations]:
+        b = None if iterate.b is None or constant is None else constant + share * (iterate.b - constant)
+        return share * iterate.U, b, share * iterate.Z
+
+    def objective(share: Scalar) -> Scalar:
+        U, b, Z = at(share)
+        return network_objective(rows, iterate.A, b, beta, U, Z)
+
+    shares = jnp.asarray([*(0.25**k for k in range(_QUARTERED)), 0.0], iterate.U.dtype)
+    values = jax.lax.map(objective, shares)
+    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    U, b, Z = at(shares[best])
+    return dataclasses.replace(iterate, U=U, b=b, Z=Z, objective=values[best], has_dead=jnp.any(dead(U)))
+
+
+shrunk = Program(_shrunk, few=ONCE)
 
 
 def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:

@@ -39,6 +39,8 @@ BETA_RATIO = 0.001
 RHO = 1.0
 TOL = 1e-3
 
+_FAR = 4.0  # times the loss of the best constant: above, a network to start from is first brought nearer to that
+
 State = RefreshedState | HeldState
 
 
@@ -254,6 +256,9 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))
+    if isinstance(asked.start, TwoLayer):
+        is_far = control.seen(first.objective) > _FAR * null
+        first = control.cond(is_far, lambda: control.run(refreshed.shrunk, rows, beta, first), lambda: first)
     if asked.start is None:
         first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
 

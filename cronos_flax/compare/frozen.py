@@ -117,7 +117,7 @@ class Linear(NamedTuple):
 
 
 def linear_probe(
-    features: np.ndarray, y: np.ndarray, strength: float, *, regression: bool, has_bias: bool = True
+    features: np.ndarray, y: np.ndarray, strength: float, *, num_classes: int | None, has_bias: bool = True
 ) -> Linear:
     """Fit scikit-learn's ``LogisticRegression``, or ``Ridge``.
 
@@ -125,22 +125,29 @@ def linear_probe(
         features: of the rows to fit, ``(n, p)``.
         y: labels ``(n,)``; or values, ``(n,)`` or ``(n, C)``.
         strength: the inverse of the regularisation, C of ``LogisticRegression``, 1/α of ``Ridge``.
-        regression: whether y are values.
+        num_classes: the number of classes; None for values.
         has_bias: whether to fit a bias; else it is zero.
 
     Returns:
-        The model; of classes its outputs are log-probabilities up to a constant of each row.
+        The model; of classes its outputs are log-probabilities up to a constant of each row. A class without a row has
+        as output what an output is at least, less the log of the number of rows; without bias zero.
     """
-    if regression:
+    if num_classes is None:
         ridge = Ridge(alpha=1 / strength, fit_intercept=has_bias).fit(features, y)
         kernel = np.atleast_2d(ridge.coef_).T
         return Linear(kernel, np.broadcast_to(ridge.intercept_, kernel.shape[1:]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        logistic = LogisticRegression(C=strength, max_iter=500, fit_intercept=has_bias).fit(features, y)
-    kernel, bias = logistic.coef_.T, np.broadcast_to(logistic.intercept_, logistic.coef_.shape[:1])
-    if kernel.shape[1] == 1:  # of two classes, the log of their odds
-        kernel, bias = np.concatenate([-kernel, kernel], axis=1) / 2, np.concatenate([-bias, bias]) / 2
+    kernel, bias = np.zeros((features.shape[1], num_classes)), np.zeros(num_classes)
+    classes = np.unique(y)
+    if len(classes) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            logistic = LogisticRegression(C=strength, max_iter=500, fit_intercept=has_bias).fit(features, y)
+        signs = np.asarray([[-0.5, 0.5]]) if len(classes) == 2 else np.eye(len(classes))  # of two, the log of the odds
+        kernel[:, classes] = logistic.coef_.T @ signs
+        bias[classes] = np.broadcast_to(logistic.intercept_, logistic.coef_.shape[:1]) @ signs
+    there = Linear(kernel[:, classes], bias[classes])
+    if has_bias and len(classes) < num_classes:
+        bias[np.setdiff1d(np.arange(num_classes), classes)] = np.min(there(features)) - np.log(len(y))
     return Linear(kernel, bias)
 
 
@@ -156,11 +163,11 @@ def probed(task: Task, run: Run) -> list[Row]:
     _, first = timed(lambda: features(data.x))
     inputs, passing = timed(lambda: features(data.x))
     assert run.rate is not None
-    strength, regression = run.rate, num_classes is None
-    model, fitting = timed(lambda: linear_probe(inputs, data.y, strength, regression=regression))
+    strength = run.rate
+    model, fitting = timed(lambda: linear_probe(inputs, data.y, strength, num_classes=num_classes))
     row: Row = {"epoch": 0, "seconds": passing + fitting, "compile_seconds": max(first - passing, 0.0)}
     for name, x, y in parts(data):
-        out = Linear(*model)(features(x))
+        out = model(features(x))
         if num_classes is None:
             row[f"{name}_loss"] = float(np.mean((out[:, 0] - y) ** 2) / 2)
         else:
@@ -185,7 +192,7 @@ def probe_first(task: Task, run: Run) -> Start:
     data, head, loss = task.split(run.seed), task.head_in_training, loss_of(task.loss)
     variables = task.model.init(run.seed, data.x[:1])
     network = head.read(variables)
-    regression = task.loss not in ("softmax", "logistic")
+    num_classes = task.dataset.num_classes if task.loss in ("softmax", "logistic") else None
 
     def features(x: np.ndarray, y: np.ndarray) -> Any:
         rows, moments = head.gather(variables, (x, y))
@@ -199,12 +206,10 @@ def probe_first(task: Task, run: Run) -> Start:
         return float(jnp.mean(loss.predicted(jnp.asarray(outputs)) == labels))
 
     def fitted(x: np.ndarray, y: np.ndarray, strength: float) -> Linear:
-        labels = y if regression else y.reshape(-1).astype(int)
-        linear = linear_probe(x, labels, strength, regression=regression, has_bias=network.bias2 is not None)
-        outputs = network.kernel2.shape[1]
-        if linear.kernel.shape[1] == outputs:
-            return linear
-        return Linear(linear.kernel @ [[-1.0], [1.0]], linear.bias @ [[-1.0], [1.0]])  # the log of the odds
+        labels = y if num_classes is None else y.reshape(-1).astype(int)
+        linear = linear_probe(x, labels, strength, num_classes=num_classes, has_bias=network.bias2 is not None)
+        odds = np.asarray([[-1.0], [1.0]])  # of two classes, for the logistic loss of one output
+        return Linear(linear.kernel @ odds, linear.bias @ odds) if task.loss == "logistic" else linear
 
     def probe() -> Any:
         x, y, moments = features(data.x, data.y)
