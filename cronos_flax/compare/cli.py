@@ -1,6 +1,7 @@
 """The command line: ``cronos-flax compare | merge | train | info``, the same as ``python -m cronos_flax``."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -106,6 +107,7 @@ def _settings(args: argparse.Namespace, shots: int | None = None) -> Any:
 
 def _compare(args: argparse.Namespace) -> int:
     from cronos_flax._head.files import held, replace
+    from cronos_flax.compare.task import Task
 
     if args.epochs is None and args.seconds is None:
         args.epochs = 10
@@ -117,14 +119,19 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError("`--target` is for the table, which a part does not have: give it to `cronos-flax merge`.")
     if args.shots and args.rows:
         raise ValueError("`--shots` says how many rows are fitted: leave `--rows` out.")
+    _check_free(args.shard.directory(args.out) if args.shard else args.out)
+    runs, most = _runs(args), args.shots[-1] if args.shots else None
+    task = Task.of(_settings(args, most))
+    task.split(args.first_seed)  # whether there are so many rows
+    if not args.quiet:
+        _print_notes(task.dataset)
     if not args.shots:
-        _compare_once(args, args.out, _settings(args))
+        _compare_once(args, args.out, runs, task)
         return 0
-    _check_free(args.out)
-    each = {shots: _settings(args, shots) for shots in args.shots}
-    for settings in reversed(each.values()):  # before any work
-        _check_rows(settings, args.first_seed)
-    sweeps = {shots: _compare_once(args, args.out / f"shots-{shots}", settings) for shots, settings in each.items()}
+    sweeps = {}
+    for count in args.shots:
+        of_count = dataclasses.replace(task, settings=dataclasses.replace(task.settings, shots=count))
+        sweeps[count] = _compare_once(args, args.out / f"shots-{count}", runs, of_count)
     if args.shard:
         return 0
     from cronos_flax.compare import shots
@@ -137,29 +144,23 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare_once(args: argparse.Namespace, whole: Path, settings: Any) -> list[Any]:
+def _compare_once(args: argparse.Namespace, whole: Path, runs: list[Any], task: Any) -> list[Any]:
     """One comparison, or a part of it, into a directory; its rows."""
     from cronos_flax._head.files import held
     from cronos_flax.compare.methods import has_head
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
     from cronos_flax.compare.sweep import fill
-    from cronos_flax.compare.task import Task
 
     shard = args.shard
     out = shard.directory(whole) if shard else whole
     _check_free(out)
-    runs = _runs(args)
-    task = Task.of(settings)
-    task.split(args.first_seed)
     if any(has_head(run.method) for run in runs):
         _ = task.head
-    if not args.quiet:
-        _print_notes(task.dataset)
     mine = shard.deal(runs) if shard else runs
     with held(out):
         with Progress(len(mine), quiet=args.quiet) as progress:
-            rows = fill(settings, runs, out, jobs=args.jobs, watch=progress, task=task, shard=shard)
+            rows = fill(task.settings, runs, out, jobs=args.jobs, watch=progress, task=task, shard=shard)
         done = by_run(rows)  # an earlier call may have done more runs, in another order
         rows = [row for run in mine for row in done[run]]
         if not shard:
@@ -170,13 +171,6 @@ def _compare_once(args: argparse.Namespace, whole: Path, settings: Any) -> list[
     elif not args.quiet:
         progress.show(rows, out)
     return rows
-
-
-def _check_rows(settings: Any, seed: int) -> None:
-    """Raise unless the data have the rows that the settings ask for."""
-    from cronos_flax.compare.task import Task
-
-    Task.of(settings).split(seed)
 
 
 def _runs(args: argparse.Namespace) -> list[Any]:
