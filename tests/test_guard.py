@@ -220,9 +220,9 @@ def test_a_backbone_that_is_spoiled_before_the_first_solve_is_said_to_be(guard):
     assert float(solution.stats.objective) == pytest.approx(float(solution.stats.null_loss), rel=1e-2)
     large = jax.tree.map(lambda leaf: 100 * leaf, VARIABLES["params"]["Dense_0"])
     state = made(guard=guard)
-    state = state.replace(
-        params={**state.params, "Dense_0": large}, solver=cf.Cronos(loss="softmax", max_iters=1, beta=1e3)
-    )
+    # Held gates go only a part of the way from a start that is far off, the refreshed ones would begin at a constant.
+    solver = cf.Cronos(loss="softmax", max_iters=1, beta=1e3, gates="fixed")
+    state = state.replace(params={**state.params, "Dense_0": large}, solver=solver)
     with pytest.warns(UserWarning, match="explains next to nothing"):
         state.solve_head((X, Y))
 

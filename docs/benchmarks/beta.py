@@ -2,10 +2,10 @@
 
     python docs/benchmarks/beta.py [--data-dir DIR] [--weights DIR] [--out beta.jsonl] [--picture beta.png]
 
-Seven sets, three seeds, the squared loss (on signed targets) and softmax, 64 neurons, ``cf.Cronos``'s defaults
-otherwise, features as they are; beside the ratios, ``beta="path"``. Every solve is one row of the file, written as
-soon as it is done; rows that are there are not run again. Ends with a table, means and standard deviations over seeds,
-and draws it.
+Seven sets (four without ``--data-dir``), three seeds, the squared loss (on signed targets) and softmax, 64 neurons,
+``cf.Cronos``'s defaults otherwise, features as they are; beside the ratios, ``beta="path"``, with a fifth of the rows
+held out and over five folds. Every solve is one row of the file, written as soon as it is done; rows that are there are
+not run again. Ends with a table, means and standard deviations over seeds, and draws it.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from cronos_flax._solver.cronos import BETA_RATIO
 from cronos_flax._solver.losses import loss_of
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-PATH = "path"  # in the place of a ratio: ``beta="path"``, which looks at the rows to fit only
+# In the place of a ratio: ``beta="path"``, which looks at the rows to fit only; with a fifth held out, and over folds.
+PATH, FOLDS = "path", "path, five folds"
+TRIED = (*RATIOS, PATH, FOLDS)
 SEEDS = (0, 1, 2)
 HIDDEN = 64
 
@@ -45,15 +47,15 @@ def beta_max(split: Split, loss: str) -> float:
     """In the user's units."""
     made = loss_of(loss)
     y = made.targets(jnp.asarray(targets(split, loss)), split.classes)
-    arrays = jnp.asarray(split.X), y, jnp.ones(len(y)), jax.random.key(0)
+    arrays = jnp.asarray(split.X), y, jnp.ones(len(y))
     return float(user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
 
 
 def solved(split: Split, loss: str, ratio: float | str, largest: Callable[[str], float]) -> dict:
     """Solve once; the figures of the row."""
-    beta: Any = PATH if ratio == PATH else ratio * largest(loss)
+    beta: Any = PATH if isinstance(ratio, str) else ratio * largest(loss)
     start = time.perf_counter()
-    solver = cf.Cronos(loss=loss, beta=beta)
+    solver = cf.Cronos(loss=loss, beta=beta, folds=5 if ratio == FOLDS else None)
     solution = solver.solve(split.X, targets(split, loss), hidden=HIDDEN, key=jax.random.key(split.seed))
     found = score(np.asarray(cf.predict(solution.params, split.X_held)), split.y_held)
     active, seconds = int(solution.stats.active_neurons), time.perf_counter() - start
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         rows = missing(
             args.out,
             ("set", "loss", "seed", "ratio"),
-            itertools.product((split.name,), losses, (split.seed,), (*RATIOS, PATH)),
+            itertools.product((split.name,), losses, (split.seed,), TRIED),
             lambda name, loss, seed, ratio, split=split, largest=largest: solved(split, loss, ratio, largest),
         )
     return rows
@@ -80,7 +82,7 @@ def curves(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:
     table = {}
     for name, loss in dict.fromkeys((row["set"], row["loss"]) for row in rows):
         scores = {(r["ratio"], r["seed"]): r["score"] for r in rows if (r["set"], r["loss"]) == (name, loss)}
-        table[name, loss] = np.array([[scores.get((r, seed), np.nan) for seed in SEEDS] for r in (*RATIOS, PATH)])
+        table[name, loss] = np.array([[scores.get((r, seed), np.nan) for seed in SEEDS] for r in TRIED])
     return table
 
 
@@ -94,14 +96,15 @@ def main() -> None:
     print(
         "| set | loss | "
         + " | ".join(f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS)
-        + " | default below best | path |"
+        + f" | default below best | {PATH} | {FOLDS} |"
     )
-    print("|---|---|" + "---|" * (len(RATIOS) + 2))
+    print("|---|---|" + "---|" * (len(RATIOS) + 3))
     for (name, loss), scores in table.items():
         mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
         cells = ["–" if np.isnan(m) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, sd, strict=True)]
-        below = mean[:-1].max() - mean[RATIOS.index(default)]
-        print(f"| {name} | {loss} | " + " | ".join(cells[:-1]) + f" | {below:.2f} | {cells[-1]} |")
+        below = mean[: len(RATIOS)].max() - mean[RATIOS.index(default)]
+        ratios, paths = " | ".join(cells[: len(RATIOS)]), " | ".join(cells[len(RATIOS) :])
+        print(f"| {name} | {loss} | {ratios} | {below:.2f} | {paths} |")
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
     names = list(dict.fromkeys(name for name, _ in table))
@@ -110,7 +113,9 @@ def main() -> None:
             if (name, loss) in table:
                 scores = table[name, loss]
                 mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
-                axis.errorbar(RATIOS, mean[:-1], sd[:-1], marker="o", markersize=3, capsize=2, label=loss)
+                axis.errorbar(
+                    RATIOS, mean[: len(RATIOS)], sd[: len(RATIOS)], marker="o", markersize=3, capsize=2, label=loss
+                )
         axis.axvline(default, color="0.6", linestyle=":", label="default")
         axis.set_title(name.replace(" features of ", " features,\n").replace("cifar10_", "cifar10 "), fontsize=9)
         axis.set_xscale("log")

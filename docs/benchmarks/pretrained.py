@@ -30,6 +30,7 @@ import text as example
 HIDDEN, CLASSES, SHOTS, DRAWS = 512, 77, 10, range(10)
 STRENGTHS = np.logspace(-1, 3, 5)
 SOLVED, PATH, SEARCH, PLAIN = "solved head", "solved head, β chosen", "logistic, C chosen", "logistic, C = 1"
+FOLDS = "solved head, β chosen over five folds"
 ALL_ROWS = {PLAIN: (0,), SEARCH: (0,), SOLVED: (0, 1, 2)}  # seeds; logistic regression has none
 calls: dict[tuple[int, str], int] = {}
 
@@ -66,6 +67,7 @@ def searched(train: Any, strengths: np.ndarray = STRENGTHS) -> Callable[[np.ndar
 FITS: dict[str, Callable[[cf.Features, int], Callable[[np.ndarray], np.ndarray]]] = {
     SOLVED: solved,
     PATH: lambda train, draw: solved(train, draw, beta="path"),
+    FOLDS: lambda train, draw: solved(train, draw, beta="path", folds=5),
     SEARCH: lambda train, _: searched(train),
     PLAIN: lambda train, _: LogisticRegression(max_iter=1000).fit(train.X, train.y).predict,
 }
@@ -100,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> None:
         print(f"| {size} | {method} | {len(own)} | {np.mean(scores):.2f}{spread} | {' | '.join(seconds)} |")
     print("\n10 a class, paired by draw, ± standard error")
     of = {(row["method"], row["draw"]): row["accuracy"] for row in rows if row["shots"]}
-    for one, other in ((SOLVED, SEARCH), (PATH, SEARCH), (SOLVED, PATH)):
+    for one, other in ((SOLVED, SEARCH), (PATH, SEARCH), (SOLVED, PATH), (FOLDS, PATH)):
         apart = [of[one, draw] - of[other, draw] for draw in DRAWS if {(one, draw), (other, draw)} <= of.keys()]
         if len(apart) > 1:
             error = np.std(apart, ddof=1) / np.sqrt(len(apart))
@@ -115,7 +117,7 @@ def main() -> None:
         train, test = (features_of(args.weights, args.data_dir, args.cache, split) for split in ("train", "test"))
         wanted = [(SHOTS, draw, method) for method in (PLAIN, SEARCH, SOLVED) for draw in DRAWS]
         wanted += [(0, draw, method) for method, draws in ALL_ROWS.items() for draw in draws]
-        wanted += [(SHOTS, draw, PATH) for draw in DRAWS]
+        wanted += [(SHOTS, draw, method) for method in (PATH, FOLDS) for draw in DRAWS]
         rows = missing(args.out, ("shots", "draw", "method"), wanted, lambda *key: measured(train, test, *key))
     table(rows)
 

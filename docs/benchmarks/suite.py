@@ -333,10 +333,12 @@ def tuned_table(scores: Scores) -> str:
     head = ["optimizer", "settings", "mean of the best", "ahead on", "furthest behind", *scores.tasks]
     drawn = ["optimizer", *(f"best of {count}" for count in counts), "of all", f"draws to match {OURS}"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    searches = [f"| {' | '.join(drawn)} |", "|---" * len(drawn) + "|"]
+    searches = [f"{OURS}, one setting: {ours.mean():.2f}", "", f"| {' | '.join(drawn)} |", "|---" * len(drawn) + "|"]
     groups = {name: [name] for name in dict.fromkeys(METHODS[m].optimizer for m in scores.methods if m != OURS)}
     for group, names in (groups | {"all": list(groups)}).items():
         own = [i for i, m in enumerate(scores.methods) if m != OURS and METHODS[m].optimizer in names]
+        if len(own) < 2:
+            continue
         means = scores.means[own]
         best = np.argmax(means, axis=0)
         apart = ours.mean(axis=1) - means.max(axis=0)
