@@ -34,6 +34,25 @@ def whole(x, random):
 """
 
 
+# A pretrained model of a user's, whose last layer is replaced.
+GRAFTED = """
+import flax.linen as nn, jax, numpy as np
+import cronos_flax as cf
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x))
+        return nn.Dense(7, name="fc")(nn.Dropout(0.1, deterministic=not train)(nn.tanh(x)))
+
+def make(outputs):
+    x = np.zeros((2, 13), "float32")
+    pretrained = Normed().init(jax.random.key(0), x, train=False)
+    model = cf.graft(Normed(), at="fc", hidden=12, features=outputs)
+    return model, cf.graft_variables(model, pretrained, jax.random.key(1), x, train=False)
+"""
+
+
 @pytest.fixture(scope="module")
 def task():
     return Task.of(Settings("wine", model="two-layer", epochs=2, batch_size=32))
@@ -171,6 +190,17 @@ def test_with_batch_norm_a_probe_is_fitted_to_what_gradients_see_and_sets_the_ru
     np.testing.assert_allclose(mean, z.mean(axis=0), atol=1e-4)
     assert not np.any(before["batch_stats"]["BatchNorm_0"]["mean"])
     assert frozen.scored(task, 0, start.variables)["test_accuracy"] > 0.9
+
+
+def test_a_grafted_model_is_told_what_is_training(own):
+    """The wrapper of a grafted model takes any arguments, so these of the backbone were not seen."""
+    (own / "own_graft.py").write_text(GRAFTED)
+    task = Task.of(Settings("wine", model="own_graft:make", epochs=1, batch_size=32))
+    assert (task.model.train_kwargs, task.model.eval_kwargs) == ({"train": True}, {"train": False})
+    assert task.head_in_training.module.statistics == "batch"
+    assert not task.head.module.statistics
+    for method, rate in (("cronos-ft", None), ("lp-ft", 1e-3), ("linear-probe", 1.0)):
+        assert rows_of(task, Run(method, rate, 0))[-1]["test_accuracy"] > 0.3, method
 
 
 def test_what_comes_before_training_counts_in_its_seconds(monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from cronos_flax._head.graft import Grafted
 from cronos_flax.compare.own import function
 
 
@@ -94,8 +95,8 @@ def model_of(name: str, outputs: int) -> Model:
         outputs: how many outputs it shall have.
 
     Returns:
-        The module. Where its ``__call__`` has an argument ``train`` or ``training``, or ``deterministic``, that says
-        which of training and evaluation is meant.
+        The module. Where its ``__call__``, or that of the module that was grafted, has an argument ``train`` or
+        ``training``, or ``deterministic``, that says which of training and evaluation is meant.
 
     Raises:
         ValueError: if there is no such factory, or it returns something else.
@@ -109,7 +110,10 @@ def model_of(name: str, outputs: int) -> Model:
             f"`model` {name!r} must return a flax.linen.Module, or a pair of one and its variables, got "
             f"{type(module).__name__}."
         )
-    parameters = inspect.signature(type(module).__call__).parameters
+    called = module
+    while isinstance(called, Grafted):  # which passes on what it is called with
+        called = called.backbone
+    parameters = inspect.signature(type(called).__call__).parameters
     for flag, training in (("train", True), ("training", True), ("deterministic", False)):
         if flag in parameters:
             return Model(module, variables, {flag: training}, {flag: not training})
