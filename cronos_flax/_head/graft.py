@@ -154,12 +154,13 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
         raise ValueError(f"graft_variables: `grafted` must come from cf.graft, got {type(grafted).__name__}.")
     if not isinstance(pretrained, Mapping):
         raise ValueError(f"graft_variables: `pretrained` must be a mapping, got {type(pretrained).__name__}.")
-    with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        made = automatically(
-            lambda _, rngs, args, kwargs: grafted.init(rngs, *args, **kwargs), pretrained, rngs, args, kwargs
-        )
-        fresh = flax.traverse_util.flatten_dict(flax.core.unfreeze(made))
+
+    def made(rngs: Any, args: tuple, kwargs: dict) -> dict[Path, Any]:
+        return flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
+
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
+    with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
+        fresh = jax.eval_shape(lambda: made(rngs, args, kwargs))
     replaced = grafted.at
 
     def is_replaced(path: Path) -> bool:
@@ -174,8 +175,16 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
             "graft_variables: `pretrained` must be the variables of the module that was grafted; missing, left over or "
             f"of another shape: {names}."
         )
-    return flax.traverse_util.unflatten_dict(fresh | moved)
+
+    def head(_: Any, rngs: Any, args: tuple, kwargs: dict) -> dict[Path, Any]:
+        # What is not asked for is not computed: to draw a backbone that is replaced would take most of the time.
+        return jax.jit(lambda: {p: leaf for p, leaf in made(rngs, args, kwargs).items() if p not in moved})()
+
+    with jax.transfer_guard("allow"):
+        drawn = automatically(head, pretrained, rngs, args, kwargs)
+    return flax.traverse_util.unflatten_dict({path: moved[path] if path in moved else drawn[path] for path in fresh})
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    return jnp.shape(*jax.tree.leaves(leaf))  # not unboxed: an explicit mesh would compare it with its annotation
+    (array,) = jax.tree.leaves(leaf)  # not unboxed: an explicit mesh would compare it with its annotation
+    return array.shape if isinstance(array, jax.ShapeDtypeStruct) else jnp.shape(array)

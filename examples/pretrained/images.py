@@ -251,7 +251,7 @@ def main() -> None:
     classes = int(y.max()) + 1
     if args.weights is None:
         original = Lite(SMALL, 8, 64)
-        pretrained = original.init(jax.random.key(0), x[:1])
+        pretrained = jax.jit(original.init)(jax.random.key(0), x[:1])
     else:
         original = Lite()
         shapes = jax.eval_shape(original.init, jax.random.key(0), jnp.zeros((1, *x.shape[1:])))
