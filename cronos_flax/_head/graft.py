@@ -158,9 +158,12 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
     def made(rngs: Any, args: tuple, kwargs: dict) -> dict[Path, Any]:
         return flax.traverse_util.flatten_dict(flax.core.unfreeze(grafted.init(rngs, *args, **kwargs)))
 
+    def shapes(_: Any, *called: Any) -> dict[Path, Any]:
+        return jax.eval_shape(lambda: made(*called))
+
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        fresh = jax.eval_shape(lambda: made(rngs, args, kwargs))
+        fresh = automatically(shapes, pretrained, rngs, args, kwargs)
     replaced = grafted.at
 
     def is_replaced(path: Path) -> bool:
@@ -176,9 +179,9 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
             f"of another shape: {names}."
         )
 
-    def head(_: Any, rngs: Any, args: tuple, kwargs: dict) -> dict[Path, Any]:
+    def head(_: Any, *called: Any) -> dict[Path, Any]:
         # What is not asked for is not computed: to draw a backbone that is replaced would take most of the time.
-        return jax.jit(lambda: {p: leaf for p, leaf in made(rngs, args, kwargs).items() if p not in moved})()
+        return jax.jit(lambda: {path: leaf for path, leaf in made(*called).items() if path not in moved})()
 
     with jax.transfer_guard("allow"):
         drawn = automatically(head, pretrained, rngs, args, kwargs)
