@@ -274,6 +274,8 @@ def test_gradient_steps_see_augmented_rows_and_nothing_else_does(own):
 def test_augmented_batches_are_the_same_for_the_same_seed(own):
     task = Task.of(Settings("wine", model="two-layer", epochs=1, batch_size=32, augment="own_augment:darker"))
     data = task.split(0)
+    (one, _) = next(iter(task.augmented(0, 10**6)))  # more than there are: all of them
+    assert len(one) == len(data.y)
     first, again, other = (
         list(itertools.islice(task.augmented(seed, 32), 6)) for seed in (0, 0, 1)
     )  # of two epochs: three batches fit into one

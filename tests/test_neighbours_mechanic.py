@@ -71,14 +71,18 @@ def test_momo_sees_the_value_of_the_objective_that_solves_lower():
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=2e-4, atol=2e-6), state.params, params)
 
 
+def of_kind(kind, tx):
+    """An alternation with this head, or an ordinary train state."""
+    if kind == "plain":
+        return TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx)
+    return made(tx, alternation=cf.Alternation(head=kind))
+
+
 @pytest.mark.parametrize("kind", ["moving", "frozen", "plain"])
 def test_an_optimizer_that_takes_less_than_its_type_says_is_not_given_the_loss(kind):
     """SAM's type says that its update takes more arguments than gradients; it does not."""
     tx = optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.01)))
-    if kind == "plain":
-        state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx)
-    else:
-        state = made(tx, alternation=cf.Alternation(head=kind))
+    state = of_kind(kind, tx)
     after, history = cf.train(state, (X, Y), epochs=4, batch_size=64, loss="softmax")
     losses = [row["loss"] for row in history if "loss" in row]
     assert losses[-1] < losses[0]
@@ -89,10 +93,7 @@ def test_an_optimizer_that_takes_less_than_its_type_says_is_not_given_the_loss(k
 @pytest.mark.parametrize("kind", ["moving", "frozen", "plain"])
 def test_train_gives_the_loss_to_an_optimizer_that_takes_it(kind):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.momo(0.1))
-    if kind == "plain":
-        state = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=tx)
-    else:
-        state = made(tx, alternation=cf.Alternation(head=kind))
+    state = of_kind(kind, tx)
     after, history = cf.train(state, (X, Y), epochs=2, batch_size=64, loss="softmax")
     losses = [row["loss"] for row in history if "loss" in row]
     assert losses[-1] < losses[0]

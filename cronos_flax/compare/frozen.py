@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
@@ -24,7 +25,7 @@ from cronos_flax._head.fit import fit_rows
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.losses import loss_of
 from cronos_flax._solver.solution import TwoLayer
-from cronos_flax.compare.methods import BACKBONE, BACKBONE_RATE, PROBE_DECADES, BaselineState, optimizer
+from cronos_flax.compare.methods import PROBE_DECADES, BaselineState
 from cronos_flax.compare.task import Row, Run, Task
 
 _ITERATIONS, _MOST_SOLVES = 10, 50  # between two checks, and checks
@@ -52,7 +53,7 @@ def scored(task: Task, seed: int, variables: Any) -> Row:
     state = BaselineState.create(
         apply_fn=task.model.module.apply,
         params=variables["params"],
-        tx=optimizer(BACKBONE, BACKBONE_RATE),
+        tx=optax.identity(),
         model_state={name: tree for name, tree in variables.items() if name != "params"},
     )
     score = scoring(state, loss_of(task.loss), task.model.eval_kwargs)

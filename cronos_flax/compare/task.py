@@ -160,7 +160,7 @@ class Task:
         """Batches of the rows to fit, as gradient steps see them if there is an ``augment``."""
         data = self.split(seed)
         assert self.augment is not None
-        return Augmented(data.x, data.y, batch_size, seed, self.augment)
+        return Augmented(data.x, data.y, min(batch_size, len(data.y)), seed, self.augment)
 
     @functools.cached_property
     def checksum(self) -> str:
