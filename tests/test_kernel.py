@@ -258,7 +258,9 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
     flat = lambda step: np.concatenate([np.ravel(part) for part in jax.tree.leaves(step)])  # noqa: E731
     np.testing.assert_allclose(T.T @ flat(g), gradient, atol=1e-9)
     prepared = gauss_newton.prepare(rows, m, jax.random.key(seed), SETTINGS)
-    problem = model, model, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, True
+    rng = np.random.default_rng(seed)
+    last = gauss_newton.Step(*(None if part is None else jnp.asarray(rng.normal(size=part.shape)) for part in g))
+    problem = model, model, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, last, True
     exact, _ = gauss_newton.direction(*problem, dataclasses.replace(SETTINGS, precise_cg_steps=500, cg_tol=1e-12))
     np.testing.assert_allclose(flat(exact), expected, atol=1e-7)
     # What the solver takes of it is a direction of descent.
@@ -365,21 +367,26 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
     U = jnp.asarray(rng.normal(size=(rows.X.shape[1], 4)))
     A = programs.unit_rows(jnp.asarray(rng.normal(size=(4, 3))), programs.default_directions(4, 3, U.dtype))
     tried = cf.Refreshed(least_warm_up=8, warm_up_every=2, damping_range=(1e-3, 10.0))
+    unmoved = refreshed.unmoved(U, A, rows.best_constant())
     prepared = gauss_newton.prepare(rows, 4, key, tried)
     step = jax.jit(refreshed.step, static_argnames="settings")
     taken = set()
     for damping in (1e-3, 1.0, 10.0):
-        before = refreshed.init(rows, U, A, rows.best_constant(), beta, jnp.asarray(damping))
+        before = refreshed.init(rows, U, A, rows.best_constant(), beta, jnp.asarray(damping), unmoved)
         for _ in range(4):
             after = step(rows, prepared, beta, before, before, None, None, False, settings=tried)
             np.testing.assert_allclose(programs.norms(after.A.T), 1, rtol=1e-12)
             np.testing.assert_allclose(after.Z, rows.X @ after.U, atol=1e-9)
-            again = refreshed.init(rows, after.U, after.A, after.b, beta, after.damping)
+            again = refreshed.init(rows, after.U, after.A, after.b, beta, after.damping, after.last)
             assert float(after.objective) == pytest.approx(float(again.objective), rel=1e-9)
             assert float(after.objective) < float(before.objective)
             factors = [np.clip(f * float(before.damping), 1e-3, 10.0) for f in tried.damping_factors]
             assert np.min(np.abs(np.subtract(factors, float(after.damping)))) < 1e-12
             taken.add(round(float(after.damping / before.damping), 6))
+            # What is handed on as the last step led from one to the other, but for the lengths of the directions.
+            length = 1 + jnp.linalg.norm(after.last.W, axis=1) ** 2 / gauss_newton.floored(before.U, tried) ** 2
+            np.testing.assert_allclose(before.U * jnp.sqrt(length) + after.last.U, after.U, rtol=1e-9)
+            np.testing.assert_allclose(before.b + after.last.b, after.b, rtol=1e-9)
             before = after
     assert 0.25 in taken  # the damping follows
     # From a loss that nothing reaches it stays, with more damping; and a warm-up gives its start back.
@@ -408,7 +415,8 @@ def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)
     A = programs.default_directions(4, 1, U.dtype)
-    iterate = refreshed.init(rows, U, A, rows.best_constant(), jnp.asarray(1e-3), jnp.asarray(1.0))
+    unmoved = refreshed.unmoved(U, A, rows.best_constant())
+    iterate = refreshed.init(rows, U, A, rows.best_constant(), jnp.asarray(1e-3), jnp.asarray(1.0), unmoved)
     assert bool(iterate.has_dead)
     prepared = gauss_newton.prepare(rows, 4, jax.random.key(1), SETTINGS)
     alive = refreshed.revived(rows, iterate, jax.random.key(0))
@@ -427,6 +435,36 @@ def test_conjugate_gradients_stop_at_the_tolerance_and_take_a_guess():
     assert np.linalg.norm(matrix @ x - rhs) / np.linalg.norm(rhs) < 1e-2
     again, _ = linear_solvers.conjugate_gradient(lambda v: matrix @ v, rhs, guess=x, tol=1e-10, max_steps=100)
     np.testing.assert_allclose(matrix @ again, rhs, atol=1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_conjugate_gradients_along_a_first_direction_end_at_the_least_point_of_what_they_span(steps):
+    rng = np.random.default_rng(1)
+    root, scale = rng.normal(size=(12, 12)), rng.uniform(0.5, 2, size=12)
+    matrix, rhs, first = root @ root.T + np.eye(12), rng.normal(size=12), rng.normal(size=12)
+    x, taken = linear_solvers.conjugate_gradient(
+        lambda v: matrix @ v, jnp.asarray(rhs), preconditioner=lambda r: scale * r, first=first, max_steps=steps
+    )
+    assert int(taken) == steps
+    span = [first]
+    for _ in range(1, steps):  # the preconditioned gradient at the least point so far, each time
+        basis = np.stack(span, axis=1)
+        least = basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ rhs)
+        span.append(scale * (rhs - matrix @ least))
+    basis = np.stack(span, axis=1)
+    least = basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ rhs)
+    np.testing.assert_allclose(x, least, atol=1e-9)
+
+
+def test_conjugate_gradients_without_a_first_direction_are_as_those_along_zero():
+    rng = np.random.default_rng(2)
+    root, rhs = rng.normal(size=(12, 12)), jnp.asarray(rng.normal(size=12))
+    matrix = jnp.asarray(root @ root.T + np.eye(12))
+    plain, along_zero = (
+        linear_solvers.conjugate_gradient(lambda v: matrix @ v, rhs, first=first, max_steps=4)[0]
+        for first in (None, jnp.zeros(12))
+    )
+    np.testing.assert_allclose(plain, along_zero, rtol=1e-12)
 
 
 def test_beta_max_of_rows_in_blocks_is_that_of_rows_in_memory():

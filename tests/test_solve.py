@@ -321,6 +321,17 @@ def test_beta_max_agrees_over_orders_of_the_rows_and_is_above_what_random_neuron
     assert found.min() > float(jnp.max(random))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-5, 1e-2, 1e10])
+def test_a_random_start_is_in_the_units_of_the_targets(scale):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 10)).astype("float32")
+    y = (X[:, 0] + np.abs(X[:, 1])).astype("float32")
+    plain, scaled = (cf.Cronos(max_iters=30).solve(X, size * y, hidden=32).stats for size in (1.0, scale))
+    assert float(plain.objective) < 0.1 * float(plain.null_loss)
+    shares = [float(stats.objective) / float(stats.null_loss) for stats in (plain, scaled)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)  # but for rounding, which grows along the way
+
+
 def test_state_continues_a_refreshed_solve(digits):
     X, labels = digits
     y = cf.signed_targets(labels, 10)

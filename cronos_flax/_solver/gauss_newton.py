@@ -11,7 +11,7 @@ with H the curvature of the loss. Directions move within their tangent, ``δaᵢ
 neurons. With one output they stay, and with the squared loss so does the bias; then δ is the U-step of ADMM.
 
 The system is solved roughly, by conjugate gradients on a sample of the rows, preconditioned by a Kronecker
-approximation.
+approximation. They begin along the last step, so that rough solutions of one system after the other add up.
 """
 
 import dataclasses
@@ -280,13 +280,16 @@ def direction(
     damping: Scalar,
     U: Neurons,
     g: Step,
+    last: Step,
     precise: Array | bool,
     settings: Refreshed,
 ) -> tuple[Step, Int[Array, ""]]:
     """The Levenberg–Marquardt step δ for a gradient g, roughly; and the conjugate-gradient steps it took.
 
-    With the curvature on all rows, or, if it need not be precise, on some of them.
+    With the curvature on all rows, or, if it need not be precise, on some of them. Conjugate gradients begin along the
+    last step, zero for none.
     """
+    last = Step(last.U, None if last.W is None else model.tangent(last.W), last.b)
     N = damping + beta / floored(U, settings)
     preconditioner = Preconditioner.of(prepared, sampled, N, damping)
     max_steps = jnp.where(precise, settings.precise_cg_steps, settings.cg_steps)
@@ -304,6 +307,7 @@ def direction(
             operator,
             jax.tree.map(jnp.negative, g),
             preconditioner=preconditioner.divide,
+            first=last,
             max_steps=max_steps,
             tol=settings.cg_tol,
         )

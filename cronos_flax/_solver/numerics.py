@@ -24,14 +24,15 @@ def conjugate_gradient(
     *,
     preconditioner: Callable[[Tree], Tree] = lambda r: r,
     guess: Tree | None = None,
+    first: Tree | None = None,
     tol: Array | float = 0.0,
     max_steps: Array | int,
 ) -> tuple[Tree, Int[Array, ""]]:
     """Solve ``operator(x) = rhs`` for a symmetric positive definite operator; also the number of steps taken.
 
     Stops when the residual, in the norm of the preconditioner, is below ``tol`` times that of ``rhs``, or below what
-    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. Vectors are
-    pytrees of arrays.
+    the precision can resolve, or after ``max_steps``. Without a guess no product is spent on the start. A step along
+    ``first``, if that is not zero, comes before the others, which are conjugate to it. Vectors are pytrees of arrays.
     """
     b, as_tree = ravel_pytree(rhs)
 
@@ -45,25 +46,37 @@ def conjugate_gradient(
         step, *_, done = carry
         return (step < max_steps) & ~done
 
+    zero, one = jnp.zeros_like(b), jnp.ones((), b.dtype)
+    led = zero if first is None else ravel_pytree(first)[0]
+    leads = jnp.any(led != 0)
+
     # Operator and preconditioner stand in the loop once each, as every place where they stand is compiled.
     def body(carry: tuple) -> tuple:
-        step, x, r, p, rz_old, target, _ = carry
+        step, x, r, p, image, image_led, target, _ = carry  # images A v / vᵀA v, of the last direction and of the first
         z = M(r)
         rz = r @ z
         if guess is None:
             target = jnp.where(step == 0, smallest * rz, target)
-        p = z + jnp.where(step == 0, 0, rz / rz_old) * p
+        p = z - (z @ image) * p
+        is_led = (step == 0) & leads
+        if first is not None:
+            p = jnp.where(is_led, led, p - (z @ image_led) * led)
         done = ~(rz > target)
         q = jax.lax.cond(done, jnp.zeros_like, A, p)
-        length = jnp.where(done, 0, rz / (p @ q))
-        return jnp.where(done, step, step + 1), x + length * p, r - length * q, p, rz, target, done
+        curvature = p @ q
+        fits = ~done & (curvature > 0)
+        curvature = jnp.where(fits, curvature, 1)
+        length = jnp.where(fits, (r @ p) / curvature, 0)
+        image = q / curvature
+        if first is not None:
+            image, image_led = jnp.where(is_led, 0, image), jnp.where(is_led, image, image_led)
+        return jnp.where(done, step, step + 1), x + length * p, r - length * q, p, image, image_led, target, done
 
-    zero, one = jnp.zeros_like(b), jnp.ones((), b.dtype)
     x, r, target = zero, b, one
     if guess is not None:
         x = ravel_pytree(guess)[0]
         r, target = b - A(x), smallest * (b @ M(b))
-    start = jnp.zeros((), jnp.int32), x, r, zero, one, target, jnp.zeros((), bool)
+    start = jnp.zeros((), jnp.int32), x, r, zero, zero, zero, target, jnp.zeros((), bool)
     steps, x, *_ = jax.lax.while_loop(unfinished, body, start)
     return as_tree(x), steps
 

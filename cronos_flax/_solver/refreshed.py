@@ -17,7 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 from cronos_flax._solver import gauss_newton
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.coordinates import Rows
-from cronos_flax._solver.gauss_newton import LocalModel, Prepared, direction, floored, gradient, places, sample_size
+from cronos_flax._solver.gauss_newton import (
+    LocalModel,
+    Prepared,
+    Step,
+    direction,
+    floored,
+    gradient,
+    places,
+    sample_size,
+)
 from cronos_flax._solver.program import dead, network_objective, network_outputs, norms, random_neurons, unit_rows
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Control, Program
@@ -28,14 +37,14 @@ _QUARTERED = 30  # how often outputs that are too large may be divided by four
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["U", "A", "b", "Z", "objective", "has_dead", "damping", "cg_steps"],
+    data_fields=["U", "A", "b", "Z", "objective", "has_dead", "damping", "cg_steps", "last"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Iterate:
     """What one step hands to the next.
 
-    Network, ``Z = X U``, objective, whether there are dead neurons, damping μ, CG steps so far.
+    Network, ``Z = X U``, objective, whether there are dead neurons, damping μ, CG steps so far, and the last step.
     """
 
     U: Neurons
@@ -46,13 +55,20 @@ class Iterate:
     has_dead: Bool[Array, ""]
     damping: Scalar
     cg_steps: Int[Array, ""]
+    last: Step
 
 
-def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: Scalar) -> Iterate:
-    """The iterate for a start from the network (U, A, b)."""
+def unmoved(U: Neurons, A: Directions, b: Bias) -> Step:
+    """The last step of a network that has not made one."""
+    U, A, b = jax.tree.map(jnp.zeros_like, (U, A, b))
+    return Step(U, A if A.shape[1] > 1 else None, b)
+
+
+def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: Scalar, last: Step) -> Iterate:
+    """The iterate for a start from the network (U, A, b), after this last step."""
     Z = rows.X @ U
     objective = network_objective(rows, A, b, beta, U, Z)
-    return Iterate(U, A, b, Z, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32))
+    return Iterate(U, A, b, Z, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32), last)
 
 
 def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
@@ -167,7 +183,8 @@ def step(
     g = gradient(model, beta, U)
     decided = known if precise is None else precise
     assert decided is not None
-    delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, decided, settings)
+    last = iterate.last._replace(U=jnp.where((norms(U) > 0)[None, :], iterate.last.U, 0))
+    delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, last, decided, settings)
     A_delta = jnp.zeros_like(A) if delta.W is None else delta.W / size[:, None]
     Z_delta = rows.X @ delta.U
 
@@ -207,6 +224,7 @@ def step(
         has_dead=jnp.any(dead(U)),
         damping=jnp.clip(damping, *settings.damping_range),
         cg_steps=iterate.cg_steps + cg_steps,
+        last=jax.tree.map(lambda part: length * part, delta._replace(U=delta.U * growth[None, :])),
     )
     stayed = dataclasses.replace(iterate, damping=after.damping, cg_steps=after.cg_steps)
     return jax.tree.map(lambda new, old: jnp.where(value < iterate.objective, new, old), after, stayed)
@@ -381,6 +399,7 @@ class Point(NamedTuple):
     A: Directions
     b: Bias
     damping: Scalar
+    last: Step
 
 
 def _few(rows: Rows, at: Point, beta: Scalar, key: Array, *, size: int) -> tuple[Rows, Scalar, Iterate, Array]:
@@ -388,17 +407,17 @@ def _few(rows: Rows, at: Point, beta: Scalar, key: Array, *, size: int) -> tuple
     key, sample_key = jax.random.split(key)
     some = gauss_newton.sample(rows, sample_key, size)
     share = beta * size / rows.count
-    return some, share, init(some, at.U, at.A, at.b, share, at.damping), key
+    return some, share, init(some, at.U, at.A, at.b, share, at.damping, at.last), key
 
 
 def point(now: Iterate) -> Point:
     """Where an iterate is."""
-    return Point(now.U, now.A, now.b, now.damping)
+    return Point(now.U, now.A, now.b, now.damping, now.last)
 
 
 def _better(rows: Rows, beta: Scalar, start: Iterate, found: Point) -> Iterate:
     """The better one of an iterate and what was found on other rows."""
-    there = init(rows, found.U, found.A, found.b, beta, found.damping)
+    there = init(rows, found.U, found.A, found.b, beta, found.damping, found.last)
     return jax.tree.map(lambda new, old: jnp.where(there.objective < start.objective, new, old), there, start)
 
 

@@ -47,8 +47,9 @@ class Refreshed(_Settings):
         damping_factors: the factor on the damping μ after each of these lengths, one for each.
         damping_range: the least and the largest μ.
         norm_floor: ``‖uᵢ‖`` in the linear system is at least this fraction of its mean over neurons.
-        cg_steps: conjugate-gradient steps of an iteration, until the loss stagnates. From then on iterations are
-            precise; with no more than ``least_sample`` rows they are so from the start.
+        cg_steps: conjugate-gradient steps of an iteration, the first of which goes along the step of the last one,
+            until the loss stagnates. From then on iterations are precise; with no more than ``least_sample`` rows they
+            are so from the start.
         precise_cg_steps: most conjugate-gradient steps of a precise iteration, which takes all rows.
         cg_tol: relative residual at which these end early.
         feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.
@@ -80,7 +81,7 @@ class Refreshed(_Settings):
     damping_factors: tuple[float, ...] = (0.25, 0.25, 1.0, 2.0, 2.0, 2.0, 4.0)
     damping_range: tuple[float, float] = (1e-8, 1e8)
     norm_floor: float = 0.05
-    cg_steps: int = 2
+    cg_steps: int = 3
     precise_cg_steps: int = 10
     cg_tol: float = 0.1
     feature_rank: int = 48

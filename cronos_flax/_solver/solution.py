@@ -186,17 +186,24 @@ class Solution:
         return Status(int(on_host(self.status_code)))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key", "last"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RefreshedState:
     """Where a solve with ``gates="refreshed"`` stands between calls, in the user's units.
 
     It fits any rows with as many features and outputs.
+
+    Args:
+        params: the network.
+        damping: μ.
+        key: of what is drawn from here on.
+        last: the last step, of neurons ``‖kernel2ᵢ‖ (kernel1ᵢ, bias1ᵢ)``, output kernel and mean output.
     """
 
     params: TwoLayer
     damping: Scalar
     key: Array
+    last: TwoLayer
 
 
 @partial(

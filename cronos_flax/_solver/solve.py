@@ -132,14 +132,17 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
         problem = problem.rotated()
         rows, basis = problem.rows, problem.basis
+    constant = rows.constant(loss.constant(rows.Y, rows.weight))
     if params is None:
-        U = random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype)) / hidden
+        # In the units of the targets, or outputs that are far too large or too small would cost hundreds of steps.
+        misfit = jnp.linalg.norm(rows.gradient(constant)) / jnp.sqrt(total)
+        size = jnp.where(misfit > 0, misfit, 1) / hidden
+        U = size * random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype))
         A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(params, rows, basis)
-    null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
-    return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
+    return Begun(problem, params, (U, A, b), beta * basis.scale / total, rows.value(constant), run_key)
 
 
 def _begin_refreshed(
@@ -153,9 +156,13 @@ def _begin_refreshed(
     problem, (U, A, b) = begun.problem, begun.network
     # The sketch's key is the call's, so that a solve which goes on from a state sketches what the whole one would have.
     sketch_key, key = jax.random.split(begun.key)
-    damping, key = (start.damping, start.key) if isinstance(start, RefreshedState) else (problem.rho, key)
+    damping, last = problem.rho, refreshed.unmoved(U, A, b)
+    if isinstance(start, RefreshedState):
+        damping, key, moved = start.damping, start.key, start.last
+        last = last._replace(U=problem.basis.lift(moved.kernel1, moved.bias1), b=moved.bias2)
+        last = last if last.W is None else last._replace(W=moved.kernel2)
     prepared = gauss_newton.prepare(problem.rows, U.shape[1], sketch_key, problem.refreshed)
-    first = refreshed.init(problem.rows, U, A, b, problem.beta, damping)
+    first = refreshed.init(problem.rows, U, A, b, problem.beta, damping, last)
     return begun.with_targets(None), prepared, first, key
 
 
@@ -197,11 +204,13 @@ def _end_refreshed(
         other = problem.rotated() if problem.linear_solver.on_eigenbasis else problem
         program = program_of(other, *from_network(params, other.rows, other.basis), key)
         shown |= figures(other, solve_program(other, *program, key, other.certify_iters))
+    W = jnp.zeros_like(now.A) if now.last.W is None else now.last.W
+    last = TwoLayer(*problem.basis.lower(now.last.U), W, now.last.b)
     ended = Ended(
         (now.U, now.A, now.b, now.Z),
         status=jnp.where(stagnated, Status.stationary, Status.max_iters),
         figures=shown,
-        state_of=lambda params: RefreshedState(params, now.damping, key),
+        state_of=lambda params: RefreshedState(params, now.damping, key, last),
     )
     return _end(begun, ended, *data)
 
