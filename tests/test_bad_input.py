@@ -48,6 +48,10 @@ CASES = {
     "integer y": (lambda: solve(y=np.arange(40)), "`y`.*signed_targets"),
     "NaN in y": (lambda: solve(y=Y * np.nan), "`y`.*finite"),
     "y of three dimensions": (lambda: solve(y=Y[:, :, None]), "`y`"),
+    "labels that are ids": (
+        lambda: cf.Cronos(loss="softmax").solve(X, np.arange(40) + 100_000_000, hidden=4),
+        r"`y` must have labels 0, 1, .* up to 100000039, .*np\.unique",
+    ),
     "hidden zero": (lambda: solve(hidden=0), "`hidden`"),
     "hidden a float": (lambda: solve(hidden=2.5), "`hidden`"),
     "no start": (lambda: solve(hidden=None), "exactly one"),

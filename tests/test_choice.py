@@ -12,6 +12,7 @@ from flax import nnx
 from given import HEAD, MODEL, PARAMS, same
 
 import cronos_flax as cf
+from cronos_flax._alternation import guard as guards
 from cronos_flax._alternation.loop import Loop
 
 N = 600
@@ -115,6 +116,22 @@ def test_rows_that_are_held_back_are_seen_by_nothing_until_beta_is_chosen(monkey
     assert float(state.beta) == pytest.approx(at_choice)
 
 
+def test_a_row_that_is_not_finite_is_told_of_wherever_it_lies():
+    rows = X.copy()
+    rows[[at for at in range(0, N, 3)], 0] = np.nan  # some of these are held back
+    with pytest.raises(FloatingPointError, match="solve_head"):
+        train(made(guard=True), (rows, NOISY))
+    before = made(guard=True)
+    finite, poisoned = (X[60:], NOISY[60:]), (X[:60] * np.nan, NOISY[:60])
+    with pytest.raises(FloatingPointError, match="solve_head"):
+        before.solve_head(finite, validation=poisoned)
+    state, _ = before.solve_head(finite)
+    state, solution = state.solve_head(finite, validation=poisoned)
+    assert solution.status.name == "rejected"
+    with pytest.warns(UserWarning, match="Look for rows that are not finite"):
+        state.solve_head(finite, validation=poisoned)
+
+
 UNCHOSEN = {
     "β of one's own": lambda: train(made(beta_ratio=0.02)),
     "few rows": lambda: train(made(), (X[:499], NOISY[:499])),
@@ -174,9 +191,18 @@ def test_a_limit_of_seconds_counts_as_the_length_of_the_run(monkeypatch):
     assert seconds >= 0.4
 
 
-def test_with_solves_at_steps_beta_is_chosen_too():
+def test_with_solves_at_steps_beta_is_chosen_too(monkeypatch):
+    tried, chosen = [], guards.chosen
+
+    def spy(fit, first, *rest):
+        found = chosen(fit, first, *rest)
+        tried.append([float(solution.stats.beta) for _, solution in (first, found)])
+        return found
+
+    monkeypatch.setattr(guards, "chosen", spy)
     _, history = train(made(guard=False), solve_every=4)
-    assert len(set(np.float32(betas(history)).tolist())) == 2
+    ((first, found),) = tried
+    assert set(np.float32(betas(history)).tolist()) == set(np.float32([first, found]).tolist())
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_cache_is_refused_if_the_code_of_the_module_changed(tmp_path):
         gather(tmp_path, head=cf.find_head(other, VARIABLES, X[:64]))
 
 
-@pytest.mark.parametrize("kind", ["cut", "rows", "version"])
+@pytest.mark.parametrize("kind", ["cut", "rows", "version", "X.npy", "y.npy", "order.npy"])
 def test_a_damaged_cache_is_refused_or_made_anew(tmp_path, kind):
     if kind == "rows":  # as they came
         with pytest.raises(Killed):
@@ -228,11 +228,13 @@ def test_a_damaged_cache_is_refused_or_made_anew(tmp_path, kind):
         (tmp_path / "X.raw").write_bytes(content)
     else:
         gather(tmp_path)
-        name = {"cut": "X.npy", "version": "log.jsonl"}[kind]
+        name = {"cut": "X.npy", "version": "log.jsonl"}.get(kind, kind)
         content = (tmp_path / name).read_bytes()
-        cut = content[:-100] if kind == "cut" else content.replace(b'"version": 1', b'"version": 9')
-        (tmp_path / name).write_bytes(cut)
-    words = {"cut": "X.npy cannot be read", "rows": "rows of batch 1", "version": "version 9"}[kind]
+        changed = {"cut": content[:-100], "version": content.replace(b'"version": 2', b'"version": 9')}
+        flipped = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]  # one bit of one number
+        (tmp_path / name).write_bytes(changed.get(kind, flipped))
+    words = {"cut": "X.npy cannot be read", "rows": "rows of batch 1", "version": "version 9"}
+    words = words.get(kind, f"{kind} is not what was written")
     with pytest.raises(ValueError, match=f"cannot be used: .*{words}"):
         gather(tmp_path)
     same(arrays(gather(tmp_path, renew=True)), arrays(gather()))
@@ -399,7 +401,7 @@ def test_training_says_that_a_collection_of_sown_values_would_grow():
 def test_the_log_of_a_cache_can_be_read(tmp_path):
     gather(tmp_path)
     first, *batches_, last = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert first["version"] == 1
+    assert first["version"] == 2
     assert first["backbone"]["params/layers_0/kernel"][:2] == [[5, 8], "float32"]
     assert not any(name.startswith(("params/layers_2", "params/layers_4")) for name in first["backbone"])
     assert [line["rows"] for line in batches_] == [64] * 4

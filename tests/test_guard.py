@@ -506,15 +506,20 @@ def test_schedule_free_evaluates_the_average_of_the_backbone_and_a_frozen_head_a
     assert jax.tree.structure(state.optimizer_state) == jax.tree.structure(tx.init(state.params))
 
 
-def test_without_anything_to_go_back_to_it_raises():
-    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES["params"]["Dense_0"])
+@pytest.mark.parametrize("layer", ["Dense_0", HEAD.paths[1][-1]])
+def test_without_anything_to_go_back_to_it_raises(layer):
+    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES["params"][layer])
     for guard in (True, False):
         state = made(guard=guard)
-        broken = state.replace(params={**state.params, "Dense_0": nan})
+        broken = state.replace(params={**state.params, layer: nan})
         with pytest.raises(FloatingPointError, match="solve_head"):
             broken.solve_head((X, Y))
     same(broken.solve_head((X, Y), throw=False)[0].params, broken.params)
     assert made(guard=False).figures == {}
+    good, _ = made(guard=True).solve_head((X, Y))
+    back, solution = good.replace(params={**good.params, layer: nan}).solve_head((X, Y))
+    assert solution.status.name == "rejected"
+    same(back.params, good.params)
 
 
 def test_fields_of_a_subclass_go_back_if_they_are_named():

@@ -290,7 +290,7 @@ def solve_guarded(
     """
     callback = on_first(callback)
     is_first = not np.isfinite(on_host(beta))
-    if rows.finite:
+    if rows.finite and (unseen is None or unseen.finite):
 
         def fit(solver: Cronos) -> tuple[TwoLayer | None, Solution]:
             return fit_rows(network, rows, solver, key, callback, throw=False)

@@ -3,7 +3,8 @@
 A directory holds, while features are gathered, their rows as they came (``X.raw``, ``y.raw``, ``weight.raw``) and
 ``log.jsonl``: a line that tells the backbone, and a line for each batch, with checksums of what came and of what was
 kept. At the end the rows are sorted into ``X.npy``, ``y.npy``, ``weight.npy`` and ``order.npy``, and a last line of the
-log says so. The log is only added to: a line that a kill has cut is dropped, with the rows beyond it.
+log says so, with their checksums. The log is only added to: a line that a kill has cut is dropped, with the rows beyond
+it.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from cronos_flax._head.norms import Population
 from cronos_flax._head.room import release
 from cronos_flax._head.rows import Gathered, GatheredRows, Piece, sorted_by_target
 
-_VERSION = 1
+_VERSION = 2
 _LOG = "log.jsonl"
 _FIRST = 64  # rows of the first batch that the module's features are compared with
 _SAME = 1e-2  # difference of features, relative to the largest, after which they are others; rounding is below it
@@ -237,13 +238,15 @@ class Cache:
         """All rows, in files that are read as they are used; they are sorted if that has not been done."""
         if count < len(self._batches):
             raise self._stale(f"`data` have {count} batches, and it was made of {len(self._batches)}")
-        if self._end is None:
-            self._sort()
+        end = self._sort() if self._end is None else self._end
         for name in self._fields:
             (self._directory / f"{name}.raw").unlink(missing_ok=True)
         arrays = {name: self._sorted(name) for name in (*self._fields, "order")}
         if any(len(array) != self._rows for array in arrays.values()):
             raise self._stale(f"its files do not have the {self._rows} rows that the log tells of")
+        for name, array in arrays.items():
+            if _checksum(array) != end["sorted"][name]:
+                raise self._stale(f"{name}.npy is not what was written")
         y, order = np.array(arrays["y"]), np.array(arrays["order"])
         weight = np.array(arrays["weight"]) if "weight" in arrays else None
         rows = GatheredRows(arrays["X"], y, weight, all(batch["finite"] for batch in self._batches))
@@ -278,18 +281,20 @@ class Cache:
             yield GatheredRows(X, y, weight[0] if weight else None, batch["finite"])
             start += batch["rows"]
 
-    def _sort(self) -> None:
-        """Write the rows in their order, a part at a time; then the last line."""
+    def _sort(self) -> dict[str, Any]:
+        """Write the rows in their order, a part at a time; then the last line, which it returns."""
         order = sorted_by_target(self._pieces())
-        for name in (*self._fields, "order"):
-            self._write_sorted(name, order)
+        kept = {name: self._write_sorted(name, order) for name in (*self._fields, "order")}
         place = np.empty(len(order), int)
         place[order] = np.arange(len(order))
-        self._end = {"complete": len(order), "first": place[: min(_FIRST, self._batches[0]["rows"])].tolist()}
-        self._log(self._end)
+        first = place[: min(_FIRST, self._batches[0]["rows"])].tolist()
+        self._end = end = {"complete": len(order), "first": first, "sorted": kept}
+        self._log(end)
+        return end
 
-    def _write_sorted(self, name: str, order: np.ndarray) -> None:
-        path, n = self._directory / f"{name}.npy", len(order)
+    def _write_sorted(self, name: str, order: np.ndarray) -> int:
+        """Write an array; its checksum."""
+        kept, path, n = 0, self._directory / f"{name}.npy", len(order)
         fresh = path.with_name(f"{path.name}.new")
         raw: np.ndarray = order
         if name != "order":
@@ -302,12 +307,15 @@ class Cache:
                 size = max(1, _PART * n // raw.nbytes)
                 for start in range(0, n, size):
                     part = slice(start, start + size)
-                    file.write((raw[part] if name == "order" else raw[order[part]]).tobytes())
+                    rows = raw[part] if name == "order" else raw[order[part]]
+                    kept = crc(rows, kept)
+                    file.write(rows.tobytes())
                     release(raw)
             fresh.replace(path)
         except OSError:
             fresh.unlink(missing_ok=True)
             raise
+        return kept
 
     def _sorted(self, name: str) -> np.ndarray:
         """A sorted array, mapped into memory."""
@@ -348,6 +356,15 @@ def _begins_as_ours(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return start.startswith(content)
+
+
+def _checksum(array: np.ndarray) -> int:
+    """Of an array in a file, of which a part is in memory at a time."""
+    kept, size = 0, max(1, _PART * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), size):
+        kept = crc(array[start : start + size], kept)
+        release(array)
+    return kept
 
 
 def _came(batch: Batch) -> int:

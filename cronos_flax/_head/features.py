@@ -39,7 +39,8 @@ class Features:
     """The head's input for all rows of some data, with their targets: made by :func:`cronos_flax.gather_features`.
 
     It stands for ``data`` wherever a head is solved for: in ``fit_head`` and in ``solve_head``, of linen and NNX. Such
-    a fit costs the solve only. It is refused for a backbone other than that of the features; the head may be another.
+    a fit costs the solve only. It is refused for a backbone with other parameters than that of the features; the head
+    may be another. Other code with the same parameters is not noticed here; ``gather_features`` with a ``cache`` does.
 
     Attributes:
         X: features, shape ``(n, p)``; a ``np.memmap``, which is read as it is used, if there is a cache.

@@ -14,6 +14,7 @@ from jax import Array
 from cronos_flax._head.features import source_of
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import GatheredRows
+from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.memory import most_bytes
 from cronos_flax._solver.meshes import on_automatic_axes_of
@@ -111,6 +112,10 @@ def _fit_rows(
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
 ) -> tuple[TwoLayer | None, Solution]:
+    if not all(all_finite(leaf) for leaf in jax.tree.leaves(network)):
+        if throw:
+            raise FloatingPointError("fit_head: the head to start from must be finite, got NaN or infinite entries.")
+        return None, nonfinite_solution(network)
     arguments: dict[str, Any] = {"init": network, "sample_weight": rows.weight, "key": key, "callback": callback}
     order, streamed = None if rows.order is None else on_device(rows.order), _are_streamed(rows, solver)
 

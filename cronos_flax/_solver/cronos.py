@@ -316,6 +316,11 @@ class Cronos:
             held_out = betas.held_out(data.y, split_key)
             parts = [(data.take(~held_out), data.take(held_out))]
         else:
+            if self.folds > len(data.y):
+                raise ValueError(
+                    f"solve: `folds` must not exceed the number of rows of positive weight, got folds={self.folds} for "
+                    f"{len(data.y)} rows."
+                )
             fold = betas.folds(data.y, split_key, self.folds)
             parts = [(data.take(fold != k), data.take(fold == k)) for k in range(self.folds)]
 

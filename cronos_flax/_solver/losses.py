@@ -19,6 +19,7 @@ from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 _FEW = 4_000_000  # numbers up to which targets are made of labels on the host
+_MOST_CLASSES = 1_000_000  # more are taken for labels that are not numbered from 0 on
 _HINGE_FLOOR = 0.1  # distance to the kink below which the hinge's parabola gets no narrower
 
 
@@ -77,6 +78,11 @@ class Softmax(Loss):
             if low < 0 or high >= (high + 1 if num_classes is None else num_classes):
                 C = max(high + 1, 2) if num_classes is None else num_classes
                 raise ValueError(f"`y` must have labels in [0, {C}), got values from {low} to {high}.")
+            if num_classes is None and high >= _MOST_CLASSES:
+                raise ValueError(
+                    f"`y` must have labels 0, 1, … C − 1, got some up to {high}, which is so many classes. Number them "
+                    "by np.unique(y, return_inverse=True)[1], or give `num_classes`."
+                )
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
         known = not isinstance(y, jax.core.Tracer)
