@@ -59,7 +59,10 @@ def concrete(value: Any) -> bool:
 
 @jax.jit
 def _are_finite(tree: Any) -> Array:
-    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.all(jnp.isfinite(leaf)), tree, jnp.asarray(True))
+    so_far: Any = np.True_  # a constant of JAX would be sent to the device
+    for leaf in jax.tree.leaves(tree):
+        so_far = so_far & jnp.all(jnp.isfinite(leaf))
+    return so_far
 
 
 def all_finite(tree: Any) -> bool:

@@ -132,17 +132,17 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
         problem = problem.rotated()
         rows, basis = problem.rows, problem.basis
-    constant = rows.constant(loss.constant(rows.Y, rows.weight))
+    null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
     if params is None:
         # In the units of the targets, or outputs that are far too large or too small would cost hundreds of steps.
-        misfit = jnp.linalg.norm(rows.gradient(constant)) / jnp.sqrt(total)
+        misfit = jnp.sqrt(2 * null / total)
         size = jnp.where(misfit > 0, misfit, 1) / hidden
         U = size * random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype))
         A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(params, rows, basis)
-    return Begun(problem, params, (U, A, b), beta * basis.scale / total, rows.value(constant), run_key)
+    return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
 
 
 def _begin_refreshed(

@@ -6,10 +6,10 @@ One file for each set in the directory of ``--cache``; those that are there are 
 ``minilm`` and ``efficientnet_lite0``; the networks are those of ``examples/pretrained``. Minutes.
 """
 
+import sys
 from pathlib import Path
 
 import flax.linen as nn
-import images as example
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,9 @@ from rows import parser
 from sentences import texts_of, vectors
 
 from cronos_flax.compare.data import load_tfds
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "pretrained"))
+import images as example
 
 BLOCK = 200  # photographs of a pass
 # Sets of texts, and how many training and test rows; None for all. The test rows of noisy_ag_news are not used.
