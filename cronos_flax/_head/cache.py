@@ -239,14 +239,14 @@ class Cache:
         if count < len(self._batches):
             raise self._stale(f"`data` have {count} batches, and it was made of {len(self._batches)}")
         end = self._sort() if self._end is None else self._end
-        for name in self._fields:
-            (self._directory / f"{name}.raw").unlink(missing_ok=True)
         arrays = {name: self._sorted(name) for name in (*self._fields, "order")}
         if any(len(array) != self._rows for array in arrays.values()):
             raise self._stale(f"its files do not have the {self._rows} rows that the log tells of")
         for name, array in arrays.items():
             if _checksum(array) != end["sorted"][name]:
                 raise self._stale(f"{name}.npy is not what was written")
+        for name in self._fields:
+            (self._directory / f"{name}.raw").unlink(missing_ok=True)
         y, order = np.array(arrays["y"]), np.array(arrays["order"])
         weight = np.array(arrays["weight"]) if "weight" in arrays else None
         rows = GatheredRows(arrays["X"], y, weight, all(batch["finite"] for batch in self._batches))

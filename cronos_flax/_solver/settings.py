@@ -47,9 +47,9 @@ class Refreshed(_Settings):
         damping_factors: the factor on the damping μ after each of these lengths, one for each.
         damping_range: the least and the largest μ.
         norm_floor: ``‖uᵢ‖`` in the linear system is at least this fraction of its mean over neurons.
-        cg_steps: conjugate-gradient steps of an iteration, the first of which goes along the step of the last one,
-            until the loss stagnates. From then on iterations are precise; with no more than ``least_sample`` rows they
-            are so from the start.
+        cg_steps: conjugate-gradient steps of an iteration, the first of which goes along the step before, if there was
+            one, until the loss stagnates. From then on iterations are precise; with no more than ``least_sample`` rows
+            they are so from the start.
         precise_cg_steps: most conjugate-gradient steps of a precise iteration, which takes all rows.
         cg_tol: relative residual at which these end early.
         feature_rank: rank of the sketch of ``XᵀX/n`` in the preconditioner.

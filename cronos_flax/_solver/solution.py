@@ -197,7 +197,8 @@ class RefreshedState:
         params: the network.
         damping: μ.
         key: of what is drawn from here on.
-        last: the last step, of neurons ``‖kernel2ᵢ‖ (kernel1ᵢ, bias1ᵢ)``, output kernel and mean output.
+        last: where the next step begins along: the last step of ``‖kernel2ᵢ‖ (kernel1ᵢ, bias1ᵢ)``, of the directions of
+            ``kernel2ᵢ`` times the norm of the solver's neuron, and of the mean output.
     """
 
     params: TwoLayer

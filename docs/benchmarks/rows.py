@@ -20,6 +20,8 @@ def kept(path: Path) -> list[Row]:
 
 def keep(path: Path, row: Row) -> Row:
     """Append a row; returns it."""
+    if path.suffix == ".gz":
+        raise ValueError(f"{path} has the kept rows, and none is added to them. Give another file by --out.")
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     return row

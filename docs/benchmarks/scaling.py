@@ -168,7 +168,7 @@ def seconds(k: int, precise: bool, link: str) -> dict[str, float]:
     curvature = 2 * M * M * 2 * tail
     passes = 4 * (2 * N + 2 * steps * s) * d + 4 * C * (8 * N + 6 * steps * s)  # bytes of X, and of arrays n × C
     bandwidth, latency = LINKS[link]
-    sums = (steps + 1) * (d + C) * M + steps * C * M + 2 * M * M
+    sums = (steps + 1) * (d + C) * M + M * M + M * settings.neuron_rank
     count = 4 + 3 * steps + 2 * len(settings.step_lengths) + 2  # as compiled; one length is tried on all rows
     network = 0.0 if k == 1 else count * latency + 4 * sums * 2 * (k - 1) / k / bandwidth
     return {
