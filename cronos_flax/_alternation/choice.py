@@ -41,7 +41,7 @@ def chosen(fit: Callable[[Cronos], Solved], first: Solved, solver: Cronos, unsee
         fit: solves as a solver says.
         first: what it gave at the present β.
         solver: how the head is solved.
-        unseen: the head's input for rows that neither the backbone nor the head has been fitted to.
+        unseen: the head's input, finite, for rows that neither the backbone nor the head has been fitted to.
 
     Returns:
         What ``fit`` gave at the chosen β.
@@ -56,7 +56,7 @@ def chosen(fit: Callable[[Cronos], Solved], first: Solved, solver: Cronos, unsee
         return agreed(float(on_host(on_automatic_axes_of(unseen.mesh, measured, solved[1].params))))
 
     beta, best = on_host(first[1].stats.beta), first
-    if not (np.isfinite(beta) and beta > 0 and unseen.finite):
+    if not (np.isfinite(beta) and beta > 0):
         return first
     least = loss(first)
     for factor in (_FACTOR, 1 / _FACTOR):

@@ -12,14 +12,15 @@ file of its own, takes half an hour.
 
 import time
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from frozen_features import features_of
 from rows import kept, missing, parser
-from sentences import texts_of, vectors
+from stopping import Sets
 
 import cronos_flax as cf
 
@@ -30,19 +31,9 @@ EPOCHS, BATCH, MOST = {THOUSAND: 10}, 128, 150  # epochs are 30 elsewhere
 SEEDS = {BANKING: (0, 1, 2), PLANTED: (0, 1, 2), THOUSAND: (0,)}
 
 
-class Sets(NamedTuple):
-    """Rows to fit, rows to test on, and the width of the network."""
-
-    X: np.ndarray
-    y: np.ndarray
-    X_test: np.ndarray
-    y_test: np.ndarray
-    hidden: int
-
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return int(self.y.max()) + 1
+def classes_of(rows: Sets) -> int:
+    """The number of classes."""
+    return int(rows.y.max()) + 1
 
 
 def planted(n: int, tested: int, p: int, m: int, classes: int, width: int) -> Sets:
@@ -59,18 +50,8 @@ def planted(n: int, tested: int, p: int, m: int, classes: int, width: int) -> Se
 
 def banking(args: Any) -> Sets:
     """Sentence vectors of banking77 by MiniLM, from the cache if they are there."""
-    path = args.cache / "banking77-all.npz"
-    if not path.exists():
-        args.cache.mkdir(parents=True, exist_ok=True)
-        made: dict[str, np.ndarray] = {}
-        for split in ("train", "test"):
-            texts, labels = texts_of(args.data_dir, "banking77", split, None)
-            made |= {f"x_{split}": vectors(args.weights, texts), f"y_{split}": labels["label"].astype("int32")}
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **made)
-        part.rename(path)
-    with np.load(path) as file:
-        return Sets(*(file[name] for name in ("x_train", "y_train", "x_test", "y_test")), 512)
+    parts = [features_of(args, "banking77", split) for split in ("train", "test")]
+    return Sets(*(array for part in parts for array in (part["x"], part["label"].astype("int32"))), 512)
 
 
 @cache
@@ -78,7 +59,7 @@ def beta_of(data: Any) -> float:
     """The default β of a set, a function of no arguments."""
     rows = data()
     solver = cf.Cronos(loss="softmax", max_iters=1)
-    return float(solver.solve(rows.X, rows.y, hidden=8, num_classes=rows.classes).stats.beta)
+    return float(solver.solve(rows.X, rows.y, hidden=8, num_classes=classes_of(rows)).stats.beta)
 
 
 def right(outputs: np.ndarray, y: np.ndarray) -> float:
@@ -89,7 +70,7 @@ def right(outputs: np.ndarray, y: np.ndarray) -> float:
 def by_adam(data: Any, epochs: int, rate: float, seed: int) -> dict[str, Any]:
     """One run of Adam on the solver's objective, features divided by their root mean squared row norm."""
     rows, beta = data(), beta_of(data)
-    (n, p), C, m = rows.X.shape, rows.classes, rows.hidden
+    (n, p), C, m = rows.X.shape, classes_of(rows), rows.hidden
     scale = float(np.sqrt(np.mean(np.sum(np.square(rows.X), axis=1))))
     X, y, steps = jnp.asarray(rows.X / scale), jnp.asarray(rows.y), n // BATCH
     first, second, orders = jax.random.split(jax.random.key(seed), 3)
@@ -142,7 +123,7 @@ def by_itself(data: Any, seed: int) -> dict[str, Any]:
     for _ in range(2):
         start = time.process_time()
         solution = cf.Cronos(loss="softmax").solve(
-            rows.X, rows.y, hidden=rows.hidden, num_classes=rows.classes, key=jax.random.key(seed)
+            rows.X, rows.y, hidden=rows.hidden, num_classes=classes_of(rows), key=jax.random.key(seed)
         )
         jax.block_until_ready(solution.params)
         cpu = time.process_time() - start
@@ -157,7 +138,7 @@ class ReachedError(Exception):
 def to_loss(data: Any, seed: int, target: float) -> dict[str, Any]:
     """CPU seconds until the loss after an iteration is the target."""
     rows, solver = data(), cf.Cronos(loss="softmax", tol=0.0, max_iters=MOST)
-    arguments = {"hidden": rows.hidden, "num_classes": rows.classes, "key": jax.random.key(seed)}
+    arguments = {"hidden": rows.hidden, "num_classes": classes_of(rows), "key": jax.random.key(seed)}
     seen: dict[str, Any] = {}
     for _ in range(2):  # the second compiles nothing
         start = time.process_time()
