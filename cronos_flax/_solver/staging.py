@@ -5,8 +5,10 @@ never reached is never compiled, and another number of iterations compiles nothi
 ``vmap`` the same functions are traced, with JAX's own control flow between them.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -52,7 +54,8 @@ class Program:
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it by itself."""
         names = tuple(sorted(static.items()))
-        return automatically(lambda *given: self.compiled(given)(given, names), *arguments)
+        with contextlib.nullcontext() if self._jitted else _without_collection():
+            return automatically(lambda *given: self.compiled(given)(given, names), *arguments)
 
     def inside(self, *arguments: Any, **static: Any) -> Any:
         """Run it as part of a program that is being traced."""
@@ -66,6 +69,18 @@ class Program:
         if fast not in self._jitted:
             self._jitted[fast] = self._jit(compiler_options=None if fast is None else _options(fast))
         return self._jitted[fast]
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No collection of cyclic garbage: tracing makes so many objects that it would look at all of the process."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _entries(tree: Any) -> int:
