@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import cronos_flax as cf
+from cronos_flax._head.nnx_collections import functional, on_collections
 from cronos_flax._head.norms import bound_axes
 
 X = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))
@@ -130,7 +131,24 @@ def in_nnx(twice=False):
     )
 
 
-KINDS = pytest.mark.parametrize("kind", [linen, in_nnx])
+def in_a_state(twice=False):
+    """The NNX model in a train state: solves see it in the form of linen."""
+    made = in_nnx(twice)
+    model = NnxNet(twice, nnx.Rngs(0))
+
+    function, variables = functional(model)
+
+    def fit(head, data, unpack=None):
+        return function.model(cf.fit_head(on_collections(head), variables, data, solver=SOLVER, unpack=unpack)[0])
+
+    def alternate(head, data):
+        state = cf.nnx.CronosTrainState.create(model=model, tx=optax.sgd(0.1), head=head, solver=SOLVER)
+        return state.solve_head(data)[0].model
+
+    return dataclasses.replace(made, fit=fit, alternate=alternate)
+
+
+KINDS = pytest.mark.parametrize("kind", [linen, in_nnx, in_a_state])
 
 
 @KINDS

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, Path, check_head, format_path
-from cronos_flax._head.linen import LinenModule
+from cronos_flax._head.linen import Collections
 from cronos_flax._solver.transfer import on_device
 
 
@@ -133,7 +133,7 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
         ValueError: if ``tx`` is not an Optax transformation or ``head`` not a head of a linen module.
     """
     check_optimizer("backbone_only", tx)
-    check_head("backbone_only", head, LinenModule)
+    check_head("backbone_only", head, Collections)
     inner = with_arguments(tx)
 
     def backbone(tree: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax import Array
 
@@ -24,6 +25,7 @@ from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import at, batches, check_repeatable
+from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.loss import Loss
@@ -34,6 +36,7 @@ from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
 State = TypeVar("State", bound=TrainState)
 
 _HELD_EVERY, _LEAST_HELD, _MOST_HELD = 10, 50, 2000  # one row in so many is held back, to choose β on
+_RNGS = ("dropout",)  # the streams of a linen module
 _MOST_COPIED = 2**30  # bytes of arrays of which rows are held back: a solve on the others copies these
 
 
@@ -52,7 +55,7 @@ def train(
     validation: Any = None,
     train_kwargs: Mapping[str, Any] | None = None,
     eval_kwargs: Mapping[str, Any] | None = None,
-    rngs: Iterable[str] | Mapping[str, Array] = ("dropout",),
+    rngs: Iterable[str] | Mapping[str, Array] = _RNGS,
     key: Array | None = None,
     callbacks: Iterable[Callable[[Row], Any]] = (),
     seconds: float | None = None,
@@ -64,6 +67,10 @@ def train(
 
     An ordinary ``TrainState`` is trained by gradients alone, in the same loop: use it for comparisons.
 
+    An NNX model is trained in a state that is made of it, :class:`cronos_flax.nnx.CronosTrainState` or, for gradients
+    alone, :class:`cronos_flax.nnx.TrainState`. The model itself is not changed; ``state.model`` is the trained one.
+    Gradient steps are made as after ``model.train()``, validation and solves as after ``model.eval()``.
+
     The rate of a :class:`CronosTrainState`'s gradient steps falls to zero towards the end of the run, in epochs or in
     ``seconds``, as ``state.alternation.decay`` says.
 
@@ -71,8 +78,8 @@ def train(
     ended by ``seconds``, as its rate then falls by the clock.
 
     Args:
-        state: a :class:`CronosTrainState`, or any ``flax.training.train_state.TrainState``; it is not changed, and its
-            arrays are not donated.
+        state: a :class:`CronosTrainState`, that of an NNX model, or any ``flax.training.train_state.TrainState``; it
+            is not changed, and its arrays are not donated.
         data: whole arrays ``(x, y)``, in a new order for each epoch, some of which the first part of the run does not
             see (``choose_beta`` of :class:`Alternation`); or a re-iterable of batches, as for
             :func:`cronos_flax.fit_head`, in the order in which they come. Batches without a row of positive weight are
@@ -97,13 +104,13 @@ def train(
             dict of several, by the prefix of their figures (a dict with arrays in it is one batch). If a state has
             ``eval_params`` (an average, or the result of ``optax.contrib.schedule_free_eval_params``), these are
             scored.
-        train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``. The collections
-            in ``state.model_state`` are mutable there, and there are the ``rngs``.
+        train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``; for NNX, of the
+            model. The collections in ``state.model_state`` are mutable there, and there are the ``rngs``.
         eval_kwargs: keyword arguments of ``apply_fn`` in validation, such as ``{"train": False}``; None means those
             that the head was found with.
         rngs: the rng streams of gradient steps: names, whose keys come from ``key``; or a dict of keys. Each key is
-            folded with the step.
-        key: of the order of rows, rng streams and solves; None means a fixed one.
+            folded with the step. Not for NNX models, whose own streams go on from call to call.
+        key: of the order of rows, rng streams (those of NNX models have their own) and solves; None means a fixed one.
         callbacks: functions that are called with each row of the history as it is made; of several processes in the
             first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
@@ -168,7 +175,7 @@ def train(
     if key is not None and not isinstance(key, Array):
         raise ValueError(f"train: `key` must be a key of JAX, such as jax.random.key(0), got {key!r}.")
     key = default_key() if key is None else key
-    streams = _streams_of(rngs, key)
+    streams = _streams_of(state, rngs, key)
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
     to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
     sets = _validation_sets(validation, unpack)
@@ -241,6 +248,13 @@ def train(
 
 def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
     """The loss given; None means that of the state's solver."""
+    if isinstance(state, nnx.Module):
+        raise ValueError(
+            f"train: `state` must be a train state, got the NNX model {type(state).__name__}. Make one of it: "
+            "cf.nnx.CronosTrainState.create(model=model, tx=optax.adam(1e-3), head=cf.nnx.find_head(model, x)); or, "
+            "for gradient steps alone, cf.nnx.TrainState.create(model=model, tx=optax.adam(1e-3)). The trained model "
+            "is the `model` of the state that train returns."
+        )
     if not isinstance(state, TrainState):
         raise ValueError(
             f"train: `state` must be a CronosTrainState or another flax TrainState, got {type(state).__name__}."
@@ -274,6 +288,8 @@ def _to_hold_back(state: Any, source: Arrays | Batches, to_solve: Arrays | Batch
 def _settings(state: Any, key: Array, **given: Any) -> dict[str, Any]:
     """What must be the same in a directory for a run to go on there: what was given, and what the state has."""
     settings = {**given, "key": on_host(jax.random.key_data(key)).tolist()}
+    if isinstance(state.apply_fn, NnxFunction):
+        settings["train_mode"] = f"of all parts but {list(state.apply_fn.kept_back)}"
     if isinstance(state, CronosTrainState):
         settings |= all_said("solver", state.solver)
         if state.guard is not None:
@@ -297,8 +313,15 @@ def _check_counts(optional: bool = False, **counts: Any) -> None:
             positive_integer("train", name, value)
 
 
-def _streams_of(rngs: Any, key: Array) -> dict[str, Array]:
-    """The key of each rng stream."""
+def _streams_of(state: Any, rngs: Any, key: Array) -> dict[str, Array]:
+    """The key of each rng stream that a gradient step gives to the module."""
+    if isinstance(state.apply_fn, NnxFunction):
+        if rngs != _RNGS:
+            raise ValueError(
+                "train: `rngs` must not be given for an NNX model, which has random streams of its own, got "
+                f"{rngs!r}. Make the model with the streams that you want: nnx.Rngs(0, dropout=1)."
+            )
+        return {}
     try:
         if isinstance(rngs, Mapping):
             _described(rngs)  # they are keys

@@ -25,7 +25,7 @@ from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_sett
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, check_head
-from cronos_flax._head.linen import LinenModule
+from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 from cronos_flax._solver.transfer import default_key, folded
@@ -121,7 +121,7 @@ class CronosTrainState(TrainState):
                 f"as model_state={example}; for fields of your own make a subclass."
             )
         check_optimizer("CronosTrainState", tx)
-        check_head("CronosTrainState", head, LinenModule)
+        check_head("CronosTrainState", head, Collections)
         solver = solver_or_default("CronosTrainState", solver)
         alternation = alternation_settings("CronosTrainState", alternation, solver, head)
         solver = alternation_defaults(solver, head, alternation)
@@ -133,8 +133,9 @@ class CronosTrainState(TrainState):
         warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
         if settings is None:
             return state
-        drifts = bool(jax.tree.leaves(state.model_state)) and not head.in_training
-        return state.replace(guard=GuardState.init(settings, state._parts_with(None), drifts))
+        parts = state._parts_with(None)
+        drifts = bool(jax.tree.leaves(parts["model_state"])) and not head.in_training
+        return state.replace(guard=GuardState.init(settings, parts, drifts))
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -174,10 +175,19 @@ class CronosTrainState(TrainState):
             return super().apply_gradients(grads=grads, **kwargs)
         return with_value(self, value, grads=grads, **kwargs)  # type: ignore[return-value]
 
+    @property
+    def _streams(self) -> dict[str, Any]:
+        """The state of random streams in ``model_state``, which goes on when the guard goes back."""
+        module = self.head.module
+        assert isinstance(module, Collections)
+        return {name: self.model_state[name] for name in module.streams if name in self.model_state}
+
     def _parts_with(self, network: TwoLayer | None, moments: Any = None) -> dict[str, Any]:
         """The guarded parts of the state with this head and these statistics; None stands for the present ones."""
         parts = {name: getattr(self, name) for name in self.guarded}
         parts["model_state"] = self.head.module.recalibrated(self.model_state, moments or {})
+        if streams := self._streams:
+            parts["model_state"] = {name: v for name, v in parts["model_state"].items() if name not in streams}
         if network is None:
             return parts
         ahead = isinstance(self.params, optax.LookaheadParams)
@@ -241,4 +251,6 @@ class CronosTrainState(TrainState):
         guard, beta, changed, solution = solve_guarded(
             self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth, unseen
         )
+        if streams := self._streams:
+            changed["model_state"] = {**changed["model_state"], **streams}
         return self.replace(guard=guard, beta=beta, **changed), solution

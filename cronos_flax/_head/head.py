@@ -62,14 +62,19 @@ class Tap(NamedTuple):
     norms: tuple[Moments, ...]
 
 
-class Functional(Protocol):
+class Kind(Protocol):
+    """A kind of modules."""
+
+    finder: ClassVar[str]  # the public function that finds a head in modules of this kind
+
+
+class Functional(Kind, Protocol):
     """A module as pure functions of its variables.
 
     Variables are one pytree: linen's collections, or the state of an NNX model. ``given`` is what the user holds:
     the same collections, or the NNX model itself.
     """
 
-    finder: ClassVar[str]  # the public function that finds a head in modules of this kind
     dense: ClassVar[str]  # the name of a fully connected layer
     graft: ClassVar[str]  # the public function that replaces a layer by a two-layer head
     numbered: ClassVar[bool]  # whether paths have indices in them
@@ -391,7 +396,7 @@ def check_there(where: str, tree: Any) -> None:
         )
 
 
-def check_head(where: str, head: Any, kind: type[Functional]) -> None:
+def check_head(where: str, head: Any, kind: type[Kind]) -> None:
     """Raise a ValueError unless ``head`` was found in a module of this kind."""
     if not isinstance(head, Head):
         raise ValueError(f"{where}: `head` must come from {kind.finder}, got {type(head).__name__}.")

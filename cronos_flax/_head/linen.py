@@ -80,8 +80,76 @@ def on_one_device(call: Callable, inputs: tuple, kwargs: dict, context: nn.modul
         return call(*inputs, **kwargs)
 
 
+class Collections:
+    """Variables in the form of linen, for a module as pure functions: arrays in nested mappings, by collection.
+
+    Attributes:
+        streams: the collections that hold the state of random streams, if variables have it.
+    """
+
+    finder: ClassVar[str] = "cf.find_head"
+    streams: ClassVar[tuple[str, ...]] = ()
+
+    def variables(self, given: Any, where: str) -> Mapping:
+        if not isinstance(given, Mapping) or "params" not in given:
+            raise ValueError(
+                f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
+                f"{sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__}."
+            )
+        return given
+
+    def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:
+        head = {("params", *path) for path in paths}
+        arrays = flax.traverse_util.flatten_dict(flax.core.unfreeze(nn.meta.unbox(dict(variables))))
+        own = {path: leaf for path, leaf in arrays.items() if is_array(leaf)}  # sown values are tuples
+        return {"/".join(map(str, path)): leaf for path, leaf in own.items() if path[:-1] not in head}
+
+    def kernel_shape(self, variables: Mapping, path: Path) -> tuple[int, ...]:
+        try:
+            return _at(variables["params"], path)["kernel"].shape
+        except (KeyError, TypeError):
+            return ()
+
+    def own_parameters(self, variables: Mapping, path: Path) -> tuple[str, ...]:
+        layer = _at(variables["params"], path) if self.kernel_shape(variables, path) else {}
+        return tuple(sorted(layer.keys() - {"kernel", "bias"}))
+
+    def read(self, given: Mapping, paths: tuple[Path, Path]) -> TwoLayer:
+        hidden, output = (_at(given["params"], path) for path in paths)
+        return TwoLayer(hidden["kernel"], hidden.get("bias"), output["kernel"], output.get("bias"))
+
+    def write(self, variables: Mapping, paths: tuple[Path, Path], network: TwoLayer) -> Mapping:
+        params = variables["params"]
+        layers = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
+        for path, (kernel, bias) in zip(paths, layers, strict=True):
+            new = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+            old = dict(functools.reduce(lambda tree, name: tree[name], path, params))
+            new = {name: in_place_of(value, jax.tree.leaves(old[name])[0]) for name, value in new.items()}
+            params = _replace(params, path, nn.meta.replace_boxed(old, new))
+        return _replace(variables, ("params",), params)
+
+    store = write
+
+    def recalibrated(self, given: Mapping, moments: Mapping[Path, tuple[Any, Any]]) -> Mapping:
+        for path, (mean, var) in moments.items():
+            try:
+                old = dict(functools.reduce(lambda tree, name: tree[name], path, given[_STATS]))
+            except KeyError:  # statistics that the user does not keep
+                continue
+            unboxed = nn.meta.unbox(old)
+            new = unboxed | {
+                "mean": in_place_of(mean, unboxed["mean"]),
+                "var": in_place_of(var, unboxed["var"]),
+            }
+            given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
+        return given
+
+    def count(self, variables: Mapping) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
 @dataclasses.dataclass(frozen=True)
-class LinenModule:
+class LinenModule(Collections):
     """A linen module as pure functions of its variables; calls of layers are seen by Flax's interceptor.
 
     Args:
@@ -96,7 +164,6 @@ class LinenModule:
     output: Any
     statistics: str | None
 
-    finder: ClassVar[str] = "cf.find_head"
     dense: ClassVar[str] = "nn.Dense"
     graft: ClassVar[str] = "cf.graft"
     numbered: ClassVar[bool] = False
@@ -104,14 +171,6 @@ class LinenModule:
     @property
     def name(self) -> str:
         return type(self.model).__name__
-
-    def variables(self, given: Any, where: str) -> Mapping:
-        if not isinstance(given, Mapping) or "params" not in given:
-            raise ValueError(
-                f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
-                f"{sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__}."
-            )
-        return given
 
     def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
         seen = self._apply(variables, args, kwargs, lambda _: True)
@@ -172,55 +231,6 @@ class LinenModule:
             None if asked is False else updates,
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
         )
-
-    def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:
-        head = {("params", *path) for path in paths}
-        arrays = flax.traverse_util.flatten_dict(flax.core.unfreeze(nn.meta.unbox(dict(variables))))
-        own = {path: leaf for path, leaf in arrays.items() if is_array(leaf)}  # sown values are tuples
-        return {"/".join(map(str, path)): leaf for path, leaf in own.items() if path[:-1] not in head}
-
-    def kernel_shape(self, variables: Mapping, path: Path) -> tuple[int, ...]:
-        try:
-            return _at(variables["params"], path)["kernel"].shape
-        except (KeyError, TypeError):
-            return ()
-
-    def own_parameters(self, variables: Mapping, path: Path) -> tuple[str, ...]:
-        layer = _at(variables["params"], path) if self.kernel_shape(variables, path) else {}
-        return tuple(sorted(layer.keys() - {"kernel", "bias"}))
-
-    def read(self, given: Mapping, paths: tuple[Path, Path]) -> TwoLayer:
-        hidden, output = (_at(given["params"], path) for path in paths)
-        return TwoLayer(hidden["kernel"], hidden.get("bias"), output["kernel"], output.get("bias"))
-
-    def write(self, variables: Mapping, paths: tuple[Path, Path], network: TwoLayer) -> Mapping:
-        params = variables["params"]
-        layers = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
-        for path, (kernel, bias) in zip(paths, layers, strict=True):
-            new = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
-            old = dict(functools.reduce(lambda tree, name: tree[name], path, params))
-            new = {name: in_place_of(value, jax.tree.leaves(old[name])[0]) for name, value in new.items()}
-            params = _replace(params, path, nn.meta.replace_boxed(old, new))
-        return _replace(variables, ("params",), params)
-
-    store = write
-
-    def recalibrated(self, given: Mapping, moments: Mapping[Path, tuple[Any, Any]]) -> Mapping:
-        for path, (mean, var) in moments.items():
-            try:
-                old = dict(functools.reduce(lambda tree, name: tree[name], path, given[_STATS]))
-            except KeyError:  # statistics that the user does not keep
-                continue
-            unboxed = nn.meta.unbox(old)
-            new = unboxed | {
-                "mean": in_place_of(mean, unboxed["mean"]),
-                "var": in_place_of(var, unboxed["var"]),
-            }
-            given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
-        return given
-
-    def count(self, variables: Mapping) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
 
 
 def _moments(collection: Mapping, path: Path) -> Moments:
@@ -344,6 +354,6 @@ def fit_head(
         OSError: if the temporary directory has no room for features that memory should not hold.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    check_head("fit_head", head, LinenModule)
+    check_head("fit_head", head, Collections)
     solver = solver_or_default("fit_head", solver)
     return fit_data(head, variables, data, solver, unpack, key, callback, throw)

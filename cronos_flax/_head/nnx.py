@@ -161,13 +161,8 @@ class NnxModule:
         for norm in norms.values():
             _normalise(norm, self.statistics)
 
-        def call(model: nnx.Module) -> Any:
-            method = self.method or type(model).__call__
-            method = getattr(type(model), method) if isinstance(method, str) else method
-            return method(model, *args, **kwargs)
-
         with _recorded() as dtypes:
-            out, sown = nnx.capture(call, Tapped)(model)
+            out, sown = nnx.capture(lambda model: called(model, self.method, args, kwargs), Tapped)(model)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
@@ -254,13 +249,26 @@ def module_at(model: Any, path: Path) -> Any:
     return model
 
 
-def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
-    """Structure and state of a copy of the model, without what the model has sown."""
+def called(model: nnx.Module, method: Any, args: tuple, kwargs: Mapping) -> Any:
+    """What a model returns; ``method`` is the name of the method to call, or a function, None for the model itself."""
+    method = method or type(model).__call__
+    method = getattr(type(model), method) if isinstance(method, str) else method
+    return method(model, *args, **kwargs)
+
+
+def without_sown(model: nnx.Module) -> nnx.Module:
+    """A copy of the model, without what the model has sown."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     for _, module in nnx.iter_modules(copy):
         for name, value in list(vars(module).items()):
             if isinstance(value, nnx.Intermediate):
                 delattr(module, name)
+    return copy
+
+
+def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
+    """Structure and state of a copy of the model."""
+    copy = without_sown(model)
     if eval_mode:
         copy.eval()
     return nnx.split(copy)

@@ -1,0 +1,197 @@
+"""NNX models in the form of linen: a function like ``model.apply``, and variables as collections of arrays.
+
+All that trains or solves for a linen module takes an NNX model in this form. The model itself is never written to.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from cronos_flax._head.head import Call, Head, Path, Tap, format_path
+from cronos_flax._head.linen import Collections
+from cronos_flax._head.nnx import NnxModule, called, without_sown
+from cronos_flax._head.norms import bound_axes
+
+# Variables that are of none of these kinds are in the collection of the rest.
+_KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "streams": nnx.RngState}
+_REST = "others"
+_ALWAYS = "params", "streams"  # a step mutates one collection at least, and so is told from an evaluation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NnxFunction:
+    """An NNX model as a function of its variables; it is called as linen's ``model.apply`` is.
+
+    Models of equal structure have the same function: see :func:`functional`.
+
+    Args:
+        structure: of the model, in the mode that it was given in.
+        training: the same in the mode of gradient steps.
+        evaluation: the same as after ``model.eval()``.
+        method: the name of the method to call, or a function; None calls the model.
+        kept_back: the parts that are in evaluation mode in gradient steps, by their paths.
+    """
+
+    structure: Any
+    training: Any
+    evaluation: Any
+    method: Any
+    kept_back: tuple[str, ...]
+
+    def __call__(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        """Call the model: in the mode of gradient steps if anything is mutable, else in that of evaluation.
+
+        Args:
+            variables: the collections.
+            *args: positional arguments of the model.
+            mutable: the names of collections that the call may change.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            What the model returns; with ``mutable`` a pair of that, and the collections that are mutable.
+
+        Raises:
+            ValueError: if a call in a gradient step assigns parameters, or makes Variables.
+        """
+        model = _merged(self.training if mutable else self.evaluation, variables)
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.BatchNorm):  # as on one device: it averages over no axis that is not there
+                module.axis_name = bound_axes(module.axis_name)
+        # What the model sows goes nowhere; outside of a capture, Flax would warn.
+        out, _ = nnx.capture(lambda model: called(model, self.method, args, kwargs), nnx.Intermediate)(model)
+        if not mutable:
+            return out
+        _, after = _split(model)
+        _check_changes(variables, after)
+        return out, {name: after.get(name, {}) for name in mutable}
+
+    def model(self, variables: Mapping[str, Any]) -> nnx.Module:
+        """A new model with these variables, in the mode that the model was given in."""
+        return _merged(self.structure, variables)
+
+
+def functional(model: nnx.Module, method: Any = None, train_mode: bool = True) -> tuple[NnxFunction, dict[str, Any]]:
+    """A model as a function, and its variables: nested dicts of arrays, with the model's own names and indices.
+
+    Args:
+        model: the model; it is not changed.
+        method: the name of the method to call, or a function; None calls the model.
+        train_mode: whether gradient steps are made as after ``model.train()``; False leaves the mode as it is.
+
+    Returns:
+        The function; and the collections ``"params"`` (all of ``nnx.Param``), ``"batch_stats"``, ``"streams"`` (the
+        state of random streams) and ``"others"``. What the model has sown is left out.
+    """
+    copy = without_sown(model)
+    structure, variables = _split(copy)
+    if train_mode:
+        copy.train()
+    training, kept_back = (
+        nnx.graphdef(copy),
+        tuple(
+            format_path(tuple(path))
+            for path, module in nnx.iter_modules(copy)
+            if any(getattr(module, name, None) is True for name in ("deterministic", "use_running_average"))
+        ),
+    )
+    copy.eval()
+    return _interned(structure, training, nnx.graphdef(copy), method, kept_back), variables
+
+
+# The same object for models of the same structure, so that a step is compiled once for all seeds. JAX compares it at
+# each step, and so need not look into it.
+_interned = functools.lru_cache(maxsize=64)(NnxFunction)
+
+
+def _split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
+    """The structure of a model, and its collections."""
+    structure, *states = nnx.split(model, *_KINDS.values(), ...)
+    collections = dict(zip((*_KINDS, _REST), map(nnx.to_pure_dict, states), strict=True))
+    return structure, {name: tree for name, tree in collections.items() if tree or name in _ALWAYS}
+
+
+def _merged(structure: Any, variables: Mapping[str, Any]) -> nnx.Module:
+    return nnx.merge(structure, _state_of(variables), copy=True)
+
+
+def _state_of(variables: Mapping[str, Any]) -> Any:
+    """The collections as one state of an NNX model, with arrays in the place of Variables."""
+    return nnx.merge_state(*(nnx.State(tree) for tree in variables.values()))
+
+
+def _check_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a call has assigned parameters, or made Variables: both would be lost."""
+    old, new = (dict(jax.tree_util.tree_leaves_with_path(tree["params"])) for tree in (before, after))
+    if assigned := [jax.tree_util.keystr(path) for path, leaf in new.items() if leaf is not old.get(path)]:
+        raise ValueError(
+            f"a call of the model must leave its nnx.Params as they are, but it assigns {', '.join(assigned)}. "
+            "Only the optimizer moves Params: keep what a call computes in another kind of nnx.Variable, such as "
+            "nnx.BatchStat."
+        )
+    if made := after.keys() - before.keys():
+        named = ", ".join(format_path(path) for name in sorted(made) for path in flatten_dict(after[name]))
+        raise ValueError(
+            f"a call of the model must make no nnx.Variables, but it makes {named}. Make them when the model is "
+            "made; or sow values as nnx.Intermediate, which training passes over."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxCollections(Collections):
+    """An NNX model whose variables are in the form of linen.
+
+    Args:
+        module: the model as pure functions of an NNX state.
+    """
+
+    module: NnxModule
+
+    finder: ClassVar[str] = "cf.nnx.CronosTrainState"
+    dense: ClassVar[str] = NnxModule.dense
+    graft: ClassVar[str] = NnxModule.graft
+    numbered: ClassVar[bool] = NnxModule.numbered
+    streams: ClassVar[tuple[str, ...]] = ("streams",)
+
+    @property
+    def name(self) -> str:
+        return self.module.name
+
+    @property
+    def output(self) -> Any:
+        return self.module.output
+
+    @property
+    def statistics(self) -> str | None:
+        return self.module.statistics
+
+    def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+        return self.module.watch(_state_of(variables), args, kwargs)
+
+    def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
+        return self.module.tap(_state_of(variables), args, kwargs, path, observed)
+
+    def in_training(self, kwargs: Mapping) -> bool:
+        return self.module.in_training(kwargs)
+
+    def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:
+        # By the names that they have in the model: features that were gathered with it are those of this backbone.
+        kept = (tree for name, tree in variables.items() if name not in self.streams)
+        arrays = {path: leaf for tree in kept for path, leaf in flatten_dict(tree).items()}
+        return {"/".join(map(str, path)): leaf for path, leaf in arrays.items() if path[:-1] not in paths}
+
+
+@functools.lru_cache(maxsize=16)  # the same head for all seeds, so that its programs are compiled once
+def on_collections(head: Head) -> Head:
+    """The head of an NNX model, for variables in the form of linen.
+
+    Args:
+        head: from :func:`cronos_flax.nnx.find_head`.
+    """
+    assert isinstance(head.module, NnxModule)
+    return dataclasses.replace(head, module=NnxCollections(head.module))
