@@ -211,6 +211,16 @@ def test_the_mode_of_gradient_steps_and_of_the_model_that_comes_back(train_mode)
     assert state.model is not model
 
 
+def test_norms_that_stay_as_they_were_pretrained():
+    model = net()
+    model.norm.eval()
+    state, _ = train(alternating(model, statistics="running", train_mode=False), epochs=2)
+    assert state.apply_fn.kept_back == ("norm",)
+    np.testing.assert_array_equal(state.model.norm.mean[...], model.norm.mean[...])
+    assert state.model.dropout.rngs.count[...] == 8
+    assert (state.model.norm.use_running_average, state.model.dropout.deterministic) == (True, False)
+
+
 def test_when_the_guard_goes_back_random_streams_go_on():
     state = alternating(net(), statistics="batch")
     state, _ = state.solve_head(ROWS)

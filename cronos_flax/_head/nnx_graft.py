@@ -20,6 +20,7 @@ _calls = threading.local()  # .stack: arguments and trace of the grafted models 
 def _telling(kind: Any) -> type:
     """A subclass of a model's class that tells the head inside it the arguments that the model is called with."""
 
+    @functools.wraps(kind.__call__)  # with its signature
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _calls.stack = [*getattr(_calls, "stack", []), (args, kwargs, nnx.tracers.TraceState())]
         try:

@@ -51,7 +51,7 @@ def parts(data: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:
 def scored(task: Task, seed: int, variables: Any) -> Row:
     """Losses and accuracies of the model with these variables, on all parts of the split."""
     state = BaselineState.create(
-        apply_fn=task.model.module.apply,
+        apply_fn=task.model.apply,
         params=variables["params"],
         tx=optax.identity(),
         model_state={name: tree for name, tree in variables.items() if name != "params"},

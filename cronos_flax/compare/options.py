@@ -58,7 +58,7 @@ def _task() -> Parser:
     data.add_argument(
         "--model", default="mlp", metavar="NAME",
         help=f"{', '.join(MODELS)}; or module:factory, a function of the number of outputs that returns a linen "
-        "module, or a module and its variables",
+        "module, or a module and its variables; or of that and rngs, that returns an NNX model",
     )  # fmt: skip
     data.add_argument(
         "--loss", choices=("softmax", "squared", "logistic", "huber", "hinge"),

@@ -103,7 +103,7 @@ def _started(task: Task, run: Run) -> tuple[Any, Start | None]:
     start = probe_first(task, run) if parts.kind == PROBED_FIRST else None
     variables = variables if start is None else start.variables
     collections = {name: tree for name, tree in variables.items() if name != "params"}
-    common = {"apply_fn": model.module.apply, "params": variables["params"], "model_state": collections}
+    common = {"apply_fn": model.apply, "params": variables["params"], "model_state": collections}
     if not parts.alternates:
         assert parts.optimizer is not None
         tx = optimizer(parts.optimizer, run.rate, parts.decay is not None)

@@ -1,16 +1,14 @@
 """What all runs of a comparison share: settings, data, the model and its head."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from cronos_flax._head.linen import Head, find_head
+from cronos_flax._head.head import Head
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax.compare.data import Dataset, Split, load
 from cronos_flax.compare.models import Model, model_of
@@ -184,8 +182,7 @@ class Task:
         Raises:
             ValueError: if the model has no head; the message says why and what to do.
         """
-        x = self.split(0).x[:_SAMPLE]
-        return find_head(self.model.module, self.model.init(0, x), x, **self.model.eval_kwargs)
+        return self.model.head(self.split(0).x[:_SAMPLE])
 
     @functools.cached_property
     def head_in_training(self) -> Head:
@@ -194,16 +191,7 @@ class Task:
         Where the model has running statistics, features are those of evaluation with the statistics of the batch; with
         norms that are not Flax's own, they are those of training.
         """
-        x = self.split(0).x[:_SAMPLE]
-        variables = self.model.init(0, x)
-        collections = [name for name in variables if name != "params"]
-        if not (collections and self.model.train_kwargs):
-            return self.head
-        if "batch_stats" in collections:
-            with contextlib.suppress(ValueError):  # there is no batch norm; or no head, which the other search says too
-                return find_head(self.model.module, variables, x, statistics="batch", **self.model.eval_kwargs)
-        kwargs = {"mutable": collections, "rngs": {"dropout": jax.random.key(0)}, **self.model.train_kwargs}
-        return find_head(self.model.module, variables, x, **kwargs)
+        return self.model.head_in_training(self.split(0).x[:_SAMPLE]) or self.head
 
 
 def targets_for(loss: str, y: np.ndarray, num_classes: int | None) -> tuple[np.ndarray, int]:
