@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array
@@ -24,7 +24,7 @@ _REST = "others"
 _ALWAYS = "params", "streams"  # a step mutates one collection at least, and so is told from an evaluation
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NnxFunction:
     """An NNX model as a function of its variables; it is called as linen's ``model.apply`` is.
 
@@ -63,12 +63,21 @@ class NnxFunction:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):  # as on one device: it averages over no axis that is not there
                 module.axis_name = bound_axes(module.axis_name)
+        if mutable:
+            for _, variable in nnx.iter_graph(model):
+                if isinstance(variable, nnx.Param):
+                    variable.set_metadata(on_set_value=(_refused,))
         # What the model sows goes nowhere; outside of a capture, Flax would warn.
         out, _ = nnx.capture(lambda model: called(model, self.method, args, kwargs), nnx.Intermediate)(model)
         if not mutable:
             return out
         _, after = _split(model)
-        _check_changes(variables, after)
+        if made := after.keys() - variables.keys():
+            paths = ", ".join(format_path(path) for name in sorted(made) for path in flatten_dict(after[name]))
+            raise ValueError(
+                f"a call of the model must make no nnx.Variables, but it makes {paths}. Make them when the model is "
+                "made; or sow values as nnx.Intermediate, which training passes over."
+            )
         return out, {name: after.get(name, {}) for name in mutable}
 
     def model(self, variables: Mapping[str, Any]) -> nnx.Module:
@@ -125,21 +134,12 @@ def _state_of(variables: Mapping[str, Any]) -> Any:
     return nnx.merge_state(*(nnx.State(tree) for tree in variables.values()))
 
 
-def _check_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a call has assigned parameters, or made Variables: both would be lost."""
-    old, new = (dict(jax.tree_util.tree_leaves_with_path(tree["params"])) for tree in (before, after))
-    if assigned := [jax.tree_util.keystr(path) for path, leaf in new.items() if leaf is not old.get(path)]:
-        raise ValueError(
-            f"a call of the model must leave its nnx.Params as they are, but it assigns {', '.join(assigned)}. "
-            "Only the optimizer moves Params: keep what a call computes in another kind of nnx.Variable, such as "
-            "nnx.BatchStat."
-        )
-    if made := after.keys() - before.keys():
-        named = ", ".join(format_path(path) for name in sorted(made) for path in flatten_dict(after[name]))
-        raise ValueError(
-            f"a call of the model must make no nnx.Variables, but it makes {named}. Make them when the model is "
-            "made; or sow values as nnx.Intermediate, which training passes over."
-        )
+def _refused(variable: nnx.Variable, value: Any) -> Any:
+    """For ``on_set_value``: what a call assigns to parameters would be lost."""
+    raise ValueError(
+        f"a call of the model must leave nnx.Params as they are, but it assigns one of shape {jnp.shape(value)}. Only "
+        "the optimizer moves Params: keep what a call computes in another kind of nnx.Variable, such as nnx.BatchStat."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
