@@ -207,6 +207,9 @@ def test_the_mode_of_gradient_steps_and_of_the_model_that_comes_back(train_mode)
     np.testing.assert_allclose(
         state.apply_fn({"params": state.params, **state.model_state}, X), state.model(X), rtol=1e-5
     )
+    for mutable, names in ((True, {"batch_stats", "streams"}), ("streams", {"streams"})):
+        _, changed = state.apply_fn({"params": state.params, **state.model_state}, X, mutable=mutable)
+        assert changed.keys() == names
     assert isinstance(state.model, Net)
     assert state.model is not model
 

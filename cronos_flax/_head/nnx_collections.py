@@ -50,7 +50,7 @@ class NnxFunction:
         Args:
             variables: the collections.
             *args: positional arguments of the model.
-            mutable: the names of collections that the call may change.
+            mutable: the names of collections that the call may change, or one name; True for all but the parameters.
             **kwargs: keyword arguments of the model.
 
         Returns:
@@ -78,7 +78,8 @@ class NnxFunction:
                 f"a call of the model must make no nnx.Variables, but it makes {paths}. Make them when the model is "
                 "made; or sow values as nnx.Intermediate, which training passes over."
             )
-        return out, {name: after.get(name, {}) for name in mutable}
+        names = after.keys() - {"params"} if mutable is True else [mutable] if isinstance(mutable, str) else mutable
+        return out, {name: after.get(name, {}) for name in names}
 
     def model(self, variables: Mapping[str, Any]) -> nnx.Module:
         """A new model with these variables, in the mode that the model was given in."""
@@ -101,16 +102,10 @@ def functional(model: nnx.Module, method: Any = None, train_mode: bool = True) -
     structure, variables = _split(copy)
     if train_mode:
         copy.train()
-    training, kept_back = (
-        nnx.graphdef(copy),
-        tuple(
-            format_path(tuple(path))
-            for path, module in nnx.iter_modules(copy)
-            if any(getattr(module, name, None) is True for name in ("deterministic", "use_running_average"))
-        ),
-    )
+    training = nnx.graphdef(copy)
+    kept_back = [format_path(tuple(path)) for path, module in nnx.iter_modules(copy) if _is_evaluated(module)]
     copy.eval()
-    return _interned(structure, training, nnx.graphdef(copy), method, kept_back), variables
+    return _interned(structure, training, nnx.graphdef(copy), method, tuple(kept_back)), variables
 
 
 # The same object for models of the same structure, so that a step is compiled once for all seeds. JAX compares it at
@@ -123,6 +118,11 @@ def _split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
     structure, *states = nnx.split(model, *_KINDS.values(), ...)
     collections = dict(zip((*_KINDS, _REST), map(nnx.to_pure_dict, states), strict=True))
     return structure, {name: tree for name, tree in collections.items() if tree or name in _ALWAYS}
+
+
+def _is_evaluated(module: nnx.Module) -> bool:
+    """Whether a part of a model is in evaluation mode."""
+    return any(getattr(module, name, None) is True for name in ("deterministic", "use_running_average"))
 
 
 def _merged(structure: Any, variables: Mapping[str, Any]) -> nnx.Module:
