@@ -35,6 +35,7 @@ from cronos_flax._solver.transfer import on_device, on_host
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
+_DEVIATIONS = 16  # the largest of normal numbers, in standard deviations, with a margin
 _LARGE = 1e2  # scale of the second random head: shows activations and outputs that are clipped
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,  # first: others agree with it on small inputs
@@ -130,8 +131,9 @@ def find(
         refused: list[tuple[bool, str]] = []  # whether the pair is far from a head, and why it is none
         for pair in candidates:
             seen = _Pass.of(module.read(variables, pair), pair, out, calls)
-            tol = _tolerance(seen, pair, calls)
-            verdict = _verified(seen, partial(call_with, pair), tol)
+            kinds = _kinds(seen, pair, calls)
+            tol = _tolerance(kinds)
+            verdict = _verified(seen, partial(call_with, pair), tol, _largest_kernel(kinds, seen.network))
             if not verdict.reason:
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol)
                 return dataclasses.replace(head, recalibrate=recalibrate)
@@ -222,11 +224,20 @@ def _extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
     )
 
 
-def _tolerance(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> float:
+def _kinds(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> list[Any]:
+    """The dtypes that the two layers compute in."""
+    return [seen.out.dtype, seen.features.dtype, *(call.layer.dtype for call in calls if call.layer.path in pair)]
+
+
+def _tolerance(kinds: Iterable[Any]) -> float:
     """Relative difference of outputs that rounding explains, in the precision of the two layers."""
-    results = [call.layer.dtype for call in calls if call.layer.path in pair]
-    kinds = seen.out.dtype, seen.features.dtype, *results
     return _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
+
+
+def _largest_kernel(kinds: Iterable[Any], network: TwoLayer) -> float:
+    """Standard deviation of random weights that stay finite where the layers keep them and compute with them."""
+    weights = (leaf.dtype for leaf in jax.tree.leaves(network))
+    return min(float(jnp.finfo(kind).max) for kind in (jnp.float32, *kinds, *weights)) / _DEVIATIONS
 
 
 @partial(jax.jit, static_argnames="turned")
@@ -275,19 +286,20 @@ def _redrawn(variables: Any, spread: float) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verdict:
+def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float, largest: float) -> _Verdict:
     """Compare the module's outputs with the formula: its own weights, random ones, and with all else redrawn too.
 
     Args:
         seen: the pass with the module's own variables.
         call_with: gives the pass with another head; and, given a spread, with all other variables redrawn.
         tol: relative difference that rounding explains.
+        largest: standard deviation of random weights that their dtypes hold.
     """
     features, error = seen.features, 0.0
     # With its own weights perhaps no neuron is off, and a tied layer or a bound on outputs does not show.
     for size in (None, 1.0, _LARGE):
         if size is not None:
-            seen = call_with(_random_like(seen.network, features, size))
+            seen = call_with(_random_like(seen.network, features, size, largest))
             if not relative_difference(seen.features, features) <= tol:
                 reason = "the head's own input changes with the head's weights, so they are used elsewhere too"
                 return _Verdict(error, reason)
@@ -297,7 +309,7 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float) -> _Verd
         error = max(error, difference)
     # Fresh statistics, a scale of 1, a branch with factor 0, a mask of ones or an adapter are the identity by chance.
     for spread in _SPREADS:
-        seen = call_with(_random_like(seen.network, features, 1.0), spread)
+        seen = call_with(_random_like(seen.network, features, 1.0, largest), spread)
         difference = relative_difference(predicted(seen.network, seen.features), seen.out)
         if math.isfinite(difference):
             break
@@ -336,22 +348,27 @@ def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
 
 
 @jax.jit
-def _scaled_to(draw: TwoLayer, features: Array, size: Array) -> TwoLayer:
-    """A random head with about half of its neurons active on a row, and activations of about this size."""
+def _scaled_to(draw: TwoLayer, features: Array, size: Array, largest: Array) -> TwoLayer:
+    """A random head with about half of its neurons active on a row, and activations of about this size.
+
+    Of a smaller size, biases with them, where the kernel would else exceed ``largest``.
+    """
     rows = features.reshape(-1, features.shape[-1]).astype(jnp.float32)
     norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1)))
-    return dataclasses.replace(
-        draw,
-        kernel1=size * draw.kernel1 / jnp.where(norm > 0, norm, 1),
-        bias1=None if draw.bias1 is None else size * draw.bias1,
+    norm = jnp.where(norm > 0, norm, 1)
+    reached = jnp.minimum(size, largest * norm)
+    return TwoLayer(
+        kernel1=reached * draw.kernel1 / norm,
+        bias1=None if draw.bias1 is None else reached * draw.bias1,
         kernel2=draw.kernel2 / jnp.sqrt(draw.kernel2.shape[0]),
+        bias2=None if draw.bias2 is None else reached / size * draw.bias2,
     )
 
 
-def _random_like(network: TwoLayer, features: Array, size: float) -> TwoLayer:
+def _random_like(network: TwoLayer, features: Array, size: float, largest: float) -> TwoLayer:
     rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
     draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
-    return automatically(_scaled_to, draw, features, on_device(size, jnp.float32))
+    return automatically(_scaled_to, draw, features, on_device(size, jnp.float32), on_device(largest, jnp.float32))
 
 
 def _flat(out: Array) -> str:
