@@ -5,6 +5,7 @@ No step moves a kernel by more than a share of its size.
 
 import functools
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, Path, check_head, format_path
 from cronos_flax._head.linen import Collections
 from cronos_flax._solver.transfer import on_device
+
+_OF_THE_LOSS = {"grad", "value_fn", "obj_fn"}  # what line searches and Hessians are made from, of the loss as it is
 
 
 class RatedState(NamedTuple):
@@ -67,16 +70,50 @@ def rated(
 
 
 def with_arguments(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As ``optax.with_extra_args_support``; an update that takes less than its type says, as SAM's, gets no more."""
+    """As ``optax.with_extra_args_support``; an update that takes less than its type says, as SAM's, gets no more.
+
+    An update that needs more than the loss is refused.
+    """
     extended = optax.with_extra_args_support(tx)
     taken = inspect.signature(extended.update).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        return extended
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
 
     def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
-        return extended.update(updates, state, params, **{name: extra[name] for name in extra if name in taken})
+        if given := sorted(extra.keys() & _OF_THE_LOSS):
+            raise _unsupported(given)
+        try:
+            return extended.update(
+                updates, state, params, **{name: extra[name] for name in extra if takes_all or name in taken}
+            )
+        except (TypeError, ValueError) as error:
+            if needed := sorted(set(_needed(str(error))) & {*_OF_THE_LOSS, "value"}):
+                raise _unsupported(needed) from error
+            raise
 
     return optax.GradientTransformationExtraArgs(extended.init, update)
+
+
+def _needed(message: str) -> list[str]:
+    """The arguments that an optimizer misses, from what it raises."""
+    if "required keyword-only argument" in message:
+        return re.findall(r"'(\w+)'", message)
+    return re.findall(r"(\w+) must be provided", message)
+
+
+def _unsupported(names: list[str]) -> ValueError:
+    """What to raise for an optimizer that needs these arguments."""
+    needs = " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
+    if names == ["value"]:
+        return ValueError(
+            "update: `tx` needs the mean loss in each update, got no value. Give it with the gradients: "
+            "state.apply_gradients(grads=grads, value=loss), or, for NNX, optimizer.update(model, grads, value=loss)."
+        )
+    return ValueError(
+        f"update: `tx` must need no more than gradients, parameters and the loss, got one that needs {needs}. In an "
+        "alternation the loss has the weight decay of the head, or the head stands still, so a function of yours would "
+        "be another loss. Take an optimizer without line search, such as optax.lbfgs(linesearch=None), or without "
+        "second derivatives; or use this one in a loop of your own, with cf.fit_head between its steps."
+    )
 
 
 def _with_decay(grads: Any, params: Any, beta: Array, paths: tuple[Path, ...]) -> Any:
@@ -147,7 +184,16 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
                 "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
                 f"tree without {format_path(head.hidden_path)}."
             )
-        return inner.init(backbone(params))
+        inside = backbone(params)
+        try:
+            return inner.init(inside)
+        except (IndexError, TypeError) as error:  # Optax's line searches look at the first parameter
+            if jax.tree.leaves(inside):
+                raise
+            raise ValueError(
+                "backbone_only: `tx` must be an optimizer that can do without parameters, such as optax.sgd, for the "
+                f"module is nothing but its head; got one that raises: {error}. Or solve with cf.fit_head alone."
+            ) from error
 
     def update(grads: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
         updates, state = inner.update(backbone(grads), state, None if params is None else backbone(params), **extra)
