@@ -24,6 +24,7 @@ from cronos_flax._solver.program import (
     dead,
     default_directions,
     from_network,
+    norms,
     random_neurons,
     regularised_loss,
     to_network,
@@ -39,6 +40,7 @@ BETA_RATIO = 0.001
 RHO = 1.0
 TOL = 1e-3
 
+_FIRST_SIZE = 0.01  # of neurons, as a share of those of a random start, where those of a network are far too small
 _FAR = 4.0  # times the loss of the best constant: above, a network to start from is first brought nearer to that
 
 State = RefreshedState | HeldState
@@ -102,6 +104,23 @@ class Begun(NamedTuple):
         return self._replace(problem=dataclasses.replace(self.problem, rows=rows))
 
 
+def _size_of_neurons(null: Scalar, total: Scalar, hidden: int) -> Scalar:
+    """The norm of the neurons of a random start, whose outputs are then of the size that those of the best are."""
+    misfit = jnp.sqrt(2 * null / total)
+    return jnp.where(misfit > 0, misfit, 1) / hidden
+
+
+def _not_too_small(U: Neurons, size: Scalar, key: Array) -> Neurons:
+    """The neurons, made longer if what they and the first steps change is lost in the rounding of the loss.
+
+    Neurons that are all zero count as of norm one, as in a step (see ``floored``); too small, they become random ones.
+    """
+    mean = jnp.mean(norms(U))
+    divisor = jnp.where(mean > 0, mean, 1)
+    longer = _FIRST_SIZE * size * jnp.where(mean > 0, U / divisor, random_neurons(key, U))
+    return jnp.where(divisor < jnp.sqrt(jnp.finfo(U.dtype).eps) * size, longer, U)
+
+
 def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> Begun:
     solver, features, targets, weight, start, key, progress, order, length = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
@@ -135,13 +154,14 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
     if params is None:
         # In the units of the targets, or outputs that are far too large or too small would cost hundreds of steps.
-        misfit = jnp.sqrt(2 * null / total)
-        size = jnp.where(misfit > 0, misfit, 1) / hidden
+        size = _size_of_neurons(null, total, hidden)
         U = size * random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype))
         A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(params, rows, basis)
+        if isinstance(start, TwoLayer):
+            U = _not_too_small(U, _size_of_neurons(null, total, U.shape[1]), start_key)
     return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
 
 
@@ -266,7 +286,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))
     if isinstance(asked.start, TwoLayer):
-        is_far = control.seen(first.objective) > _FAR * null
+        is_far = control.seen(first.objective) / _FAR > null
         first = control.cond(is_far, lambda: control.run(refreshed.shrunk, rows, beta, first), lambda: first)
     if asked.start is None:
         first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
