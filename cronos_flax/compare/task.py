@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -105,13 +106,26 @@ class Augmented:
         """What the function makes of inputs.
 
         Raises:
-            ValueError: if these are not inputs of the same shape.
+            ValueError: if these are not finite inputs of the same shape, or it does not take what it is given.
         """
+        try:
+            inspect.signature(self.augment).bind(x, random)
+        except TypeError as error:
+            raise ValueError(
+                "`augment` must be a function of two arguments, a batch of inputs and a np.random.Generator, got "
+                f"{getattr(self.augment, '__name__', self.augment)}{inspect.signature(self.augment)}: {error}."
+            ) from None
+        except ValueError:  # no signature, as of some functions in C
+            pass
         new = np.asarray(self.augment(x.copy(), random))
         if new.shape != x.shape or new.dtype.kind != "f":
             raise ValueError(
                 f"`augment` must return floats of the shape that it was given, {x.shape}, got {new.dtype} of shape "
                 f"{new.shape}."
+            )
+        if not np.all(np.isfinite(new)):
+            raise ValueError(
+                f"`augment` must return finite inputs, got {np.sum(~np.isfinite(new))} entries that are not."
             )
         return new.astype("float32")
 
