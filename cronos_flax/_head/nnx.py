@@ -93,6 +93,16 @@ def _recorded() -> Iterator[dict[Path, Any]]:
         _trace.calls = before
 
 
+def _without_captures_in_lists(model: nnx.Module) -> None:
+    """Take from lists what Flax's ``capture`` gives all modules, and what only layers need.
+
+    A list has numbers for keys; with a name among them ``nnx.scan`` and ``nnx.vmap`` cannot sort its state.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
+            delattr(module, "__captures__")
+
+
 @dataclasses.dataclass(frozen=True)
 class NnxModule:
     """An NNX model as pure functions of its variables, which are its state.
@@ -161,8 +171,12 @@ class NnxModule:
         for norm in norms.values():
             _normalise(norm, self.statistics)
 
+        def call(model: nnx.Module) -> Any:
+            _without_captures_in_lists(model)
+            return called(model, self.method, args, kwargs)
+
         with _recorded() as dtypes:
-            out, sown = nnx.capture(lambda model: called(model, self.method, args, kwargs), Tapped)(model)
+            out, sown = nnx.capture(call, Tapped)(model)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
