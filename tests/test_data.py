@@ -441,7 +441,7 @@ def test_models_of_nnx_take_the_same_data():
     rows = head.gather(model, [(X[:0], Y[:0]), (Foreign(X[:64]), Foreign(Y[:64]))])
     same(rows, head.gather(model, [(X[:64], Y[:64])]))
     optimizer = cf.nnx.CronosOptimizer(model, optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax"))
-    with pytest.raises(ValueError, match="fit_head: the targets must be integers that fit int32"):
+    with pytest.raises(ValueError, match="solve_head: the targets must be integers that fit int32"):
         optimizer.solve_head(model, (X[:64], WIDE[:64]))
     with pytest.raises(ValueError, match=r"labels in \[0, 2\), got values from 0 to 2"):
         optimizer.solve_head(model, (X[:64], Y[:64] + np.arange(64) % 2))

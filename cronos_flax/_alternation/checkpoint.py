@@ -246,6 +246,8 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
 
 def _steps(directory: Path) -> list[int]:
     """The steps in the directory, the newest first."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"restore_checkpoint: `directory` must be a directory, got the file {directory}.")
     if not directory.is_dir():
         return []
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)

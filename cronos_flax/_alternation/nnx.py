@@ -175,8 +175,9 @@ class CronosOptimizer(nnx.Optimizer):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
         head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)
-        rows, moments = head.gather(model, data, unpack, callback, most_in_memory(solver))
-        unseen = None if validation is None else head.gather(model, validation, unpack)[0]
+        gather = functools.partial(head.gather, model, unpack=unpack, where="solve_head")
+        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(solver))
+        unseen = None if validation is None else gather(validation, name="validation")[0]
         key = folded(default_key(), self.step[...]) if key is None else key
         guard = None if self.guard is None else self.guard.get_value()
         parts = functools.partial(self._parts, model, moments=moments)

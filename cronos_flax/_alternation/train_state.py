@@ -243,8 +243,9 @@ class CronosTrainState(TrainState):
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        rows, moments = self.head.gather(self.variables, data, unpack, callback, most_in_memory(self.solver))
-        unseen = None if validation is None else self.head.gather(self.variables, validation, unpack)[0]
+        gather = functools.partial(self.head.gather, self.variables, unpack=unpack, where="solve_head")
+        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(self.solver))
+        unseen = None if validation is None else gather(validation, name="validation")[0]
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         growth = growth_limit(self.alternation)

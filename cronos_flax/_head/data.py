@@ -252,6 +252,19 @@ def check_repeatable(data: Any, unpack: Unpack | None, where: str, name: str = "
         )
 
 
+def no_batch(data: Any, where: str, name: str = "data") -> ValueError:
+    """What to raise for data without a batch that counts."""
+    can_be_read_once = not isinstance(data, tuple | list | Mapping) and iter(data) is iter(data)
+    remark = (
+        f" An iterator ({type(data).__name__}) can be read only once: give a list, or an object whose __iter__ starts "
+        "anew."
+    )
+    return ValueError(
+        f"{where}: `{name}` must have at least one batch with a row of positive weight, got none."
+        f"{remark if can_be_read_once else ''}"
+    )
+
+
 def at(where: str, name: str) -> str:
     """How an error about what is in a batch begins: with the caller and, unless that is ``data``, the argument."""
     return where if name == "data" else f"{where}: `{name}`"
@@ -274,14 +287,22 @@ def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str, shuffl
             args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
             args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
             yield Batch.of(args, kwargs, y, weight, place)
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
+        elif isinstance(batch, tuple | list) and len(batch) == 2 and not _is_pair_of_arrays(batch[1]):
             yield Batch.of((batch[0],), {}, batch[1], None, place)
         else:
-            raise ValueError(f"{place}: each batch must be (x, y), got {_kind(batch)}. Give unpack=.")
+            raise ValueError(f"{place}: each batch must be (x, y) with one array y, got {_kind(batch)}. Give unpack=.")
+
+
+def _is_pair_of_arrays(value: Any) -> bool:
+    """Whether a value is a tuple ``(x, y)`` of arrays, as a batch is, rather than an array or a list of its rows."""
+    return isinstance(value, tuple) and len(value) == 2 and all(is_array(part) and np.ndim(part) for part in value)
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+    if not isinstance(value, tuple | list):
+        return type(value).__name__
+    inside = ", ".join(sorted({type(part).__name__ for part in value}))
+    return f"{type(value).__name__} of {len(value)}" + (f" ({inside})" if inside else "")
 
 
 def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, Any]:
@@ -290,6 +311,11 @@ def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, A
     Raises:
         ValueError: if they are not arrays, or the numbers of rows differ or are zero.
     """
+    if _is_pair_of_arrays(x) and _is_pair_of_arrays(y):
+        raise ValueError(
+            f"{where}: `{name}` must be (x, y) or an iterable of batches, got a tuple of two tuples of two arrays "
+            "each, which may be either. Two batches are given as a list."
+        )
     y = opened(y, f"{at(where, name)}: the targets")
     arrays = all(map(is_array, jax.tree.leaves(x)))
     x = jax.tree.map(lambda leaf: opened(leaf, f"{where}: `{name}`"), x) if arrays else x

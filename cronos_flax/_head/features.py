@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, Unpack, batches, flat_targets, flat_weight
+from cronos_flax._head.data import Batch, Unpack, at, batches, flat_targets, flat_weight, no_batch
 from cronos_flax._head.fingerprint import Fingerprint
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.room import release
@@ -142,6 +142,7 @@ def gather(
     where: str = "fit_head",
     store: Store | None = None,
     most_bytes: int | None = None,
+    name: str = "data",
 ) -> Gathered:
     """All rows of ``data``.
 
@@ -156,6 +157,7 @@ def gather(
         store: where to keep rows; None for host memory or, of features on several devices, for these.
         most_bytes: of features that host memory holds if ``store`` is None; more are in a temporary file. None for as
             many as there are.
+        name: the name of ``data`` at the caller's, for messages.
 
     Raises:
         ValueError: for data that do not fit the module, or each other.
@@ -165,6 +167,7 @@ def gather(
     if callback is not None and not callable(callback):
         raise ValueError(f"{where}: `callback` must be a function of one dict, got {callback!r}.")
     callback = on_first(callback)
+    place = at(where, name)
     start, rows, count, progress = time.perf_counter(), 0, 0, Progress(data, unpack)
     pending: tuple[tuple[Array, tuple[Moments, ...]], Batch] | None = None
     form: dict[str, Any] | None = None
@@ -176,16 +179,16 @@ def gather(
             mesh = mesh_of(features)
             store = InMemory(most_bytes, where) if mesh is None else OverDevices(mesh)
         moments = {each.norm.path: on_host((each.mean, each.var)) for each in norms}
-        y, weight = flat_targets(batch.y, features.shape[:-1], outputs, where), None
+        y, weight = flat_targets(batch.y, features.shape[:-1], outputs, place), None
         if batch.weight is not None:
-            weight = flat_weight(batch.weight, features.shape[:-1], where)
+            weight = flat_weight(batch.weight, features.shape[:-1], place)
         rows = store.part(features, y, weight) if isinstance(store, OverDevices) else _on_host(features, y, weight)
         piece = Piece(rows, moments, features.size // features.shape[-1])
         form = piece.form if form is None else form
         if form["weight"] != piece.form["weight"]:
-            raise ValueError(f"{where}: `unpack` must return a weight for every batch or for none.")
+            raise ValueError(f"{place}: `unpack` must return a weight for every batch or for none.")
         if form["y"][1] != piece.form["y"][1]:
-            raise ValueError(f"{where}: the targets must be labels in every batch, or have one value for each output.")
+            raise ValueError(f"{place}: the targets must be labels in every batch, or have one value for each output.")
         return piece
 
     def tell(more: int) -> None:
@@ -201,7 +204,7 @@ def gather(
         tell(len(piece.rows.X))
 
     try:
-        for batch in batches(data, unpack, where, shuffled=shuffled):
+        for batch in batches(data, unpack, where, name, shuffled):
             count += 1
             known = None if store is None else store.held(count - 1, batch)
             if store is not None and known is not None:
@@ -214,7 +217,7 @@ def gather(
                 finish(*pending)
             pending = seen, batch
         if not count:
-            raise ValueError(f"{where}: `data` must have at least one batch with a row of positive weight, got none.")
+            raise no_batch(data, where, name)
         if pending is not None:
             finish(*pending)
         assert store is not None

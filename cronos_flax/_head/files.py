@@ -35,7 +35,13 @@ def held(directory: Path, name: str = "`out`") -> Iterator[None]:
         BlockingIOError: if it is held already, by another process or by this one; the message says by which.
         OSError: if it cannot be made or written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:  # a file has its name, or the name of a folder above
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        raise NotADirectoryError(
+            f"{name} must be a directory, or the name of one to make, got {directory}, and {there} is a file."
+        ) from error
     path = directory / LOCK
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cronos_flax._head.data import at
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.jitted import jitted
@@ -227,6 +228,8 @@ class Head:
         unpack: Callable[[Any], tuple] | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
         most_bytes: int | None = None,
+        where: str = "fit_head",
+        name: str = "data",
     ) -> tuple[GatheredRows, Mapping[Path, tuple[Any, Any]]]:
         """The head's input for all rows of ``data``, with targets and weights.
 
@@ -236,6 +239,8 @@ class Head:
             unpack: how to take a batch apart.
             callback: called after each batch with ``rows`` (so far) and ``seconds``.
             most_bytes: of features that host memory holds; more are in a temporary file. None for as many as there are.
+            where: the caller's name, for messages.
+            name: the name of ``data`` there.
 
         Returns:
             The rows, in host memory or in files; and mean and variance of the batch norms by path, over all rows. The
@@ -249,13 +254,13 @@ class Head:
             OSError: if the disk does not hold them.
         """
         if not isinstance(data, Features):
-            rows, _, moments = self.passed(variables, data, unpack, callback, most_bytes=most_bytes)
+            rows, _, moments = self.passed(variables, data, unpack, callback, where, most_bytes=most_bytes, name=name)
             return rows, moments
         if unpack is not None:
-            raise ValueError("fit_head: `unpack` must be None for features, which are not in batches.")
-        if changed := difference(data.backbone, self.backbone(variables, "fit_head")):
+            raise ValueError(f"{where}: `unpack` must be None for features, which are not in batches.")
+        if changed := difference(data.backbone, self.backbone(variables, where)):
             raise ValueError(
-                f"fit_head: `data` must be features of this backbone, got those of another: {changed}. Gather them "
+                f"{where}: `{name}` must be features of this backbone, got those of another: {changed}. Gather them "
                 "again, with the variables of now: cf.gather_features(head, variables, …)."
             )
         return data.rows, data.moments if self.recalibrate else {}
@@ -269,6 +274,7 @@ class Head:
         where: str = "fit_head",
         store: Store | None = None,
         most_bytes: int | None = None,
+        name: str = "data",
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
         variables, first = self.module.variables(variables, where), True
@@ -278,13 +284,13 @@ class Head:
 
         def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
             nonlocal first
-            seen = self._pass(variables, args, kwargs, where, observed)
+            seen = self._pass(variables, args, kwargs, at(where, name), observed)
             if first:
                 self._check_still_holds(variables, seen.features, seen.out, where)
             first = False
             return seen.features, seen.norms if observed else ()
 
-        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes)
+        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes, name)
 
     def backbone(self, variables: Any, where: str) -> Fingerprint:
         """What tells the backbone from others, however the head is: all that a solve does not change, and the call."""

@@ -1,0 +1,216 @@
+"""What stands at the edge of what is foreseen: it works, or is refused in words that help."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import drawn
+from flax import nnx
+
+import cronos_flax as cf
+from cronos_flax.compare.task import Augmented
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(64, 5)).astype("float32")
+LABELS = rng.integers(0, 3, 64)
+MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(3)])
+VARIABLES = drawn(MODEL, jax.random.key(0), X)
+HEAD = cf.find_head(MODEL, VARIABLES, X)
+SOLVER = cf.Cronos(loss="softmax", max_iters=2)
+BATCHES = (X[:32], LABELS[:32]), (X[32:], LABELS[32:])
+
+
+def state(tx=None, model=MODEL, variables=VARIABLES, head=HEAD, **kwargs):
+    given = {"apply_fn": model.apply, "params": variables["params"], "tx": tx or optax.sgd(0.1), "head": head}
+    return cf.CronosTrainState.create(**given, solver=SOLVER, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+def test_a_head_of_half_precision_on_small_features_is_found(dtype, size):
+    """Random weights for features of 1e-3 are beyond float16: its outputs differed "by nan of their size"."""
+    x = (size * X).astype(dtype)
+    good = nn.Sequential([nn.Dense(6, dtype=dtype, param_dtype=dtype), nn.relu, nn.Dense(3, dtype=dtype)])
+    bad = nn.Sequential([nn.Dense(6, dtype=dtype, param_dtype=dtype), nn.gelu, nn.Dense(3, dtype=dtype)])
+    variables = drawn(good, jax.random.key(0), x)
+    assert cf.find_head(good, variables, x).paths == (("layers_0",), ("layers_2",))
+    with pytest.raises(ValueError, match="gelu stands between the two"):
+        cf.find_head(bad, variables, x)
+
+
+@pytest.mark.parametrize("head", ["moving", "frozen"])
+@pytest.mark.parametrize(
+    ("tx", "needs"),
+    [(optax.lbfgs(), "grad, value and value_fn"), (optax.contrib.sophia(1e-3), "obj_fn")],
+    ids=["lbfgs", "sophia"],
+)
+def test_an_optimizer_that_needs_more_than_the_loss_is_refused(tx, needs, head):
+    """It was a TypeError of Optax, about one of its own functions."""
+    made = state(tx, alternation=cf.Alternation(head=head))
+    with pytest.raises(ValueError, match=rf"update: `tx` must need no more .*needs {needs}\..*linesearch=None"):
+        jax.eval_shape(lambda grads: made.apply_gradients(grads=grads), VARIABLES["params"])
+
+
+def test_an_optimizer_that_needs_the_loss_is_told_where_it_comes_from():
+    """It was a TypeError of Optax, about one of its own functions."""
+    made = state(optax.contrib.momo(1.0))
+    with pytest.raises(ValueError, match=r"update: `tx` needs the mean loss .*value=loss"):
+        jax.eval_shape(lambda grads: made.apply_gradients(grads=grads), VARIABLES["params"])
+    jax.eval_shape(lambda grads: made.apply_gradients(grads=grads, value=jnp.float32(1.0)), VARIABLES["params"])
+
+
+def test_what_a_line_search_is_made_of_is_not_taken_for_the_loss_with_weight_decay():
+    """An alternation adds the weight decay to gradient and value, and the search compared them with a loss without."""
+    model = nnx.Sequential(nnx.Linear(5, 8, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(model, nnx.relu, nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    optimizer = cf.nnx.CronosOptimizer(model, optax.lbfgs(), head=cf.nnx.find_head(model, X), solver=SOLVER)
+    grads = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match="needs grad and value_fn"):
+        optimizer.update(model, grads, value=1.0, grad=grads, value_fn=lambda params: 1.0)
+
+
+def test_a_line_search_without_parameters_is_refused():
+    """A module that is nothing but its head has no backbone: it was an IndexError of Optax."""
+    model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
+    variables = drawn(model, jax.random.key(0), X)
+    with pytest.raises(ValueError, match="`tx` must be an optimizer that can do without parameters"):
+        state(optax.lbfgs(), model, variables, cf.find_head(model, variables, X))
+
+
+NETWORK = jax.tree.map(np.asarray, HEAD.read(VARIABLES))
+STARTS = {
+    "a fresh network": lambda net: net,
+    "no output kernel": lambda net: dataclasses.replace(net, kernel2=0 * net.kernel2),
+    "zeros": lambda net: jax.tree.map(np.zeros_like, net),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_a_start_far_too_small_for_the_targets_is_left(start, dtype):
+    """What such a network changes is lost in the rounding of the loss: it ended at the constant, as "stationary"."""
+    features = np.tanh(rng.normal(size=(64, 8))).astype(dtype)
+    plain = np.stack([np.sin(features[:, 0]), features[:, 1] ** 2, features[:, 2]], axis=1).astype(dtype)
+    network = jax.tree.map(lambda leaf: leaf.astype(dtype), start(NETWORK))
+    size = np.asarray(1e15 if dtype == "float32" else 1e30, dtype)
+    stats = cf.Cronos(max_iters=30).solve(features, size * plain, init=network).stats
+    assert stats.objective <= stats.initial_objective
+    assert stats.objective < 0.3 * stats.null_loss
+
+
+def test_targets_of_any_size_are_fitted_by_a_head():
+    """Targets of 1e15 ended at the constant, without a word."""
+    features = rng.normal(size=(64, 5)).astype("float32")
+    targets = 1e15 * np.stack([np.sin(features[:, 0]), features[:, 1] ** 2, features[:, 2]], axis=1)
+    _, solution = cf.fit_head(HEAD, VARIABLES, (features, targets.astype("float32")), solver=cf.Cronos(max_iters=30))
+    assert solution.stats.objective < 0.3 * solution.stats.null_loss
+
+
+AUGMENTS = {
+    "NaN": (lambda x, random: x * np.nan, "must return finite inputs, got 8 entries"),
+    "one argument": (lambda x: x, r"must be a function of two arguments, .*<lambda>\(x\)"),
+    "three arguments": (
+        lambda x, random, rate: x,
+        "must be a function of two arguments, .*missing a required argument: 'rate'",
+    ),
+    "nothing": (lambda x, random: None, "must return floats"),
+}
+
+
+@pytest.mark.parametrize(("augment", "message"), AUGMENTS.values(), ids=AUGMENTS)
+def test_a_function_that_augments_wrongly_is_refused(augment, message):
+    """It was a traceback, or NaN in all that followed."""
+    batches = Augmented(np.ones((4, 2), "float32"), np.arange(4), 4, 0, augment)
+    with pytest.raises(ValueError, match=f"`augment` {message}"):
+        next(iter(batches))
+
+
+@pytest.mark.parametrize("name", ["data", "validation"])
+def test_two_batches_in_a_tuple_are_told_from_arrays(name):
+    """It was NumPy's message, about arrays of an inhomogeneous shape."""
+    message = f"`{name}` must be .*tuple of two tuples of two arrays each, .*Two batches are given as a list"
+    given = {"data": (X, LABELS)} | {name: BATCHES}
+    with pytest.raises(ValueError, match=f"solve_head: {message}"):
+        state().solve_head(**given)
+    with pytest.raises(ValueError, match=f"train: {message}"):
+        cf.train(state(), epochs=1, batch_size=32, **given)
+
+
+def test_a_batch_of_batches_is_refused():
+    """It was NumPy's message, about arrays of an inhomogeneous shape."""
+    with pytest.raises(ValueError, match=r"fit_head: each batch must be \(x, y\) with one array y, got tuple of 2"):
+        cf.fit_head(HEAD, VARIABLES, [BATCHES], solver=SOLVER)
+
+
+class Once:
+    """A loader that gives the same iterator each time."""
+
+    def __init__(self):
+        self.batches = iter(BATCHES)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("once", [Once, lambda: iter(BATCHES)], ids=["loader", "iterator"])
+def test_data_that_were_read_before_are_refused_by_name(once):
+    """The message named fit_head, whoever had been called, and did not say why there was nothing."""
+    data = once()
+    made, _ = state().solve_head(data)
+    with pytest.raises(ValueError, match=r"solve_head: `data` must have .*can be read only once"):
+        made.solve_head(data)
+    with pytest.raises(ValueError, match=r"solve_head: `validation` must have .*can be read only once"):
+        made.solve_head((X, LABELS), validation=data)
+
+
+def test_a_file_in_place_of_a_directory_is_named(tmp_path):
+    """It was a FileExistsError that named no argument; and to restore from a file gave the state back, unchanged."""
+    file = tmp_path / "features"
+    file.write_text("not features")
+    for directory in (file, file / "below"):
+        with pytest.raises(NotADirectoryError, match=rf"gather_features: `cache` must be .*, and {file} is a file"):
+            cf.gather_features(HEAD, VARIABLES, (X, LABELS), cache=directory)
+        with pytest.raises(NotADirectoryError, match="save_checkpoint: `directory`"):
+            cf.save_checkpoint(directory, VARIABLES, 1)
+    with pytest.raises(NotADirectoryError, match="restore_checkpoint: `directory` must be a directory, got the file"):
+        cf.restore_checkpoint(file, VARIABLES)
+    assert file.read_text() == "not features"
+
+
+class Block(nnx.Module):
+    def __init__(self, kind, rngs):
+        self.layers = kind(nnx.Linear(5, 5, rngs=rngs))
+
+    def __call__(self, x):
+        return jnp.tanh(self.layers(x) if callable(self.layers) else self.layers[0](x))
+
+
+class Stacked(nnx.Module):
+    """Blocks with stacked parameters, and a head."""
+
+    def __init__(self, kind, scanned):
+        rngs = nnx.Rngs(0)
+        self.scanned = scanned
+        self.blocks = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: Block(kind, rngs)))(rngs)
+        self.hidden, self.out = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        if self.scanned:
+            x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        else:
+            x = nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(self.blocks, x).mean(axis=0)
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("kind", [nnx.Sequential, lambda layer: nnx.List([layer])], ids=["Sequential", "List"])
+@pytest.mark.parametrize("scanned", [True, False])
+def test_lists_inside_of_nnx_transforms_are_passed(kind, scanned):
+    """Flax's capture puts names among their numbers: "Comparator raised exception while sorting"."""
+    model = Stacked(kind, scanned)
+    before = model(X)
+    head = cf.nnx.find_head(model, X)
+    assert head.paths == (("hidden",), ("out",))
+    np.testing.assert_array_equal(model(X), before)
