@@ -132,10 +132,10 @@ def find(
         for pair in candidates:
             seen = _Pass.of(module.read(variables, pair), pair, out, calls)
             kinds = _kinds(seen, pair, calls)
-            tol = _tolerance(kinds)
-            verdict = _verified(seen, partial(call_with, pair), tol, _largest_kernel(kinds, seen.network))
+            tol, largest = _tolerance(kinds), _largest(kinds)
+            verdict = _verified(seen, partial(call_with, pair), tol, largest / _DEVIATIONS)
             if not verdict.reason:
-                head = _head(module, variables, kwargs, pair, seen, verdict.error, tol)
+                head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
@@ -150,6 +150,7 @@ def _head(
     seen: _Pass,
     error: float,
     tolerance: float,
+    largest: float,
 ) -> Head:
     solved = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(seen.network))
     return Head(
@@ -159,6 +160,7 @@ def _head(
         outputs=seen.out.shape[-1],
         error=error,
         tolerance=tolerance,
+        largest=largest,
         rows=math.prod(seen.features.shape[:-1]),
         frozen=module.count(variables) - solved,
         module=module,
@@ -225,19 +227,19 @@ def _extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
 
 
 def _kinds(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> list[Any]:
-    """The dtypes that the two layers compute in."""
-    return [seen.out.dtype, seen.features.dtype, *(call.layer.dtype for call in calls if call.layer.path in pair)]
+    """The dtypes that the two layers compute in, the first one that of their weights."""
+    computed = (call.layer.dtype for call in calls if call.layer.path in pair)
+    return [jnp.result_type(seen.network.kernel1), seen.out.dtype, seen.features.dtype, *computed]
 
 
-def _tolerance(kinds: Iterable[Any]) -> float:
+def _tolerance(kinds: list[Any]) -> float:
     """Relative difference of outputs that rounding explains, in the precision of the two layers."""
-    return _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds) else _TOL_HALF
+    return _TOL if all(jnp.finfo(kind).bits >= 32 for kind in kinds[1:]) else _TOL_HALF
 
 
-def _largest_kernel(kinds: Iterable[Any], network: TwoLayer) -> float:
-    """Standard deviation of random weights that stay finite where the layers keep them and compute with them."""
-    weights = (leaf.dtype for leaf in jax.tree.leaves(network))
-    return min(float(jnp.finfo(kind).max) for kind in (jnp.float32, *kinds, *weights)) / _DEVIATIONS
+def _largest(kinds: list[Any]) -> float:
+    """The largest number that weights and outputs of the two layers can be, at most that of float32."""
+    return min(float(jnp.finfo(kind).max) for kind in (jnp.float32, *kinds))
 
 
 @partial(jax.jit, static_argnames="turned")

@@ -151,6 +151,7 @@ class Head:
         error: largest difference between the module's outputs and those of the head, relative to the largest output,
             over the module's own weights and random ones.
         tolerance: largest difference that counts as rounding, in the precision of the two layers.
+        largest: largest number in that precision, at most that of float32.
         rows: number of rows that the head was verified on.
         frozen: number of parameters that a solve does not change.
         module: the module as pure functions.
@@ -165,6 +166,7 @@ class Head:
     outputs: int
     error: float
     tolerance: float
+    largest: float
     rows: int
     frozen: int
     module: Functional
@@ -255,6 +257,7 @@ class Head:
         """
         if not isinstance(data, Features):
             rows, _, moments = self.passed(variables, data, unpack, callback, where, most_bytes=most_bytes, name=name)
+            self._check_in_reach(rows.y, at(where, name))
             return rows, moments
         if unpack is not None:
             raise ValueError(f"{where}: `unpack` must be None for features, which are not in batches.")
@@ -263,7 +266,19 @@ class Head:
                 f"{where}: `{name}` must be features of this backbone, got those of another: {changed}. Gather them "
                 "again, with the variables of now: cf.gather_features(head, variables, …)."
             )
+        self._check_in_reach(data.rows.y, at(where, name))
         return data.rows, data.moments if self.recalibrate else {}
+
+    def _check_in_reach(self, y: Any, where: str) -> None:
+        """Raise a ValueError for targets that outputs in the precision of the two layers cannot be."""
+        if self.largest == jnp.finfo(jnp.float32).max or not jnp.issubdtype(y.dtype, jnp.floating):
+            return
+        largest = float(on_host(abs(y).max()))
+        if largest > self.largest:
+            raise ValueError(
+                f"{where}: the targets must be numbers that the two layers can give, up to {self.largest:.4g} in their "
+                f"precision, got {largest:.4g}. Scale the targets, or compute the head in bfloat16 or float32."
+            )
 
     def passed(
         self,
