@@ -250,6 +250,11 @@ def _steps(directory: Path) -> list[int]:
         raise NotADirectoryError(f"restore_checkpoint: `directory` must be a directory, got the file {directory}.")
     if not directory.is_dir():
         return []
+    if (directory / "_CHECKPOINT_METADATA").exists():
+        raise ValueError(
+            f"restore_checkpoint: `directory` must be one of checkpoints, got {directory}, which is a checkpoint. Give "
+            f"its parent, and step={directory.name}."
+        )
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
 
 

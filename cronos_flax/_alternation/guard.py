@@ -309,7 +309,13 @@ def solve_guarded(
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
-        raise FloatingPointError(f"solve_head: {solution.status.message}")
+        finite = {"data": rows.finite, "validation": unseen is None or unseen.finite}
+        of = " and ".join(f"`{name}`" for name, is_finite in finite.items() if not is_finite)
+        why = (
+            f"the features of {of} must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
+            "and remove or impute the rows that are not finite."
+        )
+        raise FloatingPointError(f"solve_head: {why if of else solution.status.message}")
     changed = parts(new)
     if np.isfinite(on_host(beta)):  # gradient steps of the head have the same weight decay
         head_decay = copied(on_device(beta, jnp.float32))
