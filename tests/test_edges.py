@@ -214,3 +214,75 @@ def test_lists_inside_of_nnx_transforms_are_passed(kind, scanned):
     head = cf.nnx.find_head(model, X)
     assert head.paths == (("hidden",), ("out",))
     np.testing.assert_array_equal(model(X), before)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_targets_beyond_the_precision_of_the_head_are_refused(mixed):
+    """The solve said that it had explained nearly all, and the module's outputs were infinite."""
+    kinds = {"dtype": "float16"} | ({} if mixed else {"param_dtype": "float16"})
+    model = nn.Sequential([nn.Dense(6, **kinds), nn.relu, nn.Dense(1, **kinds)])
+    variables, y = drawn(model, jax.random.key(0), X), 1e5 * np.sin(X[:, :1])
+    head = cf.find_head(model, variables, X)
+    for data in ((X, y), cf.gather_features(head, variables, (X, y))):
+        with pytest.raises(ValueError, match=r"the targets must be .*6\.55e\+04 .*, got 9\.9\d*e\+04\. Scale the"):
+            cf.fit_head(head, variables, data)
+    new, _ = cf.fit_head(head, variables, (X, y / 100), solver=cf.Cronos(max_iters=2))
+    assert np.all(np.isfinite(model.apply(new, X)))
+
+
+def test_one_checkpoint_in_place_of_their_directory_is_refused(tmp_path):
+    """The state was given back as it was."""
+    cf.save_checkpoint(tmp_path, VARIABLES, 5)
+    with pytest.raises(ValueError, match=r"restore_checkpoint: `directory` must be one of checkpoints, .*step=5"):
+        cf.restore_checkpoint(tmp_path / "5", VARIABLES)
+
+
+def test_a_first_solve_on_features_that_are_not_finite_says_so():
+    """It named the scale of the features, of y and of `init`."""
+    bad = np.where(np.arange(64)[:, None] == 3, np.nan, X)
+    with pytest.raises(FloatingPointError, match=r"solve_head: the features of `data` must be finite"):
+        state().solve_head((bad, LABELS))
+    with pytest.raises(FloatingPointError, match=r"solve_head: the features of `validation` must be finite"):
+        state().solve_head((X, LABELS), validation=(bad, LABELS))
+
+
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_a_traced_weight_decay_below_zero_is_told(gates):
+    """It was solved with: neurons grew for their own sake."""
+
+    def status(beta):
+        return cf.Cronos(beta=beta, gates=gates, max_iters=2).solve(X, X[:, :1], hidden=4).status_code
+
+    assert jax.jit(status)(-1.0) == cf.Status.nonfinite
+    assert jax.jit(status)(0.0) == cf.Status.max_iters
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e38])
+def test_weights_that_cannot_be_summed_are_refused(size):
+    """The status named the scale of the features, of y and of `init`."""
+    with pytest.raises(ValueError, match=r"solve: `sample_weight` must be 0, or between .*divide them by their mean"):
+        cf.Cronos().solve(X, X[:, :1], hidden=4, sample_weight=np.full(64, size, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "shape"),
+    [(lambda misfit: misfit, r"\(3, 2\)"), (jnp.mean, r"\(\)"), (lambda misfit: misfit.sum(axis=0), r"\(2,\)")],
+    ids=["none", "all", "rows"],
+)
+def test_a_loss_of_ones_own_that_has_not_one_value_a_row_is_refused(reduce, shape):
+    """It was an error about the truth value of an array, or of a product of matrices."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(cf.Loss):
+        def value(self, outputs, targets):
+            return reduce(jnp.square(outputs - targets))
+
+    with pytest.raises(ValueError, match=rf"solve: the `value` of Own must have one entry for each row.*got {shape}"):
+        cf.Cronos(loss=Own()).solve(X, X[:, :2], hidden=4)
+
+
+def test_predictions_need_the_features_of_the_network():
+    """It was a TypeError of JAX."""
+    with pytest.raises(ValueError, match=r"predict: `X` must have the 8 features .*got shape \(64, 5\)"):
+        cf.predict(NETWORK, X)
+    assert cf.predict(NETWORK, np.ones((2, 8)).tolist()).shape == (2, 3)

@@ -17,11 +17,11 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._solver.arrays import is_array, native, numbers, opened
+from cronos_flax._solver.checks import weights_in_range
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host, taken
 
-_WEIGHTS = 1e-30, 1e30  # what float32 can multiply by losses, and sum
 _CHUNK_BYTES, _LEAST_CHUNK, _MOST_CHUNK = 16 << 20, 16, 1024  # bytes and rows of whole arrays in one pass
 
 Unpack = Callable[[Any], tuple]
@@ -54,12 +54,7 @@ class Batch(NamedTuple):
                 f"{where}: `weight` must be finite and ≥ 0, got {weight[~(np.isfinite(weight) & (weight >= 0))][0]}. "
                 "Rows to be left out have weight 0."
             )
-        counted = weight[weight > 0]
-        if counted.size and not _WEIGHTS[0] <= counted.min() <= counted.max() <= _WEIGHTS[1]:
-            raise ValueError(
-                f"{where}: `weight` must be 0, or between {_WEIGHTS[0]:.0e} and {_WEIGHTS[1]:.0e}, got values from "
-                f"{counted.min()} to {counted.max()}. Only their ratios count: divide them by their mean."
-            )
+        weights_in_range(f"{where}: `weight`", weight)
         args, kwargs = jax.tree.map(lambda leaf: _filled(leaf, weight), (args, kwargs))
         return cls(args, kwargs, y, weight)
 

@@ -5,6 +5,7 @@ and targets and weights that would be refused make the loss NaN.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import numbers
@@ -24,6 +25,8 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
+
+_WEIGHTS = 1e-30, 1e30  # the smallest and the largest of a row
 
 
 def choice(name: str, value: Any, choices: Iterable[str], other: str = "", where: str = "Cronos") -> None:
@@ -161,7 +164,22 @@ def data(
         raise ValueError(f"solve: `y` must have at least one column, got shape {y.shape}.")
     if num_classes is not None and targets.shape[1] != num_classes:
         raise ValueError(f"solve: `num_classes` is {num_classes!r}, but `y` has {targets.shape[1]} column(s).")
-    return X, targets.astype(X.dtype)
+    targets = targets.astype(X.dtype)
+    _check_value(loss, targets.shape[1], targets.dtype)
+    return X, targets
+
+
+@functools.lru_cache(maxsize=64)
+def _check_value(loss: Loss, C: int, dtype: np.dtype) -> None:
+    """Raise a ValueError unless a loss has one value for each row."""
+    n = C + 1
+    rows = jax.ShapeDtypeStruct((n, C), dtype)
+    shape = jax.eval_shape(loss.value, rows, rows).shape
+    if shape != (n,):
+        raise ValueError(
+            f"solve: the `value` of {type(loss).__name__} must have one entry for each row, shape ({n},) for outputs "
+            f"({n}, {C}), got {shape}. Sum over the outputs of a row, axis 1, and over nothing else."
+        )
 
 
 def balanced(loss: Loss, targets: Array, weight: Array) -> Array:
@@ -198,6 +216,21 @@ def _balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     return n / (classes * jnp.maximum(counts, 1)[labels])
 
 
+def weights_in_range(what: str, weight: np.ndarray) -> None:
+    """Raise a ValueError unless all weights that are not zero are what float32 can multiply by losses, and sum.
+
+    Args:
+        what: how the error names them.
+        weight: weights ≥ 0.
+    """
+    counted = weight[weight > 0]
+    if counted.size and not _WEIGHTS[0] <= counted.min() <= counted.max() <= _WEIGHTS[1]:
+        raise ValueError(
+            f"{what} must be 0, or between {_WEIGHTS[0]:.0e} and {_WEIGHTS[1]:.0e}, got values from {counted.min()} to "
+            f"{counted.max()}. Only their ratios count: divide them by their mean."
+        )
+
+
 def sample_weight(value: ArrayLike | None, y: Array) -> Array:
     """Weights ``(n,)`` in the dtype of y."""
     if value is None:
@@ -212,6 +245,7 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
     there = on_host(weight)
     if not (np.all(there >= 0) and np.any(there > 0)):
         raise ValueError("solve: `sample_weight` must be ≥ 0 and not all zero, got a negative entry or only zeros.")
+    weights_in_range("solve: `sample_weight`", there)
     return weight.astype(y.dtype)
 
 

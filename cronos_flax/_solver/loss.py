@@ -110,7 +110,9 @@ class Loss:
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         """``ℓ(f_j, y_j)`` of each row."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must have a method `value`, which gives the loss of each row."
+        )
 
     def gradient(self, outputs: Outputs, targets: Outputs) -> Outputs:
         """``∇ℓ`` with respect to the outputs."""

@@ -83,12 +83,22 @@ def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "
     Returns:
         Outputs, shape ``(n, C)``. For ``"softmax"`` and ``"logistic"`` these are logits.
 
+    Raises:
+        ValueError: if the features are not as many as the network's.
+
     Example:
         >>> import jax.numpy as jnp, cronos_flax as cf
         >>> network = cf.TwoLayer(jnp.array([[1.0, -1.0]]), None, jnp.array([[1.0], [1.0]]), None)
         >>> cf.predict(network, jnp.array([[-2.0], [3.0]])).tolist()  # |x|
         [[2.0], [3.0]]
     """
+    if not isinstance(X, Blocks):
+        X = jnp.asarray(X) if isinstance(X, list | tuple) else X
+        if X.shape[-1:] != params.kernel1.shape[:1]:
+            raise ValueError(
+                f"predict: `X` must have the {params.kernel1.shape[0]} features of the network as its last axis, "
+                f"got shape {X.shape}."
+            )
     hidden = X @ params.kernel1
     if params.bias1 is not None:
         hidden = hidden + jnp.broadcast_to(params.bias1, hidden.shape)

@@ -134,6 +134,7 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
     beta = ratio * betas.beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
+    beta = jnp.where(beta >= 0, beta, jnp.nan)  # what is refused where it can be seen
     problem = Problem(
         rows,
         basis,
