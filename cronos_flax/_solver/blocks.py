@@ -22,6 +22,10 @@ from cronos_flax._solver import host
 from cronos_flax._solver.types import RowVector, Scalar
 
 _ROWS, _BYTES = 8192, 2**26  # at most, of the blocks as they are computed with, however they come
+_COMPARED, _SAME = (
+    16,
+    1e-2,
+)  # rows of a piece that are compared, and by what share of their largest entry they may differ
 
 Carry = TypeVar("Carry")
 
@@ -42,21 +46,48 @@ class Source:
         self._blocks, self.shape, self.dtype, self._known_finite = blocks, shape, dtype, known_finite
         self.rows = min(_ROWS, shape[0], max(1, _BYTES // max(1, shape[1] * dtype.itemsize)))
         self._lock = threading.Lock()
+        self._seen: dict[int, np.ndarray] = {}  # some rows of each piece
         self._next, self._pieces = 0, self._cut()
         self._reader, self._ahead = ThreadPoolExecutor(1), _nothing()
 
     def _pass(self) -> Iterator[np.ndarray]:
         """The blocks, which may be others than those of the first pass."""
+        rows = 0
         for block in map(np.asarray, self._blocks):
             if not (self._known_finite or np.all(np.isfinite(block))):
-                raise ValueError(
-                    "solve: the blocks of `X` must hold the same finite rows at every pass, got NaN or infinite "
-                    "entries in a later one. Look at what reads them."
-                )
+                raise self._others("NaN or infinite entries in a later one")
+            rows += len(block)
+            if rows > self.shape[0]:
+                raise self._others(f"more than {self.shape[0]} rows in a later one")
             yield block
+        if rows < self.shape[0]:
+            raise self._others(f"{rows} rows in a later one, of {self.shape[0]}")
+
+    def _others(self, what: str) -> ValueError:
+        return ValueError(
+            f"solve: the blocks of `X` must hold the same finite rows at every pass, got {what}. Look at what reads "
+            "them: it must not shuffle, or change the rows."
+        )
+
+    def _compare(self, index: int, piece: np.ndarray) -> None:
+        """Raise a ValueError if some rows of a piece are not those that it had when it was first read.
+
+        Rows that are computed anew differ by rounding, and are the same.
+        """
+        if self._known_finite:
+            return
+        some = piece[:: max(1, self.rows // _COMPARED)]
+        before = self._seen.setdefault(index, some.copy())
+        if np.max(np.abs(some - before), initial=0) > _SAME * np.max(np.abs(before), initial=0):
+            raise self._others("other rows, or the same in another order, in a later one")
 
     def _cut(self) -> Iterator[np.ndarray]:
         """Pieces of ``rows`` rows; the last one is filled up with zeros."""
+        for index, piece in enumerate(self._pieces_of_pass()):
+            self._compare(index, piece)
+            yield piece
+
+    def _pieces_of_pass(self) -> Iterator[np.ndarray]:
         piece, filled = np.zeros((self.rows, self.shape[1]), self.dtype), 0
         for block in self._pass():
             start = 0
@@ -89,7 +120,7 @@ class Source:
     def _read(self) -> np.ndarray:
         for piece in self._pieces:
             return piece
-        raise ValueError(f"solve: the blocks of `X` must hold the same {self.shape[0]} rows at every pass, got fewer.")
+        raise self._others(f"fewer than {self.shape[0]} rows in a later one")
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """Single rows, in one pass."""
