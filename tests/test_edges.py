@@ -286,3 +286,60 @@ def test_predictions_need_the_features_of_the_network():
     with pytest.raises(ValueError, match=r"predict: `X` must have the 8 features .*got shape \(64, 5\)"):
         cf.predict(NETWORK, X)
     assert cf.predict(NETWORK, np.ones((2, 8)).tolist()).shape == (2, 3)
+
+
+class Blocks:
+    """Blocks of rows that are others in every later pass."""
+
+    def __init__(self, changed):
+        self.changed, self.passes = changed, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([X[:20], X[20:]] if self.passes < 5 else self.changed)
+
+
+CHANGED = {
+    "fewer": ([X[:20]], "20 rows in a later one, of 64"),
+    "more": ([X, X], "more than 64 rows"),
+    "another order": ([X[20:], X[:20]], "other rows, or the same in another order"),
+    "other values": ([X[:20], -X[20:]], "other rows"),
+}
+
+
+@pytest.mark.parametrize(("changed", "got"), CHANGED.values(), ids=CHANGED)
+def test_blocks_that_are_others_in_a_later_pass_are_refused(changed, got):
+    """A loader that shuffles gave a wrong network, and so did one that lost rows: zeros stood for them."""
+    with pytest.raises(ValueError, match=f"solve: the blocks of `X` must hold the same finite rows.* got {got}"):
+        cf.Cronos(max_iters=2).solve(Blocks(changed), X[:, :1], hidden=4)
+
+
+def test_blocks_that_are_cut_otherwise_or_computed_anew_are_the_same():
+    def solved(blocks):
+        return cf.Cronos(max_iters=2).solve(blocks, X[:, :1], hidden=4).stats.objective
+
+    again = np.nextafter(X, np.inf)
+    np.testing.assert_allclose(solved(Blocks([again[:1], again[1:1], again[1:]])), solved([X[:20], X[20:]]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["beta", "beta_ratio", "rho", "tol"])
+def test_a_batch_of_settings_is_for_vmap(name):
+    """It was NumPy's message, that something cannot be broadcast."""
+    solvers = cf.Cronos(max_iters=2, **{name: jnp.array([0.1, 0.2])})
+    with pytest.raises(ValueError, match=rf"solve: `{name}` must be one number, got an array of shape \(2,\).*vmap"):
+        solvers.solve(X, X[:, :1], hidden=4)
+
+
+@pytest.mark.parametrize("key", [3, "a", jax.random.split(jax.random.key(0)), np.zeros(3)], ids=str)
+def test_what_is_no_key_is_refused(key):
+    """It was JAX's message, about the data of a key or an abstract array."""
+    with pytest.raises(ValueError, match="solve: `key` must be one key, such as"):
+        cf.Cronos(max_iters=2).solve(X, X[:, :1], hidden=4, key=key)
+
+
+def test_a_class_that_was_held_out_whole_is_fitted_at_the_end_of_a_path():
+    """The last fit started where its row was hopeless, and ended above the best constant, as "stationary"."""
+    y = np.where(np.arange(64) == 5, 2, LABELS % 2)
+    for seed in range(3):
+        stats = cf.Cronos(loss="softmax", beta="path").solve(X, y, hidden=8, key=jax.random.key(seed)).stats
+        assert stats.objective < stats.null_loss

@@ -49,6 +49,24 @@ def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) ->
         raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
 
 
+def single(name: str, value: Any) -> None:
+    """Raise a ValueError for a batch of numbers where a solve takes one: that is what ``vmap`` is for."""
+    if not isinstance(value, str) and np.ndim(value) > 0:
+        raise ValueError(
+            f"solve: `{name}` must be one number, got an array of shape {np.shape(value)}. Solve for several in "
+            "jax.vmap, or in a loop."
+        )
+
+
+def random_key(key: Any) -> None:
+    """Raise a ValueError unless ``key`` is one key of JAX, new or old style."""
+    is_new = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_old = isinstance(key, Array | np.ndarray) and key.dtype == np.uint32
+    if not (is_new or is_old) or np.ndim(key) != (0 if is_new else 1):
+        got = f"an array of shape {np.shape(key)} of {key.dtype}" if isinstance(key, Array | np.ndarray) else repr(key)
+        raise ValueError(f"solve: `key` must be one key, such as jax.random.key(0), got {got}.")
+
+
 def positive_integer(where: str, name: str, value: Any, least: int = 1) -> None:
     """A count."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:

@@ -254,6 +254,10 @@ class Cronos:
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         callback = on_first(callback)
+        if key is not None:
+            checks.random_key(key)
+        for name in ("beta", "beta_ratio", "rho", "tol"):
+            checks.single(name, getattr(self, name))
         if validation is not None and not isinstance(self.beta, str):
             raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         if validation is not None and self.folds is not None:
@@ -340,6 +344,11 @@ class Cronos:
         path = betas.Path.mean(paths, [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts])
         beta, best = path.best
         solution = solve(data, beta, best, final=True)
+        if on_host(
+            solution.stats.objective > solution.stats.null_loss
+        ):  # as where a class was not among the rows fitted
+            again = solve(data, beta, None, final=True)
+            solution = again if on_host(again.stats.objective < solution.stats.objective) else solution
         tried, losses = on_device(path.betas), on_device(path.losses)
         return dataclasses.replace(
             solution, stats=dataclasses.replace(solution.stats, path_betas=tried, path_losses=losses)
