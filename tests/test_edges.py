@@ -330,7 +330,9 @@ def test_a_batch_of_settings_is_for_vmap(name):
         solvers.solve(X, X[:, :1], hidden=4)
 
 
-@pytest.mark.parametrize("key", [3, "a", jax.random.split(jax.random.key(0)), np.zeros(3)], ids=str)
+@pytest.mark.parametrize(
+    "key", [3, "a", jax.random.split(jax.random.key(0)), np.zeros(3)], ids=["int", "str", "keys", "floats"]
+)
 def test_what_is_no_key_is_refused(key):
     """It was JAX's message, about the data of a key or an abstract array."""
     with pytest.raises(ValueError, match="solve: `key` must be one key, such as"):

@@ -344,11 +344,10 @@ class Cronos:
         path = betas.Path.mean(paths, [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts])
         beta, best = path.best
         solution = solve(data, beta, best, final=True)
-        if on_host(
-            solution.stats.objective > solution.stats.null_loss
-        ):  # as where a class was not among the rows fitted
+        reached, null = on_host((solution.stats.objective, solution.stats.null_loss))
+        if reached > null:  # as where none of the rows of a class were among those that the network was found on
             again = solve(data, beta, None, final=True)
-            solution = again if on_host(again.stats.objective < solution.stats.objective) else solution
+            solution = again if on_host(again.stats.objective) < reached else solution
         tried, losses = on_device(path.betas), on_device(path.losses)
         return dataclasses.replace(
             solution, stats=dataclasses.replace(solution.stats, path_betas=tried, path_losses=losses)
