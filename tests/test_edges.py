@@ -214,6 +214,8 @@ def test_lists_inside_of_nnx_transforms_are_passed(kind, scanned):
     head = cf.nnx.find_head(model, X)
     assert head.paths == (("hidden",), ("out",))
     np.testing.assert_array_equal(model(X), before)
+    made = cf.nnx.TrainState.create(model=model, tx=optax.sgd(0.1))
+    np.testing.assert_allclose(made.apply_fn({"params": made.params}, X), before, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mixed", [True, False])

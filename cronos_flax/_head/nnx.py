@@ -93,16 +93,6 @@ def _recorded() -> Iterator[dict[Path, Any]]:
         _trace.calls = before
 
 
-def _without_captures_in_lists(model: nnx.Module) -> None:
-    """Take from lists what Flax's ``capture`` gives all modules, and what only layers need.
-
-    A list has numbers for keys; with a name among them ``nnx.scan`` and ``nnx.vmap`` cannot sort its state.
-    """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
-            delattr(module, "__captures__")
-
-
 @dataclasses.dataclass(frozen=True)
 class NnxModule:
     """An NNX model as pure functions of its variables, which are its state.
@@ -171,12 +161,8 @@ class NnxModule:
         for norm in norms.values():
             _normalise(norm, self.statistics)
 
-        def call(model: nnx.Module) -> Any:
-            _without_captures_in_lists(model)
-            return called(model, self.method, args, kwargs)
-
         with _recorded() as dtypes:
-            out, sown = nnx.capture(call, Tapped)(model)
+            out, sown = captured(model, Tapped, self.method, args, kwargs)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
@@ -263,11 +249,27 @@ def module_at(model: Any, path: Path) -> Any:
     return model
 
 
-def called(model: nnx.Module, method: Any, args: tuple, kwargs: Mapping) -> Any:
-    """What a model returns; ``method`` is the name of the method to call, or a function, None for the model itself."""
-    method = method or type(model).__call__
-    method = getattr(type(model), method) if isinstance(method, str) else method
-    return method(model, *args, **kwargs)
+def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tuple, kwargs: Mapping) -> tuple[Any, Any]:
+    """What a model returns, and what it sows of this kind.
+
+    Args:
+        model: the model.
+        kind: of Variables.
+        method: the name of the method to call, or a function; None calls the model.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    def call(model: nnx.Module) -> Any:
+        # Flax gives all modules an attribute to sow into. A list has numbers for keys, and `nnx.scan` and `nnx.vmap`
+        # cannot sort its state with a name among them; it sows nothing.
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
+                delattr(module, "__captures__")
+        of_class = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
+        return of_class(model, *args, **kwargs)
+
+    return nnx.capture(call, kind)(model)
 
 
 def without_sown(model: nnx.Module) -> nnx.Module:

@@ -15,7 +15,7 @@ from jax import Array
 
 from cronos_flax._head.head import Call, Head, Path, Tap, format_path
 from cronos_flax._head.linen import Collections
-from cronos_flax._head.nnx import NnxModule, called, without_sown
+from cronos_flax._head.nnx import NnxModule, captured, without_sown
 from cronos_flax._head.norms import bound_axes
 
 # Variables that are of none of these kinds are in the collection of the rest.
@@ -68,7 +68,7 @@ class NnxFunction:
                 if isinstance(variable, nnx.Param):
                     variable.set_metadata(on_set_value=(_refused,))
         # What the model sows goes nowhere; outside of a capture, Flax would warn.
-        out, _ = nnx.capture(lambda model: called(model, self.method, args, kwargs), nnx.Intermediate)(model)
+        out, _ = captured(model, nnx.Intermediate, self.method, args, kwargs)
         if not mutable:
             return out
         _, after = _split(model)
