@@ -11,17 +11,18 @@ penalty τ; then κ = ρ/τ is in the place of ρ in the U-step, ``Z − M`` in 
 
     Z ← prox of ℓ/τ at F U + 1bᵀ + M                         M ← M + F U + 1bᵀ − Z
 
-The prox fixes the duals, so only ``V + Λ``, ``S + N`` and ``Z + M`` are kept. The iteration is a fixed-point map of
-these, and its slow tail is shortened by Anderson acceleration, safeguarded.
+A gated network has no cones, ``G = 0``, and then there are no S and N. The prox fixes the duals, so only ``V + Λ``,
+``S + N`` and ``Z + M`` are kept. The iteration is a fixed-point map of these, and its slow tail is shortened by
+Anderson acceleration, safeguarded.
 """
 
 import dataclasses
-import itertools
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
@@ -41,7 +42,7 @@ class Iterate:
 
     Args:
         V_plus_dual: ``V + Λ``.
-        S_plus_dual: ``S + N``.
+        S_plus_dual: ``S + N``; None for a program without cones.
         Z_plus_dual: ``Z + M``; None for the squared loss.
         z: the last inner solution, the start of the next.
         rho: ρ, the penalty.
@@ -50,18 +51,19 @@ class Iterate:
     """
 
     V_plus_dual: Neurons
-    S_plus_dual: Activations
+    S_plus_dual: Activations | None
     Z_plus_dual: Outputs | None
     z: Outputs
     rho: Scalar
     iteration: Int[Array, ""]
     kappa_of_split: float
 
-    def split(self, beta: Scalar) -> tuple[Neurons, Neurons, Activations, Activations]:
-        """``V, Λ, S, N``."""
+    def split(self, beta: Scalar) -> tuple[Neurons, Neurons, Activations | Scalar, Activations | Scalar]:
+        """``V, Λ, S, N``; without cones the last two are the number zero."""
         V = group_prox(self.V_plus_dual, beta / self.rho)
-        S = jnp.maximum(self.S_plus_dual, 0)
-        return V, self.V_plus_dual - V, S, self.S_plus_dual - S
+        S_plus_dual = jnp.zeros_like(self.rho) if self.S_plus_dual is None else self.S_plus_dual
+        S = jnp.maximum(S_plus_dual, 0)
+        return V, self.V_plus_dual - V, S, S_plus_dual - S
 
     @property
     def kappa(self) -> Scalar:
@@ -82,25 +84,26 @@ class Iterate:
         return Z, self.Z_plus_dual - Z
 
     @property
-    def parts(self) -> list[Array]:
-        """The arrays that the fixed-point map is about."""
-        return jax.tree.leaves((self.V_plus_dual, self.S_plus_dual, self.Z_plus_dual))
+    def _kept(self) -> tuple[Neurons, Activations | None, Outputs | None]:
+        """What the fixed-point map is about."""
+        return self.V_plus_dual, self.S_plus_dual, self.Z_plus_dual
 
     def flat(self) -> Float[Array, " N"]:
-        """:attr:`parts` as one vector."""
-        return jnp.concatenate([part.ravel() for part in self.parts])
+        """What the fixed-point map is about, as one vector."""
+        return ravel_pytree(self._kept)[0]
 
     def at(self, flat: Float[Array, " N"]) -> "Iterate":
         """This iterate moved to the point ``flat``."""
-        pieces = jnp.split(flat, list(itertools.accumulate(part.size for part in self.parts))[:-1])
-        V, S, *Z = (piece.reshape(part.shape) for piece, part in zip(pieces, self.parts, strict=True))
-        return dataclasses.replace(self, V_plus_dual=V, S_plus_dual=S, Z_plus_dual=Z[0] if Z else None)
+        V, S, Z = ravel_pytree(self._kept)[1](flat)
+        return dataclasses.replace(self, V_plus_dual=V, S_plus_dual=S, Z_plus_dual=Z)
 
     def with_rho(self, rho: Scalar, program: Program) -> "Iterate":
         """The same V, S, Z and unscaled duals under another penalty."""
         V, Lambda, S, N = self.split(program.beta)
         ratio = self.rho / rho
-        moved = dataclasses.replace(self, V_plus_dual=V + ratio * Lambda, S_plus_dual=S + ratio * N, rho=rho)
+        moved = dataclasses.replace(self, V_plus_dual=V + ratio * Lambda, rho=rho)
+        if self.S_plus_dual is not None:
+            moved = dataclasses.replace(moved, S_plus_dual=S + ratio * N)
         if self.Z_plus_dual is None:
             return moved
         Z, M = self.split_outputs(program)
@@ -114,9 +117,8 @@ def init(program: Program, U: Neurons, b: Bias, rho: Scalar, settings: Held) -> 
     dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)[None, :]
     outputs = program.outputs(XU, b)
     zero = jnp.zeros((), jnp.int32)
-    first = Iterate(
-        U + dual, jnp.maximum(program.G(XU), 0), outputs, jnp.zeros_like(outputs), rho, zero, settings.kappa
-    )
+    S = jnp.maximum(program.G(XU), 0) if program.has_cones else None
+    first = Iterate(U + dual, S, outputs, jnp.zeros_like(outputs), rho, zero, settings.kappa)
     Z_plus_dual = None if rows.loss.is_quadratic else outputs + rows.gradient(outputs) / first.tau
     return dataclasses.replace(first, Z_plus_dual=Z_plus_dual)
 
@@ -128,7 +130,7 @@ class Iteration:
 
     image: Iterate
     U: Neurons
-    GXU: Activations
+    GXU: Activations | Scalar
     gap: Outputs
 
 
@@ -150,7 +152,7 @@ def step(
     image = dataclasses.replace(
         iterate,
         V_plus_dual=relax * U + (1 - relax) * V + Lambda,
-        S_plus_dual=relax * GXU + (1 - relax) * S + N,
+        S_plus_dual=relax * GXU + (1 - relax) * S + N if program.has_cones else None,
         z=z,
         iteration=iterate.iteration + 1,
     )

@@ -19,7 +19,7 @@ from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.program import norms
-from cronos_flax._solver.solution import Solution, TwoLayer, predict
+from cronos_flax._solver.solution import Network, Solution, predict
 from cronos_flax._solver.staging import ONCE, Program
 from cronos_flax._solver.transfer import on_device, on_host, taken
 from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
@@ -161,7 +161,7 @@ def choosable(X: Array | Source, y: Outputs, weight: RowVector, order: Array | N
 
 
 @functools.partial(jax.jit, static_argnames="loss")
-def _mean_loss(network: TwoLayer, rows: Data, loss: Loss) -> Scalar:
+def _mean_loss(network: Network, rows: Data, loss: Loss) -> Scalar:
     return rows.weight @ loss.value(predict(network, rows.X), rows.y) / jnp.sum(rows.weight)
 
 
@@ -227,10 +227,10 @@ class Path(NamedTuple):
 
     betas: Float[np.ndarray, " k"]
     losses: Float[np.ndarray, " k"]
-    networks: list[TwoLayer]
+    networks: list[Network]
 
     @property
-    def best(self) -> tuple[float, TwoLayer]:
+    def best(self) -> tuple[float, Network]:
         """The β of least loss, and its network."""
         best = int(np.argmin(np.nan_to_num(self.losses, nan=np.inf)))
         return float(self.betas[best]), self.networks[best]
@@ -243,7 +243,7 @@ class Path(NamedTuple):
 
 
 def follow(
-    solve: Callable[[Data, float, TwoLayer | None], Solution],
+    solve: Callable[[Data, float, Network | None], Solution],
     loss: Loss,
     beta_max: float,
     fit: Data,

@@ -23,7 +23,7 @@ from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
-from cronos_flax._solver.solution import HeldState, RefreshedState, TwoLayer
+from cronos_flax._solver.solution import GatedTwoLayer, HeldState, Network, RefreshedState
 from cronos_flax._solver.transfer import on_device, on_host
 
 _WEIGHTS = 1e-30, 1e30  # the smallest and the largest of a row
@@ -269,7 +269,7 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
 
 def start(
     gates: str, shape: tuple[int, int], y: Array, hidden: Any, init: Any, state: Any
-) -> tuple[TwoLayer | RefreshedState | HeldState | None, int]:
+) -> tuple[Network | RefreshedState | HeldState | None, int]:
     """The one place to start from, None for a random start; and the number of neurons."""
     given = [name for name, value in (("hidden", hidden), ("init", init), ("state", state)) if value is not None]
     if len(given) != 1:
@@ -279,29 +279,39 @@ def start(
         positive_integer("solve", "hidden", hidden)
         return None, int(hidden)
     if init is not None:
-        if not isinstance(init, TwoLayer):
+        if isinstance(init, GatedTwoLayer) and gates != "gated":
+            raise ValueError(
+                f"solve: `init` must be a cf.TwoLayer for gates={gates!r}, got a cf.GatedTwoLayer, which is no ReLU "
+                'network. Set gates="gated".'
+            )
+        if not isinstance(init, Network):
             raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
         return _network("init", init, shape, y), init.kernel2.shape[0]
-    if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState):
+    is_gated = isinstance(getattr(state, "params", None), GatedTwoLayer)
+    if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState) or is_gated != (gates == "gated"):
         raise ValueError(
             f"solve: `state` must be the state of a solve with gates={gates!r}, got a "
-            f"{type(state).__name__}. To start from a network alone pass init=solution.params."
+            f"{type(state).__name__}{' of a gated network' * is_gated}. To start from a network alone pass "
+            "init=solution.params."
         )
     if isinstance(state, HeldState) and state.D.shape[0] != shape[0]:
         raise ValueError(
             f"solve: `state` holds gates of {state.D.shape[0]} rows, but `X` has {shape[0]}. "
             "To go on with other rows pass init=solution.params."
         )
-    return dataclasses.replace(state, params=_network("state", state.params, shape, y)), state.params.kernel2.shape[0]
+    params: Any = _network("state", state.params, shape, y)
+    return dataclasses.replace(state, params=params), params.kernel2.shape[0]
 
 
-def _network(name: str, network: TwoLayer, features: tuple[int, int], y: Array) -> TwoLayer:
+def _network(name: str, network: Network, features: tuple[int, int], y: Array) -> Network:
     """The network in the dtype of y, its shapes checked against the data."""
     m = jnp.shape(network.kernel1)[-1] if jnp.ndim(network.kernel1) == 2 else 0
     expected = {"kernel1": (features[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
+    if isinstance(network, GatedTwoLayer):
+        expected |= {"gate_kernel": (features[1], m), "gate_bias": (m,)}
     for field, shape in expected.items():
         value = getattr(network, field)
-        if value is None and field.startswith("bias"):
+        if value is None and "bias" in field:
             continue
         if value is None or jnp.shape(value) != shape:
             got = "None" if value is None else jnp.shape(value)

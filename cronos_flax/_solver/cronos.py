@@ -23,12 +23,12 @@ from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.solution import Network, Solution, TwoLayer
 from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
 
-GATES = ("refreshed", "fixed", "paired")
+GATES = ("refreshed", "fixed", "paired", "gated")
 MAX_ITERS = 500  # of a single fit, where the setting is None
 
 
@@ -163,7 +163,7 @@ class Cronos:
         hidden: int | None = None,
         num_classes: int | None = None,
         sample_weight: ArrayLike | None = None,
-        init: TwoLayer | None = None,
+        init: Network | None = None,
         state: State | None = None,
         key: Array | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
@@ -240,7 +240,7 @@ class Cronos:
         hidden: int | None,
         num_classes: int | None,
         sample_weight: ArrayLike | None,
-        init: TwoLayer | None,
+        init: Network | None,
         state: State | None,
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
@@ -282,7 +282,7 @@ class Cronos:
         features: Array | Source,
         y: Array,
         weight: Array,
-        start: TwoLayer | State | None,
+        start: Network | State | None,
         hidden: int,
         key: Array,
         callback: Callable[[dict[str, float]], Any] | None,
@@ -305,7 +305,7 @@ class Cronos:
     def _solve_on_path(
         self,
         data: betas.Data,
-        network: TwoLayer | None,
+        network: Network | None,
         hidden: int,
         key: Array,
         callback: Callable[[dict[str, float]], Any] | None,
@@ -328,7 +328,7 @@ class Cronos:
             fold = betas.folds(data.y, split_key, self.folds)
             parts = [(data.take(fold != k), data.take(fold == k)) for k in range(self.folds)]
 
-        def solve(rows: betas.Data, beta: float, init: TwoLayer | None, final: bool = False) -> Solution:
+        def solve(rows: betas.Data, beta: float, init: Network | None, final: bool = False) -> Solution:
             tol, patience = self.tol, None
             if not final and tol is None and self.gates == "refreshed":
                 patience = betas.PATIENCE
@@ -354,7 +354,7 @@ class Cronos:
         )
 
     def _user_beta_max(
-        self, data: tuple[Any, Array, Array], network: TwoLayer | None, order: Array | None = None
+        self, data: tuple[Any, Array, Array], network: Network | None, order: Array | None = None
     ) -> Array:
         hidden_bias, output_bias = biases(self.gates, network)
         static = {"loss": loss_of(self.loss), "hidden_bias": hidden_bias, "output_bias": output_bias}
@@ -365,7 +365,7 @@ class Cronos:
 
     def objective(
         self,
-        params: TwoLayer,
+        params: Network,
         X: ArrayLike | Source,
         y: ArrayLike,
         beta: Float[Array, ""] | float,
@@ -415,5 +415,5 @@ class Cronos:
 
 def _outputs_of(init: Any, state: Any) -> int | None:
     """The number of outputs of the network to start from, for labels; what it does not fit is said later."""
-    network = init if isinstance(init, TwoLayer) else getattr(state, "params", None)
+    network = init if isinstance(init, Network) else getattr(state, "params", None)
     return None if network is None or jnp.ndim(network.kernel2) != 2 else network.kernel2.shape[1]

@@ -1,7 +1,7 @@
 """The path of held gates: ADMM to a certificate, and the way from its iterate back to a network.
 
 The loop checks its certificate every few iterations (method.md, "Held gates"), adapts ρ, and extrapolates by Anderson
-acceleration. The program's iterate may break its gates, and its network then be worse than the start's; so the network
+acceleration. The program's iterate may break its cones, and its network then be worse than the start's; so the network
 goes towards it only as far as its own loss falls.
 """
 
@@ -29,7 +29,7 @@ from cronos_flax._solver.program import (
 )
 from cronos_flax._solver.settings import Held
 from cronos_flax._solver.solution import HeldState, Status
-from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
+from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Scalar
 
 
 @partial(
@@ -65,6 +65,7 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
     b = program.rows.bias(Z - M)
     XV = X @ V
     GV = program.G(XV)
+    dual = Lambda + X.T @ program.G(N) if program.has_cones else Lambda
     squared = step.image.Z_plus_dual is None
     alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
     Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
@@ -81,7 +82,7 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
         cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
         primal_residual=size(U - V, GXU - S, step.gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
         dual_residual=size(V - V_old + X.T @ (program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
-        / jnp.maximum(size(Lambda + X.T @ program.G(N)), tiny),
+        / jnp.maximum(size(dual), tiny),
     )
 
 
@@ -238,16 +239,35 @@ def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
     }
 
 
-def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any, key: Array, max_iters: int) -> Ended:
-    """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls."""
+def held(
+    problem: Problem,
+    network: tuple[Neurons, Directions, Bias],
+    gated_by: Gates | None,
+    start: Any,
+    key: Array,
+    max_iters: int,
+) -> Ended:
+    """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls.
+
+    Args:
+        problem: the data and the settings.
+        network: neurons, directions and mean output to start from.
+        gated_by: the gates of a gated network, None for a ReLU network.
+        start: the state to go on from, if there is one.
+        key: of random gates and of the linear solver.
+        max_iters: most iterations.
+    """
     rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
     if isinstance(start, HeldState):
-        program = Program(rows, start.D, start.A, beta)
+        program = Program(rows, start.D, start.A, beta, has_cones=gated_by is None)
         V_plus_dual = basis.lift(*start.hidden_plus_dual)
         first = Iterate(
             V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, start.kappa
         )
+    elif gated_by is not None:
+        program = Program(rows, gated_by, A, beta, has_cones=False)
+        first = init(program, U, b, problem.rho, problem.held)
     elif problem.gates == "fixed":
         program, first = program_of(problem, U, A, b, gate_key)
     else:
@@ -258,7 +278,7 @@ def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any
         first = init(program, U, b, problem.rho, problem.held)
     run = solve_program(problem, program, first, run_key, max_iters)
     last = run.iterate
-    # The program's iterate may break its gates, and its network then be worse than the start's.
+    # The program's iterate may break its cones, and its network then be worse than the start's.
     Z = rows.X @ U
     toward = jax.tree.map(jnp.subtract, (run.check.V, run.check.b, rows.X @ run.check.V), (U, b, Z))
     lengths = jnp.asarray(problem.held.step_lengths, U.dtype)
@@ -268,7 +288,7 @@ def held(problem: Problem, network: tuple[Neurons, Directions, Bias], start: Any
 
     def objective(length: Scalar) -> Scalar:
         U, b, Z = moved(length)
-        return network_objective(rows, program.A, b, beta, U, Z)
+        return network_objective(rows, program.A, b, beta, U, Z, gated_by)
 
     values = jax.lax.map(objective, lengths)
     U, b, Z = moved(lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))])

@@ -24,7 +24,8 @@ _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 class Structured:
     """The U-step of ADMM by Woodbury on the eigenbasis (method.md, "Held gates").
 
-    There ``K = I + XᵀX`` is diagonal and the step is one system with ``n·C`` unknowns::
+    There ``K = I + XᵀX`` (for ``gates="gated"``: ``K = I``) is diagonal and the step is one system with ``n·C``
+    unknowns::
 
         p = K⁻¹ r,      (κ I + F K⁻¹ F*) z = F p,      U = p − K⁻¹ F* z
 
@@ -73,8 +74,7 @@ class Structured:
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
             return None
         n, C = len(D), len(program.A.T)
-        assert eigenvalues is not None
-        H = (X / (1 + eigenvalues)[None, :]) @ X.T
+        H = (X / program.K(eigenvalues)[None, :]) @ X.T
         if plan == "dense":
             # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
             E = (D[:, None, :] * program.A.T[None]).reshape(n * C, -1)
@@ -97,9 +97,8 @@ class Structured:
         iteration: Int[Array, ""],
     ) -> tuple[Neurons, Activations, Outputs]:
         """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call."""
-        assert eigenvalues is not None
         X = program.rows.X
-        inverse_K = (1 / (1 + eigenvalues))[:, None]
+        inverse_K = (1 / program.K(eigenvalues))[:, None]
 
         def inner(z: Outputs) -> Outputs:
             return kappa * z + program.F(X @ (inverse_K * (X.T @ program.Ft(z))))
@@ -163,9 +162,9 @@ class NystromPCG:
 
     @staticmethod
     def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:
-        """``(G*G + κ⁻¹ F*F) V``; the signs of G square to one."""
+        """``(G*G + κ⁻¹ F*F) V``."""
         Z = program.rows.X @ V
-        return program.rows.X.T @ (Z + program.Ft(program.F(Z)) / kappa)
+        return program.rows.X.T @ (program.G(program.G(Z)) + program.Ft(program.F(Z)) / kappa)
 
     def solve(
         self,

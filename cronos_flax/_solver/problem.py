@@ -12,7 +12,6 @@ from jaxtyping import Int
 from cronos_flax._solver.coordinates import Basis, Rows, rotated
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
 
 
@@ -72,4 +71,4 @@ class Ended(NamedTuple):
     network: tuple[Neurons, Directions, Bias, Activations]
     status: Array
     figures: dict[str, Array]
-    state_of: Callable[[TwoLayer], Any]
+    state_of: Callable[[Any], Any]

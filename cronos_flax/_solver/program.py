@@ -6,7 +6,8 @@ With gates ``D`` and output directions ``A`` held fixed,
 
 where ``F Z = P (D ∘ Z) A`` and ``G Z = (2D − 1) ∘ Z`` act on pre-activations ``Z = X U``, ``P`` removes what the output
 bias b can make, and L is the weighted loss, summed over rows. Acting on pre-activations lets one product with X serve
-both. Below the program: the way from a network of the user to neurons and directions of the program, and back.
+both. The program of a gated network has no constraint, ``G = 0``. Below the program: the way from a network of the user
+to neurons and directions of the program, and back.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.coordinates import Basis, Rows, root_mean_square_norm
 from cronos_flax._solver.loss import Loss
-from cronos_flax._solver.solution import TwoLayer, predict
+from cronos_flax._solver.solution import GatedTwoLayer, Network, TwoLayer, predict
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, RowVector, Scalar
 
 _DEAD = 1e-3  # a neuron below this fraction of the largest is treated as dead
@@ -36,7 +37,7 @@ def unit_rows(T: Float[Array, "k C"], fallback: Float[Array, "k C"]) -> Float[Ar
     return jnp.where(size > 0, T / jnp.where(size > 0, size, 1), fallback)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "A", "beta"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "A", "beta"], meta_fields=["has_cones"])
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The program for given gates and directions.
@@ -46,12 +47,14 @@ class Program:
         D: gates, True where a neuron is on.
         A: unit output directions.
         beta: β, the group penalty (in sums over rows).
+        has_cones: whether ``G X U ≥ 0`` is asked for; not of a gated network.
     """
 
     rows: Rows
     D: Gates
     A: Directions
     beta: Scalar
+    has_cones: bool = True
 
     def F(self, Z: Activations) -> Outputs:
         """``P (D ∘ Z) A``."""
@@ -63,9 +66,16 @@ class Program:
         # One output needs no product of matrices, which would cost more than the memory it writes.
         return jnp.where(self.D, R * self.A.T if R.shape[1] == 1 else R @ self.A.T, 0)
 
-    def G(self, Z: Activations) -> Activations:
-        """``(2D − 1) ∘ Z``, its own adjoint and inverse."""
-        return jnp.where(self.D, Z, -Z)
+    def G(self, Z: Activations | Scalar) -> Activations | Scalar:
+        """``(2D − 1) ∘ Z``, its own adjoint and inverse; without cones the number zero."""
+        return jnp.where(self.D, Z, -Z) if self.has_cones else jnp.zeros((), Z.dtype)
+
+    def K(self, eigenvalues: Float[Array, " d"] | None) -> Float[Array, " d"]:
+        """The diagonal of ``K = I + X* G*G X``, which is ``I + XᵀX`` on its eigenbasis, and I without cones."""
+        if not self.has_cones:
+            return jnp.ones(self.rows.X.shape[1], self.A.dtype)
+        assert eigenvalues is not None
+        return 1 + eigenvalues
 
     def outputs(self, Z: Activations, b: Bias) -> Outputs:
         """``F Z + 1bᵀ``."""
@@ -76,15 +86,22 @@ class Program:
         return self.rows.value(self.outputs(Z, b)) + self.beta * jnp.sum(norms(U))
 
 
-def network_outputs(rows: Rows, A: Directions, b: Bias, Z: Activations) -> Outputs:
-    """Outputs of the network with pre-activations Z: gates follow the signs."""
-    return rows.center(jax.nn.relu(Z) @ A) + rows.constant(b)
+def activated(Z: Activations, D: Gates | None) -> Activations:
+    """``D ∘ Z`` of a gated network; ``relu(Z)`` of a ReLU network (D is None), whose gates follow the signs."""
+    return jax.nn.relu(Z) if D is None else jnp.where(D, Z, 0)
 
 
-def network_objective(rows: Rows, A: Directions, b: Bias, beta: Scalar, U: Neurons, Z: Activations) -> Scalar:
+def network_outputs(rows: Rows, A: Directions, b: Bias, Z: Activations, D: Gates | None = None) -> Outputs:
+    """Outputs of the network with pre-activations Z."""
+    return rows.center(activated(Z, D) @ A) + rows.constant(b)
+
+
+def network_objective(
+    rows: Rows, A: Directions, b: Bias, beta: Scalar, U: Neurons, Z: Activations, D: Gates | None = None
+) -> Scalar:
     """Regularised loss of the network with neurons U and directions A of any length."""
     penalty = jnp.sum(norms(U) * jnp.linalg.norm(A, axis=1))
-    return rows.value(network_outputs(rows, A, b, Z)) + beta * penalty
+    return rows.value(network_outputs(rows, A, b, Z, D)) + beta * penalty
 
 
 def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
@@ -93,7 +110,7 @@ def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
     return U * (jnp.maximum(size - threshold, 0) / jnp.where(size > 0, size, 1))[None, :]
 
 
-def lower_bound(program: Program, alpha: Outputs, nu: Activations) -> Scalar:
+def lower_bound(program: Program, alpha: Outputs, nu: Activations | Scalar) -> Scalar:
     """A number no point of the program is below (method.md, "Held gates").
 
     With α a gradient of the loss that the output bias cannot lower, and any ``ν ≥ 0``, weak duality gives ``−L*(cα)``
@@ -117,7 +134,7 @@ def default_directions(m: int, C: int, dtype: jnp.dtype) -> Directions:
     return sign[:, None] * jax.nn.one_hot((i // 2) % C, C, dtype=dtype)
 
 
-def from_network(params: TwoLayer, rows: Rows, basis: Basis) -> tuple[Neurons, Directions, Bias]:
+def from_network(params: Network, rows: Rows, basis: Basis, D: Gates | None = None) -> tuple[Neurons, Directions, Bias]:
     """``uᵢ = ‖W2ᵢ‖ W1ᵢ``, ``aᵢ = W2ᵢ/‖W2ᵢ‖``, and the mean output b: the same outputs, and no larger penalty."""
     m, C = params.kernel2.shape
     A = unit_rows(params.kernel2, default_directions(m, C, params.kernel2.dtype))
@@ -126,24 +143,35 @@ def from_network(params: TwoLayer, rows: Rows, basis: Basis) -> tuple[Neurons, D
         return U, A, None
     if rows.loss.is_quadratic:  # the best one is known, whatever the network
         return U, A, rows.best_constant()
-    return U, A, params.bias2 + rows.mean(jax.nn.relu(rows.X @ U) @ A)
+    return U, A, params.bias2 + rows.mean(activated(rows.X @ U, D) @ A)
 
 
-def to_network(rows: Rows, basis: Basis, U: Neurons, A: Directions, b: Bias, Z: Activations) -> TwoLayer:
+def to_network(
+    rows: Rows, basis: Basis, U: Neurons, A: Directions, b: Bias, Z: Activations, D: Gates | None = None
+) -> TwoLayer:
     """The balanced network ``W1ᵢ = uᵢ/√‖uᵢ‖``, ``W2ᵢ = √‖uᵢ‖ aᵢ`` with the mean output b, in the user's units.
 
-    ``Z = X U`` is known wherever this is asked for, and a product with X is not for nothing.
+    ``Z = X U`` is known wherever this is asked for, and a product with X is not for nothing. With D, these are the
+    layers of a gated network.
     """
     size = jnp.sqrt(norms(U))
     root_scale = jnp.sqrt(basis.scale)
     W1 = U / jnp.where(size > 0, size, 1)[None, :]
     kernel1, bias1 = basis.lower(W1 * root_scale)
-    bias2 = None if b is None else b - rows.mean(jax.nn.relu(Z) @ A)
+    bias2 = None if b is None else b - rows.mean(activated(Z, D) @ A)
     return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)
 
 
+def gated(params: TwoLayer, U: Neurons, basis: Basis, key: Array) -> GatedTwoLayer:
+    """The gated network with the outputs of a ReLU network whose neurons are U; dead neurons get random gates."""
+    off, (kernel, bias) = dead(U), basis.lower(random_neurons(key, U))
+    gate_kernel = jnp.where(off[None, :], kernel, params.kernel1)
+    gate_bias = None if bias is None or params.bias1 is None else jnp.where(off, bias, params.bias1)
+    return GatedTwoLayer(**vars(params), gate_kernel=gate_kernel, gate_bias=gate_bias)
+
+
 def regularised_loss(
-    params: TwoLayer,
+    params: Network,
     features: Float[Array, "n p"] | Blocks,
     targets: Float[Array, "n C"],
     weight: RowVector,

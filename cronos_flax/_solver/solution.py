@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.transfer import on_host
-from cronos_flax._solver.types import Directions, Scalar
+from cronos_flax._solver.types import Directions, Gates, Scalar
 
 
 class Status(enum.IntEnum):
@@ -32,7 +32,8 @@ class Status(enum.IntEnum):
 
 _MESSAGES = {
     Status.converged: (
-        "Converged: the program's objective is within `tol` of its lower bound and the gates are respected to `tol`."
+        "Converged: the program's objective is within `tol` of its lower bound and the gates are respected to `tol` "
+        '(of a gated network, gates="gated", they always are).'
     ),
     Status.stationary: (
         "Stationary: the regularised loss of the network fell by less than `tol`, relatively, over the last "
@@ -73,11 +74,55 @@ class TwoLayer:
     bias2: Float[Array, " C"] | None
 
 
-def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
-    """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``.
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel1", "bias1", "kernel2", "bias2", "gate_kernel", "gate_bias"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class GatedTwoLayer:
+    """A two-layer gated ReLU network: gates of their own, not the signs of the neurons, say where neurons are on.
+
+    ``outputs = (1[X @ gate_kernel + gate_bias >= 0] * (X @ kernel1 + bias1)) @ kernel2 + bias2``
+
+    Gates are given, not trained. With the gates of its own neurons (``gate_kernel = kernel1``, ``gate_bias = bias1``)
+    it is the ReLU network with these layers.
 
     Args:
-        params: the network.
+        kernel1: hidden kernel, shape ``(p, m)``.
+        bias1: hidden bias, shape ``(m,)``, or None for a layer without one.
+        kernel2: output kernel, shape ``(m, C)``.
+        bias2: output bias, shape ``(C,)``, or None for a layer without one.
+        gate_kernel: vectors of the gates, shape ``(p, m)``; of any length, for only signs matter.
+        gate_bias: their biases, shape ``(m,)``, or None for gates without them.
+    """
+
+    kernel1: Float[Array, "p m"]
+    bias1: Float[Array, " m"] | None
+    kernel2: Float[Array, "m C"]
+    bias2: Float[Array, " C"] | None
+    gate_kernel: Float[Array, "p m"]
+    gate_bias: Float[Array, " m"] | None
+
+
+Network: TypeAlias = TwoLayer | GatedTwoLayer
+
+
+def gates_on(params: GatedTwoLayer, X: Float[Array, "n p"] | Blocks) -> Gates:
+    """Where the neurons of a gated network are on.
+
+    In full precision wherever it is called, for what a rounding turns on is not small.
+    """
+    with jax.default_matmul_precision("highest"):
+        Z = X @ params.gate_kernel
+    return (Z if params.gate_bias is None else Z + jnp.broadcast_to(params.gate_bias, Z.shape)) >= 0
+
+
+def predict(params: Network, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
+    """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``, or of a gated one.
+
+    Args:
+        params: a :class:`TwoLayer`, or a :class:`GatedTwoLayer`.
         X: features, shape ``(n, p)``.
 
     Returns:
@@ -102,7 +147,8 @@ def predict(params: TwoLayer, X: Float[Array, "n p"] | Blocks) -> Float[Array, "
     hidden = X @ params.kernel1
     if params.bias1 is not None:
         hidden = hidden + jnp.broadcast_to(params.bias1, hidden.shape)
-    outputs = jax.nn.relu(hidden) @ params.kernel2
+    active = jnp.where(gates_on(params, X), hidden, 0) if isinstance(params, GatedTwoLayer) else jax.nn.relu(hidden)
+    outputs = active @ params.kernel2
     return outputs if params.bias2 is None else outputs + jnp.broadcast_to(params.bias2, outputs.shape)
 
 
@@ -144,11 +190,12 @@ class Stats:
             repeat it.
         cg_steps: conjugate-gradient steps of all iterations, two products with X each. None for held gates.
         program_objective: objective of the convex program at ADMM's iterate. The iterate may violate the gates a
-            little, and its objective may then lie below the optimum. This and the next five are None for
-            ``gates="refreshed"`` with ``certify_iters=0``.
+            little, and its objective may then lie below the optimum; not so with ``gates="gated"``. This and the next
+            five are None for ``gates="refreshed"`` with ``certify_iters=0``.
         lower_bound: lower bound on the optimum of the convex program.
         lower_bound_trace: the lower bound at the start and after every iteration, as of the last check.
-        cone_violation: relative violation of the gates by the iterate, ``‖min(GV, 0)‖ / ‖GV‖``.
+        cone_violation: relative violation of the gates by the iterate, ``‖min(GV, 0)‖ / ‖GV‖``; 0 for
+            ``gates="gated"``.
         primal_residual: ADMM's primal residual relative to the iterate.
         dual_residual: ADMM's dual residual relative to the duals.
         path_betas: for ``beta="path"`` the weight decays tried, from large to small; else None.
@@ -179,13 +226,13 @@ class Solution:
     """The result of :meth:`cronos_flax.Cronos.solve`.
 
     Args:
-        params: the network.
+        params: the network: a :class:`TwoLayer`, or for ``gates="gated"`` a :class:`GatedTwoLayer`.
         status_code: the :class:`Status` as an integer array, so that a solution can be returned from ``jit``.
         stats: the figures of the solve.
         state: pass it back as ``state=`` to go on from here.
     """
 
-    params: TwoLayer
+    params: Any
     status_code: Int[Array, ""]
     stats: Stats
     state: Any
@@ -229,11 +276,11 @@ class HeldState:
     It fits only the rows that it was made from.
     """
 
-    params: TwoLayer
+    params: Network
     hidden_plus_dual: tuple[Float[Array, "p m"], Float[Array, " m"] | None]
     D: Bool[Array, "n m"]
     A: Directions
-    S_plus_dual: Float[Array, "n m"]
+    S_plus_dual: Float[Array, "n m"] | None
     Z_plus_dual: Float[Array, "n C"] | None
     z: Float[Array, "n C"]
     rho: Array

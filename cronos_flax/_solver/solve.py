@@ -24,16 +24,27 @@ from cronos_flax._solver.program import (
     dead,
     default_directions,
     from_network,
+    gated,
     norms,
     random_neurons,
     regularised_loss,
     to_network,
 )
 from cronos_flax._solver.refreshed import Descent, Limits
-from cronos_flax._solver.solution import HeldState, RefreshedState, Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.solution import (
+    GatedTwoLayer,
+    HeldState,
+    Network,
+    RefreshedState,
+    Solution,
+    Stats,
+    Status,
+    TwoLayer,
+    gates_on,
+)
 from cronos_flax._solver.staging import ONCE, OnHost, Program, control_of
 from cronos_flax._solver.transfer import on_device
-from cronos_flax._solver.types import Bias, Directions, Neurons, RowVector, Scalar
+from cronos_flax._solver.types import Bias, Directions, Gates, Neurons, RowVector, Scalar
 
 # Defaults of a single fit, where the setting is None.
 BETA_RATIO = 0.001
@@ -46,7 +57,7 @@ _FAR = 4.0  # times the loss of the best constant: above, a network to start fro
 State = RefreshedState | HeldState
 
 
-def biases(gates: str, network: TwoLayer | None) -> tuple[bool, bool]:
+def biases(gates: str, network: Network | None) -> tuple[bool, bool]:
     """Whether the network has a hidden and an output bias; the published program has no output bias."""
     if network is None:
         return True, gates != "paired"
@@ -72,7 +83,7 @@ class Asked(NamedTuple):
     features: Float[Array, "n p"] | Blocks
     targets: Float[Array, "n C"]
     weight: RowVector
-    start: TwoLayer | State | None
+    start: Network | State | None
     key: Array
     progress: Int[Array, ""] | None
     order: Int[Array, " k"] | None = None
@@ -86,14 +97,16 @@ class Begun(NamedTuple):
         problem: the data on the solver's coordinates, and the settings.
         params: the network, in the user's units.
         network: its neurons, directions and mean output.
+        D: the gates of a gated network on these rows, None for a ReLU network.
         user_beta: β in the user's units.
         null: loss of the best constant output, in sums over rows.
         key: of the path.
     """
 
     problem: Problem
-    params: TwoLayer
+    params: Network
     network: tuple[Neurons, Directions, Bias]
+    D: Gates | None
     user_beta: Scalar
     null: Scalar
     key: Array
@@ -124,7 +137,7 @@ def _not_too_small(U: Neurons, size: Scalar, key: Array) -> Neurons:
 def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> Begun:
     solver, features, targets, weight, start, key, progress, order, length = asked
     _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
-    params = start if isinstance(start, TwoLayer) or start is None else start.params
+    params = start if isinstance(start, Network) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
     biased = {"hidden_bias": hidden_bias, "output_bias": output_bias}
@@ -149,9 +162,11 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
         solver.held,
         progress,
     )
-    if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
+    if solver.gates in ("fixed", "paired") and solver.linear_solver.on_eigenbasis:
         problem = problem.rotated()
         rows, basis = problem.rows, problem.basis
+    # By the user's features, as `predict` has them: what a rounding turns on is not small.
+    D = gates_on(params, features) if isinstance(params, GatedTwoLayer) else None
     null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
     if params is None:
         # In the units of the targets, or outputs that are far too large or too small would cost hundreds of steps.
@@ -160,10 +175,14 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
         A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
-        U, A, b = from_network(params, rows, basis)
+        U, A, b = from_network(params, rows, basis, D)
         if isinstance(start, TwoLayer):
             U = _not_too_small(U, _size_of_neurons(null, total, U.shape[1]), start_key)
-    return Begun(problem, params, (U, A, b), beta * basis.scale / total, null, run_key)
+    if solver.gates == "gated" and isinstance(params, TwoLayer):
+        gate_key, run_key = jax.random.split(run_key)
+        params = gated(params, U, basis, gate_key)
+        D = gates_on(params, features)
+    return Begun(problem, params, (U, A, b), D, beta * basis.scale / total, null, run_key)
 
 
 def _begin_refreshed(
@@ -194,7 +213,7 @@ def _end(
     problem, (rows, basis) = begun.problem, (begun.problem.rows, begun.problem.basis)
     weight = normalised(weight)
     # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
-    found = to_network(rows, basis, *ended.network)
+    found = dataclasses.replace(begun.params, **vars(to_network(rows, basis, *ended.network, begun.D)))
     before, after = (
         regularised_loss(params, features, targets, weight, begun.user_beta, rows.loss)
         for params in (begun.params, found)
@@ -239,7 +258,7 @@ def _end_refreshed(
 def _held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     """The whole solve with held gates."""
     begun = _begin(asked, hidden=hidden)
-    ended = held(begun.problem, begun.network, asked.start, begun.key, max_iters)
+    ended = held(begun.problem, begun.network, begun.D, asked.start, begun.key, max_iters)
     return _end(begun, ended, asked.features, asked.targets, asked.weight)
 
 
