@@ -25,6 +25,7 @@ from cronos_flax._solver.loss import signed_targets as signed_targets
 from cronos_flax._solver.losses import Huber as Huber
 from cronos_flax._solver.settings import Held as Held
 from cronos_flax._solver.settings import Refreshed as Refreshed
+from cronos_flax._solver.solution import GatedTwoLayer as GatedTwoLayer
 from cronos_flax._solver.solution import Solution as Solution
 from cronos_flax._solver.solution import Stats as Stats
 from cronos_flax._solver.solution import Status as Status
@@ -36,6 +37,7 @@ __all__ = [
     "Cronos",
     "CronosTrainState",
     "Features",
+    "GatedTwoLayer",
     "Guard",
     "GuardState",
     "Head",

@@ -24,7 +24,19 @@ def loss_of_rows(loss, outputs, Y):
     }[loss]()
 
 
-def program_optimum(X, Y, gates, directions, beta, weight=None, *, loss="squared", hidden_bias=True, output_bias=True):
+def program_optimum(
+    X,
+    Y,
+    gates,
+    directions,
+    beta,
+    weight=None,
+    *,
+    loss="squared",
+    hidden_bias=True,
+    output_bias=True,
+    has_cones=True,
+):
     """Optimal value of program (P), in the units of ``Cronos`` (a weighted mean), by an interior-point method."""
     n = len(X)
     weight = np.ones(n) if weight is None else weight / weight.mean()
@@ -35,8 +47,8 @@ def program_optimum(X, Y, gates, directions, beta, weight=None, *, loss="squared
     outputs = cp.multiply(gates.astype(float), pre) @ directions + np.ones((n, 1)) @ b
     loss = weight @ loss_of_rows(loss, outputs, Y)
     penalty = beta * n / s * cp.sum(cp.norm(U, axis=0))
-    cone = cp.multiply(2.0 * gates - 1, pre) >= 0
-    problem = cp.Problem(cp.Minimize(loss + penalty), [cone])
+    cones = [cp.multiply(2.0 * gates - 1, pre) >= 0] if has_cones else []
+    problem = cp.Problem(cp.Minimize(loss + penalty), cones)
     return problem.solve(solver=cp.CLARABEL) / n
 
 
@@ -64,7 +76,12 @@ def regularised_loss(params, X, Y, beta, weight=None, loss="squared"):
         bias1 = np.asarray(params.bias1, float)
         hidden = hidden + bias1
         penalty += np.sum(bias1**2) / s**2
-    outputs = np.maximum(hidden, 0) @ kernel2
+    if hasattr(params, "gate_kernel"):
+        Z = X @ np.asarray(params.gate_kernel, float)
+        on = (Z if params.gate_bias is None else Z + np.asarray(params.gate_bias, float)) >= 0
+        outputs = (on * hidden) @ kernel2
+    else:
+        outputs = np.maximum(hidden, 0) @ kernel2
     if params.bias2 is not None:
         outputs = outputs + np.asarray(params.bias2, float)
     return np.average(losses_of(loss, outputs, Y), weights=weight) + beta / 2 * penalty

@@ -14,7 +14,7 @@ from jax import Array
 from cronos_flax._head.features import source_of
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import GatheredRows
-from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.checks import all_finite, relu_only
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.memory import most_bytes
 from cronos_flax._solver.meshes import on_automatic_axes_of
@@ -170,10 +170,11 @@ def _are_streamed(rows: GatheredRows, solver: Cronos) -> bool:
 
 
 def solver_or_default(where: str, solver: Cronos | None) -> Cronos:
-    """The solver given; None means ``Cronos()``."""
+    """The solver given, one that gives ReLU networks; None means ``Cronos()``."""
     solver = Cronos() if solver is None else solver
     if not isinstance(solver, Cronos):
         raise ValueError(f"{where}: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
+    relu_only(where, solver.gates)
     return solver
 
 

@@ -36,6 +36,15 @@ def choice(name: str, value: Any, choices: Iterable[str], other: str = "", where
         raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
 
 
+def relu_only(where: str, gates: str) -> None:
+    """Refuse a solver whose networks are not those of a head, ``Dense → relu → Dense``."""
+    if gates == "gated":
+        raise ValueError(
+            f"{where}: `solver` must give ReLU networks, got gates='gated', whose networks have gates of their own and "
+            "do not fit Dense → relu → Dense. Take other gates, or call solver.solve on arrays."
+        )
+
+
 def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
     bad_type = isinstance(value, (str, bytes, bool, list, tuple))
@@ -285,7 +294,8 @@ def start(
                 'network. Set gates="gated".'
             )
         if not isinstance(init, Network):
-            raise ValueError(f"solve: `init` must be a cf.TwoLayer, got {type(init).__name__}.")
+            either = "a cf.GatedTwoLayer or a cf.TwoLayer" if gates == "gated" else "a cf.TwoLayer"
+            raise ValueError(f"solve: `init` must be {either}, got {type(init).__name__}.")
         return _network("init", init, shape, y), init.kernel2.shape[0]
     is_gated = isinstance(getattr(state, "params", None), GatedTwoLayer)
     if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState) or is_gated != (gates == "gated"):

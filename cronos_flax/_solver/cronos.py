@@ -50,7 +50,7 @@ MAX_ITERS = 500  # of a single fit, where the setting is None
 )
 @dataclasses.dataclass(frozen=True)
 class Cronos:
-    r"""Solver for two-layer ReLU networks, ``relu(X kernel1 + bias1) kernel2 + bias2``.
+    r"""Solver for two-layer ReLU networks, ``relu(X kernel1 + bias1) kernel2 + bias2``, and for gated ones.
 
     With ``f_j`` the output for row j, ``w_j`` its weight, and s the root mean squared row norm of X, it minimises::
 
@@ -74,7 +74,9 @@ class Cronos:
             others hold the gates and solve that convex program by ADMM, with a lower bound on its optimum: ``"fixed"``
             holds the gates of the starting network, ``"paired"`` random gates, each used by two neurons of opposite
             direction. ``"paired"`` with ``cf.NystromPCG()`` is the published algorithm, which has no output bias unless
-            the network given has one.
+            the network given has one. ``"gated"`` holds the gates of the starting network, and lets its neurons have
+            any sign where these are on: the solution is a :class:`cronos_flax.GatedTwoLayer`, and its loss is the
+            optimum of the program. It is for :meth:`solve` only, as a head is a ReLU network.
         linear_solver: how ADMM solves its linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
         max_iters: most iterations of one solve. None takes 500, and in an alternation 3.
         tol: stopping tolerance, ``≥ 0``. Held gates stop when the relative gap and the relative constraint violation
@@ -111,7 +113,8 @@ class Cronos:
 
     References:
         Feng, Frangella, Pilanci, *CRONOS: Enhancing Deep Learning with Scalable GPU Accelerated Convex Neural
-        Networks*, NeurIPS 2024, arXiv:2411.01088. The refreshed path is this package's own.
+        Networks*, NeurIPS 2024, arXiv:2411.01088. Gated networks: Mishkin, Sahiner, Pilanci, *Fast Convex Optimization
+        for Two-Layer ReLU Networks*, ICML 2022, arXiv:2202.01331. The refreshed path is this package's own.
     """
 
     loss: str | Loss = "squared"
@@ -184,7 +187,9 @@ class Cronos:
             num_classes: the number of outputs C; None reads it off ``y`` or ``init``.
             sample_weight: ``w_j ≥ 0``, shape ``(n,)``, not all zero; None means all equal. Rows of weight zero are as
                 if absent; inside ``jit``, and in blocks, they still take places in the samples of the refreshed path.
-            init: a network to start from; its widths and its missing biases are kept.
+            init: a network to start from; its widths and its missing biases are kept. For ``gates="gated"`` a
+                :class:`cronos_flax.GatedTwoLayer`, whose gates are kept, or a :class:`cronos_flax.TwoLayer`, whose
+                neurons are the gates (random ones for neurons that are zero). For the others a TwoLayer.
             state: ``solution.state`` of an earlier solve with the same ``gates``, to go on from there.
             key: key of the random start and of revived neurons; None means a fixed one.
             callback: called at every check (each step of the refreshed path, each tenth iteration of ADMM) with a flat
@@ -223,6 +228,7 @@ class Cronos:
         are that samples are drawn from, if they lie on several devices or in another order; None for all, as they
         stand.
         """
+        checks.relu_only("solve", self.gates)
         solver, key = self, default_key() if key is None else key
         if self.beta is None and not isinstance(X, Source):
             data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
@@ -375,7 +381,7 @@ class Cronos:
         """The regularised loss of a network, which :meth:`solve` minimises.
 
         Args:
-            params: the network.
+            params: the network, of either kind. Gates of its own are not penalised.
             X: features, shape ``(n, p)``.
             y: targets as the loss takes them.
             beta: weight decay; ``solution.stats.beta`` where it was chosen.

@@ -118,7 +118,7 @@ class Refreshed(_Settings):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Held(_Settings):
-    """Constants of ADMM, for ``gates="fixed"`` and ``"paired"`` (method.md, "Held gates").
+    """Constants of ADMM, for ``gates="fixed"``, ``"paired"`` and ``"gated"`` (method.md, "Held gates").
 
     Args:
         over_relaxation: of the U-step, in (0, 2); ``cf.NystromPCG`` takes 1.
