@@ -153,7 +153,7 @@ def test_state_continues_admm_where_it_stopped(loss, linear_solver):
         whole = dataclasses.replace(solver, max_iters=40).solve(X, y, init=init)
         at_once = second.stats.objective_trace[0]
         assert float(at_once) == pytest.approx(float(first.stats.program_objective), rel=1e-12)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), second.params, whole.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), second.params, whole.params)
     assert second.state.S_plus_dual is None
     assert int(second.state.iteration) == 40
 
