@@ -146,7 +146,7 @@ def step(
     V, Lambda, S, N = iterate.split(program.beta)
     Z, M = iterate.split_outputs(program)
     rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(Z - M) / iterate.kappa)
-    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration)
+    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration, V)
     GXU = program.G(XU)
     relax = settings.over_relaxation if linear_solver.accelerated else 1
     image = dataclasses.replace(

@@ -4,6 +4,7 @@ Both have one interface: ``prepare`` makes what holds for all iterations of one 
 """
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -20,6 +21,35 @@ _LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive
 _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["vectors", "eigenvalues"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """``I + κ⁻¹ F*F`` as if gates did not depend on features: ``I + κ⁻¹ XᵀX ⊗ M``, ``M = (Dᵀ W D/Σw) ∘ (A Aᵀ)``.
+
+    On the eigenbasis of the Gram matrix and on that of M it is diagonal.
+
+    Args:
+        vectors: the eigenvectors of M, shape ``(m, m)``.
+        eigenvalues: of the whole, shape ``(d, m)``.
+    """
+
+    vectors: Float[Array, "m m"]
+    eigenvalues: Neurons
+
+    @classmethod
+    def of(cls, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar) -> "Kronecker":
+        """Of the U-step's system."""
+        assert eigenvalues is not None
+        D, weight = program.D.astype(kappa.dtype), program.rows.weight
+        M = (D.T @ (weight[:, None] * D) / jnp.sum(weight)) * (program.A @ program.A.T)
+        shares, vectors = jnp.linalg.eigh(M)
+        return cls(vectors, 1 + jnp.outer(eigenvalues, jnp.maximum(shares, 0)) / kappa)
+
+    def divide(self, R: Neurons) -> Neurons:
+        """Its inverse, times R."""
+        return (R @ self.vectors / self.eigenvalues) @ self.vectors.T
+
+
 @dataclasses.dataclass(frozen=True)
 class Structured:
     """The U-step of ADMM by Woodbury on the eigenbasis (method.md, "Held gates").
@@ -30,7 +60,9 @@ class Structured:
         p = K⁻¹ r,      (κ I + F K⁻¹ F*) z = F p,      U = p − K⁻¹ F* z
 
     which is solved by one Cholesky factor for all iterations where that is cheaper, and else by conjugate gradients
-    from the last z; for several outputs these are preconditioned by a factor that ignores how the outputs couple.
+    from the last z; for several outputs these are preconditioned by a factor that ignores how the outputs couple. With
+    ``K = I`` that system is ill-conditioned, and conjugate gradients solve ``(I + κ⁻¹ F*F) U = r`` from the last V,
+    preconditioned as if the gates did not depend on the features.
 
     Args:
         max_steps: most conjugate-gradient steps in one iteration of ADMM.
@@ -66,11 +98,13 @@ class Structured:
 
     def prepare(
         self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
-    ) -> Float[Array, "N N"] | None:
-        """The Cholesky factor that :meth:`solve` wants, if any; to be renewed when κ changes."""
+    ) -> "Float[Array, 'N N'] | Kronecker | None":
+        """The Cholesky factor or the preconditioner that :meth:`solve` wants, if any; to be renewed when κ changes."""
         del key
         X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
         plan = self.plan(*X.shape, *program.A.shape)
+        if not program.has_cones and (plan != "dense" or isinstance(X, Blocks)):
+            return Kronecker.of(program, eigenvalues, kappa)
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
             return None
         n, C = len(D), len(program.A.T)
@@ -91,13 +125,28 @@ class Structured:
         program: Program,
         eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
-        prepared: Float[Array, "N N"] | None,
+        prepared: "Float[Array, 'N N'] | Kronecker | None",
         rhs: Neurons,
         z: Outputs,
         iteration: Int[Array, ""],
+        V: Neurons | None = None,
     ) -> tuple[Neurons, Activations, Outputs]:
-        """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call."""
+        """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call.
+
+        V is where U leads to, and so near it.
+        """
         X = program.rows.X
+        if isinstance(prepared, Kronecker):
+            tol = 0.1 / (iteration + 1).astype(kappa.dtype) ** 1.2
+            U, _ = conjugate_gradient(
+                lambda U: U + X.T @ program.Ft(program.F(X @ U)) / kappa,
+                rhs,
+                preconditioner=prepared.divide,
+                guess=V,
+                tol=tol,
+                max_steps=self.max_steps,
+            )
+            return U, X @ U, z
         inverse_K = (1 / program.K(eigenvalues))[:, None]
 
         def inner(z: Outputs) -> Outputs:
@@ -175,9 +224,10 @@ class NystromPCG:
         rhs: Neurons,
         z: Outputs,
         iteration: Int[Array, ""],
+        V: Neurons | None = None,
     ) -> tuple[Neurons, Activations, Outputs]:
         """As :meth:`Structured.solve`; the inner solution is handed through unused."""
-        del eigenvalues
+        del eigenvalues, V
         U, _ = conjugate_gradient(
             lambda V: V + self._product(program, kappa, V),
             rhs,

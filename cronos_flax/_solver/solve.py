@@ -162,7 +162,7 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
         solver.held,
         progress,
     )
-    if solver.gates in ("fixed", "paired") and solver.linear_solver.on_eigenbasis:
+    if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
         problem = problem.rotated()
         rows, basis = problem.rows, problem.basis
     # By the user's features, as `predict` has them: what a rounding turns on is not small.
