@@ -218,15 +218,17 @@ def test_small_and_degenerate_data():
     assert float(there.stats.objective) == pytest.approx(float(absent.stats.objective), rel=1e-3)
 
 
-@pytest.mark.parametrize("plan", ["dense", "preconditioned", "plain", "published"])
+@pytest.mark.parametrize("plan", ["dense", "primal", "kronecker", "published"])
 @pytest.mark.parametrize("output_bias", [True, False])
 def test_the_u_step_without_cones_solves_its_system(monkeypatch, plan, output_bias):
-    monkeypatch.setattr(linear_solvers.Structured, "plan", lambda self, n, d, m, C: plan)
+    monkeypatch.setattr(linear_solvers.Structured, "plan_without_cones", lambda self, n, d, m, C: plan)
     with jax.enable_x64(True):
         X, y = random_problem(1, n=12, p=4, C=2, dtype="float64")
-        rows, _ = coordinates.scaled(
-            jnp.asarray(X), jnp.asarray(y), jnp.ones(12), losses.Squared(), hidden_bias=True, output_bias=output_bias
+        weight = jnp.asarray(np.linspace(0.5, 1.5, 12))
+        rows, basis = coordinates.scaled(
+            jnp.asarray(X), jnp.asarray(y), weight, losses.Squared(), hidden_bias=True, output_bias=output_bias
         )
+        rows, basis = coordinates.rotated(rows, basis)
         rng, kappa = np.random.default_rng(0), jnp.asarray(0.3)
         D, A = (
             rng.uniform(size=(12, 3)) > 0.5,
@@ -235,12 +237,11 @@ def test_the_u_step_without_cones_solves_its_system(monkeypatch, plan, output_bi
         program = programs.Program(rows, jnp.asarray(D), A, jnp.asarray(0.1), has_cones=False)
         rhs, z = jnp.asarray(rng.normal(size=(5, 3))), jnp.zeros((12, 2))
         solver = cf.NystromPCG(1000, 200) if plan == "published" else cf.Structured(200)
-        prepared = solver.prepare(program, None, kappa, jax.random.key(0))
-        U, XU, _ = solver.solve(program, None, kappa, prepared, rhs, z, jnp.asarray(10**7))
+        prepared = solver.prepare(program, basis.eigenvalues, kappa, jax.random.key(0))
+        U, XU, _ = solver.solve(program, basis.eigenvalues, kappa, prepared, rhs, z, jnp.asarray(10**7), rhs)
         residual = U + rows.X.T @ program.Ft(program.F(rows.X @ U)) / kappa - rhs
         np.testing.assert_allclose(residual, 0, atol=1e-6)
         np.testing.assert_allclose(XU, rows.X @ U, atol=1e-12)
-        # The dual of the program: no neuron can lower the loss where no column of X* F* α is longer than β.
         alpha = rows.gradient(program.outputs(XU, None))
         bound = programs.lower_bound(program, alpha, jnp.zeros(()))
         assert float(bound) <= float(program.objective(U, None, XU))

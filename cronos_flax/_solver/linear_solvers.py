@@ -18,6 +18,7 @@ from cronos_flax._solver.program import Program
 from cronos_flax._solver.types import Activations, Neurons, Outputs, Scalar
 
 _LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
+_LARGEST_PRODUCTS = 2**27  # of a feature and a gate, in each row, that are alive while a factor is made
 _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 
@@ -50,6 +51,31 @@ class Kronecker:
         return (R @ self.vectors / self.eigenvalues) @ self.vectors.T
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["factor"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Primal:
+    """``κ I + F*F`` by its Cholesky factor, shape ``(m·d, m·d)``, neuron by neuron."""
+
+    factor: Float[Array, "N N"]
+
+    @classmethod
+    def of(cls, program: Program, kappa: Scalar) -> "Primal":
+        """Of the U-step's system, times κ."""
+        X, D, A, (m, C) = program.rows.X, program.D, program.A, program.A.shape
+        assert not isinstance(X, Blocks)
+        T = jnp.where(D[:, :, None], X[:, None, :], 0).reshape(len(D), -1)
+        # F*F = TᵀT ∘ (A Aᵀ), less what the output bias makes: of each output, one column s with s sᵀ/Σw.
+        matrix = ((T.T @ T).reshape(m, -1, m, X.shape[1]) * (A @ A.T)[:, None, :, None]).reshape(T.shape[1], -1)
+        if program.rows.output_bias:
+            s = ((program.rows.root @ T).reshape(m, -1, 1) * A[:, None, :]).reshape(-1, C)
+            matrix = matrix - s @ s.T / jnp.sum(program.rows.weight)
+        return cls(jnp.linalg.cholesky(matrix + kappa * jnp.eye(len(matrix), dtype=X.dtype)))
+
+    def divide(self, R: Neurons) -> Neurons:
+        """Its inverse, times R."""
+        return jax.scipy.linalg.cho_solve((self.factor, True), R.T.ravel()).reshape(R.T.shape).T
+
+
 @dataclasses.dataclass(frozen=True)
 class Structured:
     """The U-step of ADMM by Woodbury on the eigenbasis (method.md, "Held gates").
@@ -61,8 +87,9 @@ class Structured:
 
     which is solved by one Cholesky factor for all iterations where that is cheaper, and else by conjugate gradients
     from the last z; for several outputs these are preconditioned by a factor that ignores how the outputs couple. With
-    ``K = I`` that system is ill-conditioned, and conjugate gradients solve ``(I + κ⁻¹ F*F) U = r`` from the last V,
-    preconditioned as if the gates did not depend on the features.
+    ``K = I`` that system is ill-conditioned. Then the smaller of it and ``(κ I + F*F) U = κ r`` has a Cholesky factor;
+    where both are large, conjugate gradients solve the latter from the last V, preconditioned as if the gates did not
+    depend on the features.
 
     Args:
         max_steps: most conjugate-gradient steps in one iteration of ADMM.
@@ -96,15 +123,23 @@ class Structured:
             costs["preconditioned"] = factor(n) + conjugate_gradients(steps) + _ITERATIONS * steps * 4 * n * n * C
         return min(costs, key=costs.__getitem__)
 
+    def plan_without_cones(self, n: int, d: int, m: int, C: int) -> str:
+        """``"dense"``, ``"primal"`` or ``"kronecker"``: the smaller factor, if it is not too large."""
+        size, plan = min((n * C, "dense"), (d * m, "primal"))
+        return plan if size <= _LARGEST_FACTOR and n * d * m <= _LARGEST_PRODUCTS else "kronecker"
+
     def prepare(
         self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
-    ) -> "Float[Array, 'N N'] | Kronecker | None":
+    ) -> "Float[Array, 'N N'] | Kronecker | Primal | None":
         """The Cholesky factor or the preconditioner that :meth:`solve` wants, if any; to be renewed when κ changes."""
         del key
         X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
-        plan = self.plan(*X.shape, *program.A.shape)
-        if not program.has_cones and (plan != "dense" or isinstance(X, Blocks)):
+        shape = *X.shape, *program.A.shape
+        plan = self.plan(*shape) if program.has_cones else self.plan_without_cones(*shape)
+        if plan == "kronecker" or (isinstance(X, Blocks) and not program.has_cones):
             return Kronecker.of(program, eigenvalues, kappa)
+        if plan == "primal":
+            return Primal.of(program, kappa)
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
             return None
         n, C = len(D), len(program.A.T)
@@ -125,7 +160,7 @@ class Structured:
         program: Program,
         eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
-        prepared: "Float[Array, 'N N'] | Kronecker | None",
+        prepared: "Float[Array, 'N N'] | Kronecker | Primal | None",
         rhs: Neurons,
         z: Outputs,
         iteration: Int[Array, ""],
@@ -136,6 +171,9 @@ class Structured:
         V is where U leads to, and so near it.
         """
         X = program.rows.X
+        if isinstance(prepared, Primal):
+            U = prepared.divide(kappa * rhs)
+            return U, X @ U, z
         if isinstance(prepared, Kronecker):
             tol = 0.1 / (iteration + 1).astype(kappa.dtype) ** 1.2
             U, _ = conjugate_gradient(
