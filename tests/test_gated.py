@@ -104,6 +104,19 @@ def test_with_the_gates_of_its_neurons_a_gated_network_is_the_relu_network():
     np.testing.assert_allclose(cf.predict(network, X), cf.predict(relu, X), atol=1e-6)
 
 
+def test_a_gated_neuron_is_the_difference_of_two_relu_neurons_on_its_rows():
+    """As method.md says; without weight decay the two classes of networks are the same."""
+    network, X = random_gated(2), random_problem(2)[0]
+    Z, on = X @ network.kernel1 + network.bias1, np.asarray(X @ network.gate_kernel + network.gate_bias)
+    t = np.max(np.where(np.sign(on) * Z < 0, np.abs(Z / on), 0), axis=0)
+    kernels = network.kernel1 + t * network.gate_kernel, t * network.gate_kernel
+    biases = network.bias1 + t * network.gate_bias, t * network.gate_bias
+    relu = cf.TwoLayer(
+        np.hstack(kernels), np.hstack(biases), np.vstack([network.kernel2, -network.kernel2]), network.bias2
+    )
+    np.testing.assert_allclose(cf.predict(relu, X), cf.predict(network, X), atol=1e-5 * np.abs(Z).max() * t.max())
+
+
 @pytest.mark.parametrize("loss", ["squared", "softmax"])
 def test_the_optimum_is_below_that_of_the_relu_program_with_the_same_gates(loss):
     X, y, _ = targets_of(loss, 3, 3, "float32", n=50, p=6)
