@@ -42,10 +42,11 @@ def test_products_of_blocks_are_those_of_the_matrix(seed, n, piece, cuts):
             np.testing.assert_allclose(gram, whole.T @ whole, atol=1e-10)
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired", "gated"])
 def test_a_solve_in_blocks_is_the_solve_in_memory(gates, monkeypatch):
     monkeypatch.setattr(blocks, "_ROWS", 100)
     monkeypatch.setattr(cf.Structured, "plan", lambda *_: "plain")  # in memory, too
+    monkeypatch.setattr(cf.Structured, "plan_without_cones", lambda *_: "kronecker")
     with jax.enable_x64(True):
         X, y = random_problem(0, n=350, p=6, C=2, dtype="float64")
         weight = np.random.default_rng(0).uniform(0, 2, size=350)
@@ -77,7 +78,7 @@ def test_a_source_that_fails_says_what_it_said():
     assert not host._errors
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_a_callback_is_told_every_check(gates, dtype):
     X, y = random_problem(0, dtype=dtype)
     told = []

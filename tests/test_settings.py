@@ -99,6 +99,12 @@ def solve_fixed(user, directory):
     return figures(solver.solve(user.features, user.labels, init=user.start))
 
 
+def solve_gated(user, directory):
+    solver = cf.Cronos(loss="softmax", gates="gated", max_iters=2, beta=1e-3)
+    solution = solver.solve(user.features, user.labels, init=user.start)
+    return figures(solution), cf.predict(solution.params, user.features)
+
+
 def solve_paired(user, directory):
     solver = cf.Cronos(gates="paired", linear_solver=cf.NystromPCG(), max_iters=2, beta=1e-3)
     return figures(solver.solve(user.features, user.one, hidden=HIDDEN))
@@ -150,7 +156,18 @@ def solve_path(user, directory):
     return figures(solution), solution.stats.path_losses
 
 
-PIECES = [find_and_fit, solve, solve_squared, solve_fixed, solve_paired, solve_path, alternate, train, alternate_nnx]
+PIECES = [
+    find_and_fit,
+    solve,
+    solve_squared,
+    solve_fixed,
+    solve_paired,
+    solve_gated,
+    solve_path,
+    alternate,
+    train,
+    alternate_nnx,
+]
 PIECES += [graft, gather]
 WITHOUT_JIT = [solve_squared, alternate, graft]  # each operation is dispatched: slow
 

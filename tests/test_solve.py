@@ -169,7 +169,7 @@ def test_the_refreshed_loss_never_rises(seed, shape, scale, beta, sparse):
         "a tenth zero rows", "d > n",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired", "gated"])
 def test_degenerate_features_give_a_finite_result(make, gates):
     X, _ = random_problem(0)
     X = make(X).astype("float32")
@@ -180,7 +180,7 @@ def test_degenerate_features_give_a_finite_result(make, gates):
     assert solution.stats.objective <= solution.stats.initial_objective
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_one_row_that_counts_is_fitted(gates):
     X, y = random_problem(0)
     weight = np.zeros(40, "float32")
@@ -189,7 +189,7 @@ def test_one_row_that_counts_is_fitted(gates):
     np.testing.assert_allclose(cf.predict(solution.params, X[7:8]), y[7:8], atol=1e-2)
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_equal_targets_are_fitted_by_the_output_bias(gates):
     X, _ = random_problem(0)
     solution = cf.Cronos(gates=gates).solve(X, np.full(40, 3.0, "float32"), hidden=4)
@@ -245,7 +245,7 @@ def test_a_weight_of_k_is_k_copies_and_a_weight_of_zero_is_absence():
     assert float(weighted.program_objective) == pytest.approx(float(repeated.program_objective), rel=1e-3)
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_rows_of_no_weight_are_as_if_absent(gates):
     X, y = random_problem(2)
     init = random_network(2)
@@ -449,7 +449,7 @@ def test_solve_goes_through_vmap_and_jit():
         np.testing.assert_allclose(objective(sweep), one_by_one, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+@pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_nothing_is_promoted_silently(dtype, gates, strict_promotion):
     X, y = random_problem(6, C=2, dtype=dtype)
     solution = cf.Cronos(gates=gates, max_iters=5).solve(X, y, hidden=4)
