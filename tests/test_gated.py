@@ -260,6 +260,15 @@ def test_the_u_step_without_cones_solves_its_system(monkeypatch, plan, output_bi
         assert float(bound) <= float(program.objective(U, None, XU))
 
 
+@pytest.mark.parametrize(("n", "p"), [(2000, 5), (60, 40)])
+def test_features_far_from_zero_leave_a_factor(n, p):
+    """Most gates are on in all rows or in none, and the system is singular to rounding; in both plans."""
+    X, y = random_problem(12, n=n, p=p)
+    solution = cf.Cronos(gates="gated", max_iters=300).solve(X + 100, y, hidden=16)
+    assert np.isfinite(solution.stats.objective_trace).all()
+    assert float(solution.stats.objective) < float(solution.stats.null_loss)
+
+
 def test_what_does_not_fit_is_refused():
     X, y = random_problem(10)
     init, relu = random_gated(10), random_network(10)

@@ -18,7 +18,7 @@ from cronos_flax._solver.program import Program
 from cronos_flax._solver.types import Activations, Neurons, Outputs, Scalar
 
 _LARGEST_FACTOR = 6144  # unknowns; three square matrices of that size are alive at once
-_LARGEST_PRODUCTS = 2**27  # of a feature and a gate, in each row, that are alive while a factor is made
+_LARGEST_PRODUCTS = 2**27  # numbers, one for each row, feature and neuron, that are alive while a factor is made
 _ITERATIONS, _CG_STEPS = 200, 10  # of a typical solve, for the cost model
 
 
@@ -61,19 +61,23 @@ class Primal:
     @classmethod
     def of(cls, program: Program, kappa: Scalar) -> "Primal":
         """Of the U-step's system, times κ."""
-        X, D, A, (m, C) = program.rows.X, program.D, program.A, program.A.shape
+        X, D, A = program.rows.X, program.D, program.A
         assert not isinstance(X, Blocks)
-        T = jnp.where(D[:, :, None], X[:, None, :], 0).reshape(len(D), -1)
-        # F*F = TᵀT ∘ (A Aᵀ), less what the output bias makes: of each output, one column s with s sᵀ/Σw.
-        matrix = ((T.T @ T).reshape(m, -1, m, X.shape[1]) * (A @ A.T)[:, None, :, None]).reshape(T.shape[1], -1)
-        if program.rows.output_bias:
-            s = ((program.rows.root @ T).reshape(m, -1, 1) * A[:, None, :]).reshape(-1, C)
-            matrix = matrix - s @ s.T / jnp.sum(program.rows.weight)
+        # F*F = TᵀT ∘ (A Aᵀ) with one column of T for each neuron and feature.
+        T = program.rows.center(jnp.where(D[:, :, None], X[:, None, :], 0).reshape(len(D), -1))
+        matrix = jnp.kron(A @ A.T, jnp.ones((X.shape[1],) * 2, X.dtype)) * (T.T @ T)
         return cls(jnp.linalg.cholesky(matrix + kappa * jnp.eye(len(matrix), dtype=X.dtype)))
 
     def divide(self, R: Neurons) -> Neurons:
         """Its inverse, times R."""
         return jax.scipy.linalg.cho_solve((self.factor, True), R.T.ravel()).reshape(R.T.shape).T
+
+
+def _rounding(program: Program) -> Scalar:
+    """What rounding may take from the eigenvalues of F*F: ten eps of the trace, which no output bias makes larger."""
+    X = program.rows.X
+    assert not isinstance(X, Blocks)
+    return 10 * jnp.finfo(X.dtype).eps * (jnp.sum(jnp.square(X), axis=1) @ jnp.sum(program.D, axis=1, dtype=X.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +129,11 @@ class Structured:
 
     def plan_without_cones(self, n: int, d: int, m: int, C: int) -> str:
         """``"dense"``, ``"primal"`` or ``"kronecker"``: the smaller factor, if it is not too large."""
-        size, plan = min((n * C, "dense"), (d * m, "primal"))
-        return plan if size <= _LARGEST_FACTOR and n * d * m <= _LARGEST_PRODUCTS else "kronecker"
+        sizes = {"dense": n * C}
+        if n * d * m <= _LARGEST_PRODUCTS:
+            sizes["primal"] = d * m
+        plan = min(sizes, key=sizes.__getitem__)
+        return plan if sizes[plan] <= _LARGEST_FACTOR else "kronecker"
 
     def prepare(
         self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
@@ -138,6 +145,8 @@ class Structured:
         plan = self.plan(*shape) if program.has_cones else self.plan_without_cones(*shape)
         if plan == "kronecker" or (isinstance(X, Blocks) and not program.has_cones):
             return Kronecker.of(program, eigenvalues, kappa)
+        if not program.has_cones:
+            kappa = kappa + _rounding(program)
         if plan == "primal":
             return Primal.of(program, kappa)
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
@@ -164,26 +173,30 @@ class Structured:
         rhs: Neurons,
         z: Outputs,
         iteration: Int[Array, ""],
-        V: Neurons | None = None,
+        V: Neurons | float = 0.0,
     ) -> tuple[Neurons, Activations, Outputs]:
         """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call.
 
-        V is where U leads to, and so near it.
+        V is where U leads to, and so near it. Without cones, a multiple of ``½‖U − V‖²`` that rounding asks for is
+        added to what the step minimises; where ADMM leads to is the same.
         """
         X = program.rows.X
-        if isinstance(prepared, Primal):
-            U = prepared.divide(kappa * rhs)
-            return U, X @ U, z
         if isinstance(prepared, Kronecker):
             tol = 0.1 / (iteration + 1).astype(kappa.dtype) ** 1.2
             U, _ = conjugate_gradient(
                 lambda U: U + X.T @ program.Ft(program.F(X @ U)) / kappa,
                 rhs,
                 preconditioner=prepared.divide,
-                guess=V,
+                guess=jnp.broadcast_to(V, rhs.shape),
                 tol=tol,
                 max_steps=self.max_steps,
             )
+            return U, X @ U, z
+        if not program.has_cones:
+            shift = _rounding(program)
+            rhs, kappa = (kappa * rhs + shift * V) / (kappa + shift), kappa + shift
+        if isinstance(prepared, Primal):
+            U = prepared.divide(kappa * rhs)
             return U, X @ U, z
         inverse_K = (1 / program.K(eigenvalues))[:, None]
 
@@ -262,7 +275,7 @@ class NystromPCG:
         rhs: Neurons,
         z: Outputs,
         iteration: Int[Array, ""],
-        V: Neurons | None = None,
+        V: Neurons | float = 0.0,
     ) -> tuple[Neurons, Activations, Outputs]:
         """As :meth:`Structured.solve`; the inner solution is handed through unused."""
         del eigenvalues, V

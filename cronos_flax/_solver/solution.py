@@ -95,6 +95,13 @@ class GatedTwoLayer:
         bias2: output bias, shape ``(C,)``, or None for a layer without one.
         gate_kernel: vectors of the gates, shape ``(p, m)``; of any length, for only signs matter.
         gate_bias: their biases, shape ``(m,)``, or None for gates without them.
+
+    Example:
+        >>> import jax.numpy as jnp, cronos_flax as cf
+        >>> one = jnp.ones((1, 1))
+        >>> network = cf.GatedTwoLayer(-2 * one, None, one, None, gate_kernel=one, gate_bias=None)
+        >>> cf.predict(network, jnp.array([[-1.0], [3.0]])).tolist()  # on where x >= 0, and negative there
+        [[0.0], [-6.0]]
     """
 
     kernel1: Float[Array, "p m"]

@@ -136,7 +136,7 @@ def _not_too_small(U: Neurons, size: Scalar, key: Array) -> Neurons:
 
 def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> Begun:
     solver, features, targets, weight, start, key, progress, order, length = asked
-    _, start_key, run_key = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
+    gate_key, start_key, run_key = jax.random.split(key, 3)
     params = start if isinstance(start, Network) or start is None else start.params
     weight, loss = normalised(weight), loss_of(solver.loss)
     hidden_bias, output_bias = biases(solver.gates, params)
@@ -179,7 +179,6 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
         if isinstance(start, TwoLayer):
             U = _not_too_small(U, _size_of_neurons(null, total, U.shape[1]), start_key)
     if solver.gates == "gated" and isinstance(params, TwoLayer):
-        gate_key, run_key = jax.random.split(run_key)
         params = gated(params, U, basis, gate_key)
         D = gates_on(params, features)
     return Begun(problem, params, (U, A, b), D, beta * basis.scale / total, null, run_key)
