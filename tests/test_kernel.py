@@ -393,6 +393,12 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
     lowest = dataclasses.replace(before, objective=jnp.asarray(-1.0), damping=jnp.asarray(1.0))
     stayed = step(rows, prepared, beta, lowest, lowest, None, None, False, settings=tried)
     assert float(stayed.damping) == 4.0
+    # Nor is it a step that the loss falls by rounding at length 0: the last step is kept.
+    longest = dataclasses.replace(tried, step_lengths=(1e6, 0.0), damping_factors=(0.25, 4.0))
+    rounded = dataclasses.replace(before, objective=before.objective * (1 + 1e-9))
+    kept = step(rows, prepared, beta, rounded, rounded, None, None, False, settings=longest)
+    jax.tree.map(np.testing.assert_array_equal, kept.last, before.last)
+    assert float(jnp.linalg.norm(before.last.U)) > 0
     drawn = []
 
     class Watched(OnHost):

@@ -227,7 +227,8 @@ def step(
         last=jax.tree.map(lambda part: length * part, delta._replace(U=delta.U * growth[None, :])),
     )
     stayed = dataclasses.replace(iterate, damping=after.damping, cg_steps=after.cg_steps)
-    return jax.tree.map(lambda new, old: jnp.where(value < iterate.objective, new, old), after, stayed)
+    falls = (length > 0) & (value < iterate.objective)  # at length 0, where no step is the last, it may by rounding
+    return jax.tree.map(lambda new, old: jnp.where(falls, new, old), after, stayed)
 
 
 class Limits(NamedTuple):
