@@ -347,3 +347,15 @@ def test_a_class_that_was_held_out_whole_is_fitted_at_the_end_of_a_path():
     for seed in range(3):
         stats = cf.Cronos(loss="softmax", beta="path").solve(X, y, hidden=8, key=jax.random.key(seed)).stats
         assert stats.objective < stats.null_loss
+
+
+def test_a_start_that_takes_a_row_for_impossible_is_left():
+    """Logits of a class that the network had not seen hardly moved: it ended above the best constant, "stationary"."""
+    y, known = np.where(np.arange(64) == 5, 2, LABELS % 2), np.arange(64) != 5
+    solver = cf.Cronos(loss="softmax", beta=0.0159)
+    init = solver.solve(X[known], y[known], hidden=16, num_classes=3).params
+    stats = solver.solve(X, y, init=init).stats
+    assert stats.objective < 0.95 * stats.null_loss
+    assert stats.initial_objective == pytest.approx(float(solver.objective(init, X, y, 0.0159)), rel=1e-5)
+    without_bias = dataclasses.replace(init, bias2=None)
+    assert solver.solve(X, y, init=without_bias).params.bias2 is None

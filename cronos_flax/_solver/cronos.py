@@ -23,7 +23,7 @@ from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import Network, Solution, TwoLayer
+from cronos_flax._solver.solution import Network, Solution, Status, TwoLayer
 from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
@@ -301,12 +301,24 @@ class Cronos:
         solver = dataclasses.replace(self, max_iters=None, class_weight=None, max_bytes=None, folds=None)
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
         limits: Any = {"hidden": hidden, "max_iters": max_iters, "patience": patience}
+
+        def solved(rows: Any, progress: Array | None) -> Solution:
+            asked = Asked(solver, rows, y, weight, start, key, progress, order)
+            solution = solve(asked, **limits)
+            if self.gates != "refreshed" or not (_is_full(start) and _is_lost(solution)):
+                return solution
+            again = solve(asked._replace(start=None), **limits)
+            if not on_host(again.stats.objective < solution.stats.objective):
+                return solution
+            first = solution.stats.initial_objective
+            return dataclasses.replace(again, stats=dataclasses.replace(again.stats, initial_objective=first))
+
         if callback is None and not isinstance(features, Source):
-            return solve(Asked(solver, features, y, weight, start, key, None, order), **limits)
+            return solved(features, None)
         source = features if isinstance(features, Source) else None
         with host.opened(source, callback and host.Reporter(callback)) as (number, progress):
             rows: Any = features if source is None else Blocks(number, *source.shape, source.rows, y.dtype)
-            return jax.block_until_ready(solve(Asked(solver, rows, y, weight, start, key, progress, order), **limits))
+            return jax.block_until_ready(solved(rows, progress))
 
     def _solve_on_path(
         self,
@@ -350,10 +362,6 @@ class Cronos:
         path = betas.Path.mean(paths, [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts])
         beta, best = path.best
         solution = solve(data, beta, best, final=True)
-        reached, null = on_host((solution.stats.objective, solution.stats.null_loss))
-        if reached > null:  # as where none of the rows of a class were among those that the network was found on
-            again = solve(data, beta, None, final=True)
-            solution = again if on_host(again.stats.objective) < reached else solution
         tried, losses = on_device(path.betas), on_device(path.losses)
         return dataclasses.replace(
             solution, stats=dataclasses.replace(solution.stats, path_betas=tried, path_losses=losses)
@@ -417,6 +425,19 @@ class Cronos:
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
         return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight)
+
+
+def _is_full(start: Any) -> bool:
+    """Whether a start is a network like those of a random start: one with all biases."""
+    return isinstance(start, TwoLayer) and start.bias1 is not None and start.bias2 is not None
+
+
+def _is_lost(solution: Solution) -> bool:
+    """Whether a solve was stuck above the best constant, as from a network that takes a class for impossible."""
+    if not checks.concrete(solution.status):
+        return False
+    reached, null, status = on_host((solution.stats.objective, solution.stats.null_loss, solution.status))
+    return bool(reached > null and status == Status.stationary)
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:
