@@ -359,3 +359,12 @@ def test_a_start_that_takes_a_row_for_impossible_is_left():
     assert stats.initial_objective == pytest.approx(float(solver.objective(init, X, y, 0.0159)), rel=1e-5)
     without_bias = dataclasses.replace(init, bias2=None)
     assert solver.solve(X, y, init=without_bias).params.bias2 is None
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e3, 1e22])
+def test_a_weight_decay_that_leaves_no_neuron_gives_the_best_constant(beta):
+    """Rounding of activations became steps of neurons near zero: the loss the solver saw was that of no network."""
+    X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")
+    stats = cf.Cronos(loss="softmax", beta=beta).solve(X, (X[:, 0] > 0).astype(int), hidden=8).stats
+    assert float(stats.objective) == pytest.approx(float(stats.null_loss), rel=1e-5)
+    assert float(stats.objective_trace[-1]) == pytest.approx(float(stats.objective), rel=1e-5)

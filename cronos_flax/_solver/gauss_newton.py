@@ -90,13 +90,20 @@ class Spectrum:
         return outside * R + ((inside - outside) * (R @ self.vectors)) @ self.vectors.T
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["features", "test"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["features", "test", "least"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What all steps share: the spectrum of ``XᵀX/n``, and a test matrix for the neurons' side."""
+    """What all steps share.
+
+    Args:
+        features: the spectrum of ``XᵀX/n``.
+        test: a test matrix for the neurons' side.
+        least: the norm up to which a neuron counts as zero: what it does is lost in the rounding of activations.
+    """
 
     features: Spectrum
     test: Float[Array, "m r"]
+    least: Scalar
 
 
 def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
@@ -108,7 +115,9 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
     features = Spectrum.of(X.T @ (X @ test) / k, trace, test)
-    return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype))
+    misfit = jnp.sqrt(2 * rows.value(rows.constant(rows.best_constant())) / jnp.sum(rows.weight))
+    least = jnp.sqrt(jnp.finfo(X.dtype).eps) * misfit / m
+    return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype), least)
 
 
 class Step(NamedTuple):

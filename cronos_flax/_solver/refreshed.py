@@ -174,7 +174,7 @@ def step(
         settings: constants.
         known: the same, where it is known when the step is compiled.
     """
-    U, A, b = alive.U, alive.A, alive.b
+    U, A, b = jnp.where((norms(alive.U) > prepared.least)[None, :], alive.U, 0), alive.A, alive.b
     D, Z = alive.Z > 0, jnp.where((norms(U) > 0)[None, :], alive.Z, 0)
     size = floored(U, settings)
     H = jnp.where(D, Z, 0) / size[None, :] if A.shape[1] > 1 else None

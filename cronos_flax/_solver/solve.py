@@ -304,7 +304,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))
-    if isinstance(asked.start, TwoLayer):
+    if not isinstance(asked.start, RefreshedState):
         is_far = control.seen(first.objective) / _FAR > null
         first = control.cond(is_far, lambda: control.run(refreshed.shrunk, rows, beta, first), lambda: first)
     if asked.start is None:
