@@ -370,6 +370,7 @@ def main() -> None:
     made.add_argument("--tasks", nargs="*", help="some of the tasks")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--picture", type=Path, help="where to draw the scores")
+    made.add_argument("--instead", type=Path, help="rows to show in the place of those of the same runs")
     given = made.parse_args()
     methods = given.methods or USUAL.get(given.part, OPTIMIZERS | ALTERNATIONS)
     tasks = given.tasks or list(PARTS[given.part])
@@ -380,6 +381,8 @@ def main() -> None:
         do = functools.partial(run, places=places)
         wanted = ((task, method, s) for s, task, method in itertools.product(range(given.seeds), tasks, methods))
         rows = missing(given.out, ("task", "method", "seed"), wanted, do)
+    if given.instead is not None:
+        rows = list({(row["task"], row["method"], row["seed"]): row for row in rows + kept(given.instead)}.values())
     if given.part == "rates":
         print(rates_table(rows, given.seeds))
         return
