@@ -22,10 +22,7 @@ from cronos_flax._solver import host
 from cronos_flax._solver.types import RowVector, Scalar
 
 _ROWS, _BYTES = 8192, 2**26  # at most, of the blocks as they are computed with, however they come
-_COMPARED, _SAME = (
-    16,
-    1e-2,
-)  # rows of a piece that are compared, and by what share of their largest entry they may differ
+_COMPARED, _SAME = 16, 1e-2  # rows of a piece that are compared; by what share of their largest entry they may differ
 
 Carry = TypeVar("Carry")
 
