@@ -133,6 +133,11 @@ class Rows:
         """The best output bias of a network that is otherwise zero; None where it has none."""
         return self.loss.constant(self.Y, self.weight) if self.output_bias else None
 
+    def misfit(self) -> Scalar:
+        """The size of the targets: the root of twice the mean loss of the best constant; 1 where that is not > 0."""
+        null = self.value(self.constant(self.loss.constant(self.Y, self.weight))) / jnp.sum(self.weight)
+        return jnp.where(null > 0, jnp.sqrt(2 * jnp.maximum(null, 0)), 1)
+
 
 @partial(
     jax.tree_util.register_dataclass,

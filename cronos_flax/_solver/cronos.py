@@ -434,10 +434,10 @@ def _is_full(start: Any) -> bool:
 
 def _is_lost(solution: Solution) -> bool:
     """Whether a solve was stuck above the best constant, as from a network that takes a class for impossible."""
-    if not checks.concrete(solution.status):
+    if not checks.concrete(solution.status_code):
         return False
-    reached, null, status = on_host((solution.stats.objective, solution.stats.null_loss, solution.status))
-    return bool(reached > null and status == Status.stationary)
+    reached, null = on_host((solution.stats.objective, solution.stats.null_loss))
+    return bool(reached > null) and solution.status == Status.stationary
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:

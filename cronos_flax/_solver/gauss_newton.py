@@ -115,8 +115,7 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
     features = Spectrum.of(X.T @ (X @ test) / k, trace, test)
-    misfit = jnp.sqrt(2 * rows.value(rows.constant(rows.best_constant())) / jnp.sum(rows.weight))
-    least = jnp.sqrt(jnp.finfo(X.dtype).eps) * misfit / m
+    least = jnp.sqrt(jnp.finfo(X.dtype).eps) * rows.misfit() / m
     return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype), least)
 
 

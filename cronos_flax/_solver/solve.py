@@ -117,12 +117,6 @@ class Begun(NamedTuple):
         return self._replace(problem=dataclasses.replace(self.problem, rows=rows))
 
 
-def _size_of_neurons(null: Scalar, total: Scalar, hidden: int) -> Scalar:
-    """The norm of the neurons of a random start, whose outputs are then of the size that those of the best are."""
-    misfit = jnp.sqrt(2 * null / total)
-    return jnp.where(misfit > 0, misfit, 1) / hidden
-
-
 def _not_too_small(U: Neurons, size: Scalar, key: Array) -> Neurons:
     """The neurons, made longer if what they and the first steps change is lost in the rounding of the loss.
 
@@ -170,14 +164,13 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     null = rows.value(rows.constant(loss.constant(rows.Y, rows.weight)))
     if params is None:
         # In the units of the targets, or outputs that are far too large or too small would cost hundreds of steps.
-        size = _size_of_neurons(null, total, hidden)
-        U = size * random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype))
+        U = (rows.misfit() / hidden) * random_neurons(start_key, jnp.empty((d, hidden), rows.X.dtype))
         A, b = default_directions(hidden, targets.shape[1], rows.X.dtype), rows.best_constant()
         params = to_network(rows, basis, U, A, b, rows.X @ U)
     else:
         U, A, b = from_network(params, rows, basis, D)
         if isinstance(start, TwoLayer):
-            U = _not_too_small(U, _size_of_neurons(null, total, U.shape[1]), start_key)
+            U = _not_too_small(U, rows.misfit() / U.shape[1], start_key)
     if solver.gates == "gated" and isinstance(params, TwoLayer):
         params = gated(params, U, basis, gate_key)
         D = gates_on(params, features)
