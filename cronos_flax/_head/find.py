@@ -7,6 +7,7 @@ bias2``, applied to the recorded input, gives the module's outputs: with the mod
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -21,6 +22,7 @@ from cronos_flax._head.head import (
     Functional,
     Head,
     Path,
+    Watched,
     as_path,
     check_there,
     format_path,
@@ -28,6 +30,7 @@ from cronos_flax._head.head import (
     relative_difference,
 )
 from cronos_flax._head.jitted import jitted
+from cronos_flax._head.others import moved, rescaled, warning
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer
@@ -60,21 +63,25 @@ _ENDS: dict[str, Callable[[Array], Array]] = {
 
 
 class _Pass(NamedTuple):
-    """One call of the module: the weights of two layers, the layers' inputs, and the module's output."""
+    """One call of the module: the weights of two layers, the layers' inputs, and the module's output.
+
+    ``every`` are the arrays of all outputs by name, if one was chosen.
+    """
 
     network: TwoLayer
     features: Array
     hidden: Array
     out: Array
+    every: dict[str, Array]
 
     @classmethod
-    def of(cls, network: TwoLayer, pair: tuple[Path, Path], out: Array, calls: Iterable[Call]) -> Self:
-        """The pass in which ``calls`` were recorded."""
-        inputs = {call.layer.path: call.input for call in calls}
+    def of(cls, network: TwoLayer, pair: tuple[Path, Path], seen: Watched) -> Self:
+        """The pass that was watched."""
+        inputs = {call.layer.path: call.input for call in seen.calls}
         features, hidden = (inputs[path] for path in pair)
         assert features is not None
         assert hidden is not None
-        return cls(network, features, hidden, out)
+        return cls(network, features, hidden, seen.out, seen.every)
 
 
 class _Verdict(NamedTuple):
@@ -84,11 +91,13 @@ class _Verdict(NamedTuple):
         error: largest difference between outputs seen, relative to the largest output.
         reason: why they are not; empty if they are.
         far: of those that are not, whether the module's output is not even that of the second layer.
+        others: of those that are, the names of other outputs that use the hidden layer.
     """
 
     error: float
     reason: str = ""
     far: bool = False
+    others: tuple[str, ...] = ()
 
 
 def find(
@@ -114,27 +123,31 @@ def find(
 
     def call_with(pair: tuple[Path, Path], network: TwoLayer, spread: float = 0.0) -> _Pass:
         written = module.write(_redrawn(variables, spread) if spread else variables, pair, network)
-        return _Pass.of(module.read(written, pair), pair, *run(written, args, kwargs))
+        return _Pass.of(module.read(written, pair), pair, run(written, args, kwargs))
 
     with jax.default_matmul_precision("highest"):
         try:
-            out, calls = run(variables, args, kwargs)
+            watched = run(variables, args, kwargs)
         except Exception as raised:
             shapes = jax.tree.map(np.shape, args)
             raise ValueError(
                 f"find_head: the module cannot be applied to the batch given, of shapes {shapes}: {raised}"
             ) from raised
+        out, calls = watched.out, watched.calls
         _check_output(out)
         candidates: Iterable[tuple[Path, Path]] = _candidates(module, variables, calls, out)
         if paths is not None:
             candidates = [_given(paths, candidates, calls, module.numbered, _extended(module, variables, calls))]
         refused: list[tuple[bool, str]] = []  # whether the pair is far from a head, and why it is none
         for pair in candidates:
-            seen = _Pass.of(module.read(variables, pair), pair, out, calls)
+            seen = _Pass.of(module.read(variables, pair), pair, watched)
             kinds = _kinds(seen, pair, calls)
             tol, largest = _tolerance(kinds), _largest(kinds)
             verdict = _verified(seen, partial(call_with, pair), tol, largest / _DEVIATIONS)
             if not verdict.reason:
+                if verdict.others:
+                    told = warning(module.name, module.output, verdict.others, module.graft)
+                    warnings.warn(told, UserWarning, stacklevel=3)
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
@@ -316,13 +329,30 @@ def _verified(seen: _Pass, call_with: Callable[..., _Pass], tol: float, largest:
         if math.isfinite(difference):
             break
     if difference <= tol:
-        return _Verdict(max(error, difference))
+        others = _using(seen, call_with, tol, spread) if seen.every else ()
+        return _Verdict(max(error, difference), others=others)
     return _Verdict(
         error,
         f"its outputs are those of Dense → relu → Dense for the present values of its other variables only; with these "
         f"redrawn they differ by {difference:.2g} of their size. Something around the two layers is the identity now: "
         "a norm with fresh statistics, a scale of 1, a branch with factor 0, a mask that lets all through, an adapter",
     )
+
+
+def _using(seen: _Pass, call_with: Callable[..., _Pass], tol: float, spread: float) -> tuple[str, ...]:
+    """The names of outputs that change with the hidden layer while the head remains the same function.
+
+    Args:
+        seen: the pass with a random head, and all other variables redrawn.
+        call_with: as for :func:`_verified`.
+        tol: as for :func:`_verified`.
+        spread: with which they were redrawn.
+    """
+    random = seen.network
+    present = moved(call_with(random).every, call_with(rescaled(random)).every, tol)
+    # Kernels of zeros hide what they multiply.
+    redrawn = moved(seen.every, call_with(rescaled(random, swapped=True), spread).every, tol)
+    return tuple(dict.fromkeys([*present, *redrawn]))
 
 
 def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:

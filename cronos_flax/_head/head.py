@@ -47,6 +47,20 @@ class Call(NamedTuple):
     input: Array | None
 
 
+class Watched(NamedTuple):
+    """What the search sees of one call of a module.
+
+    Args:
+        out: the chosen output.
+        calls: every fully connected layer, in the order of its last call.
+        every: the arrays of all outputs by name, if one was chosen.
+    """
+
+    out: Any
+    calls: tuple[Call, ...]
+    every: dict[str, Array]
+
+
 class Tap(NamedTuple):
     """What a feature pass yields.
 
@@ -99,8 +113,8 @@ class Functional(Kind, Protocol):
             ValueError: if it is not the module's; the message starts with ``where``, the caller's name.
         """
 
-    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
-        """The chosen output, and every fully connected layer in the order of its last call."""
+    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
+        """One call of the module."""
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         """The input of the layer at ``path``; if ``observed``, with the statistics of batch norms, not of updates."""

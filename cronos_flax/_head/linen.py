@@ -15,8 +15,9 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, selected
+from cronos_flax._head.head import Call, Head, Layer, Path, Tap, Watched, check_head, selected
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
+from cronos_flax._head.others import named_arrays
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
@@ -32,6 +33,7 @@ class _Seen(NamedTuple):
 
     Args:
         out: the chosen output.
+        every: all outputs.
         inputs: of the fully connected layers, by path, as far as they were recorded.
         dtypes: of their results, by path, in call order.
         updates: the collections that changed; None if none may.
@@ -39,6 +41,7 @@ class _Seen(NamedTuple):
     """
 
     out: Any
+    every: Any
     inputs: dict[Path, Array]
     dtypes: dict[Path, Any]
     updates: Mapping | None
@@ -172,14 +175,15 @@ class LinenModule(Collections):
     def name(self) -> str:
         return type(self.model).__name__
 
-    def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+    def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> Watched:
         seen = self._apply(variables, args, kwargs, lambda _: True)
         if self.statistics == "batch" and not seen.norms and jax.tree.leaves(variables.get(_STATS, {})):
             raise ValueError(
                 '`statistics="batch"` must find nn.BatchNorm layers, and there are statistics but no such layers. For '
                 f'other norms call the module as in training instead: mutable=["{_STATS}"] and its own argument.'
             )
-        return seen.out, tuple(Call(Layer(path, dtype), seen.inputs.get(path)) for path, dtype in seen.dtypes.items())
+        calls = tuple(Call(Layer(path, dtype), seen.inputs.get(path)) for path, dtype in seen.dtypes.items())
+        return Watched(seen.out, calls, {} if self.output is None else named_arrays(seen.every))
 
     def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         seen = self._apply(variables, args, kwargs, lambda other: other == path, observed)
@@ -226,6 +230,7 @@ class LinenModule(Collections):
         updates = {name: value for name, value in changed.items() if flax.core.scope.in_filter(asked, name)}
         return _Seen(
             selected(out, self.output),
+            out,
             {path[:-1]: x for path, x in sown.items() if path[-1] == "input"},
             dtypes,
             None if asked is False else updates,
@@ -272,7 +277,8 @@ def find_head(
         variables: its variables, with ``"params"``.
         *args: the positional arguments of ``model.apply`` for one batch of at least two rows.
         method: as for ``model.apply``.
-        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs.
+        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs. A
+            UserWarning names others that use the head's hidden layer, since a solve changes these too.
         paths: the paths of the hidden and the output layer within ``variables["params"]``, such as
             ``("fc1", "out/fc2")``; they are verified too. None searches for them.
         statistics: which statistics every ``nn.BatchNorm`` takes, whatever the call says. ``"batch"``: those of the

@@ -19,8 +19,9 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.head import Call, Head, Layer, Path, Tap, check_head, format_path, selected
+from cronos_flax._head.head import Call, Head, Layer, Path, Tap, Watched, check_head, format_path, selected
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
+from cronos_flax._head.others import named_arrays
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -131,18 +132,19 @@ class NnxModule:
             )
         return state
 
-    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
         out, inputs, dtypes, norms = self._apply(variables, args, kwargs, lambda _: True)
         if self.statistics == "batch" and not norms and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat)):
             raise ValueError(
                 '`statistics="batch"` must find nnx.BatchNorm layers, and there are statistics but no such layers. For '
                 "other norms call model.train() and give eval_mode=False instead."
             )
-        return out, tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
+        calls = tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
+        return Watched(selected(out, self.output), calls, {} if self.output is None else named_arrays(out))
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         out, inputs, _, norms = self._apply(variables, args, kwargs, lambda other: other == path)
-        return Tap(inputs[path], out, None, norms if observed else ())
+        return Tap(inputs[path], selected(out, self.output), None, norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
         return not self.eval_mode if self.statistics is None else self.statistics == "batch"
@@ -150,7 +152,7 @@ class NnxModule:
     def _apply(
         self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
     ) -> tuple[Any, dict[Path, Array], dict[Path, Any], tuple[Moments, ...]]:
-        """The chosen output; inputs and dtypes of results by path, in call order; and statistics of batch norms."""
+        """All outputs; inputs and dtypes of results by path, in call order; and statistics of batch norms."""
         model = nnx.merge(self.graphdef, variables, copy=True)
         norms = {}
         for path, module in nnx.iter_modules(model):
@@ -167,7 +169,7 @@ class NnxModule:
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
         unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
         moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
-        return selected(out, self.output), inputs, unseen | dtypes, moments
+        return out, inputs, unseen | dtypes, moments
 
     def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
         arrays = nnx.to_flat_state(nnx.filter_state(variables, nnx.Not(nnx.RngState)))
@@ -310,7 +312,8 @@ def find_head(
         model: any NNX model.
         *args: its positional arguments for one batch of at least two rows.
         method: the name of the method to call, or a function of the model and the arguments; None calls the model.
-        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs.
+        output: which output ends in the head, if there are several: a key, an index, or a function of the outputs. A
+            UserWarning names others that use the head's hidden layer, since a solve changes these too.
         paths: the paths of the hidden and the output layer, such as ``("fc1", "layers/2")``; they are verified too.
             None searches for them.
         eval_mode: compute features as after ``model.eval()``, whatever the model's mode: no dropout, running averages

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from cronos_flax._head.head import Call, Head, Path, Tap, format_path
+from cronos_flax._head.head import Head, Path, Tap, Watched, format_path
 from cronos_flax._head.linen import Collections
 from cronos_flax._head.nnx import NnxModule, captured, without_sown
 from cronos_flax._head.norms import bound_axes
@@ -170,7 +170,7 @@ class NnxCollections(Collections):
     def statistics(self) -> str | None:
         return self.module.statistics
 
-    def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> tuple[Any, tuple[Call, ...]]:
+    def watch(self, variables: Mapping, args: tuple, kwargs: Mapping) -> Watched:
         return self.module.watch(_state_of(variables), args, kwargs)
 
     def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
