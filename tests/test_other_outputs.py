@@ -44,15 +44,15 @@ class Linen(nn.Module):
         x = nn.Dense(6, dtype=self.dtype)(x)
         h = nn.relu(nn.Dense(8, name="hidden", dtype=self.dtype)(x))
         a = nn.Dense(3, name="a", dtype=self.dtype)(h)
-        return {"a": a, "b": self.other(x, h, a, lambda z: nn.Dense(2, kernel_init=self.kernel_init)(z)), "c": a + 1}
+        return {"a": a, "b": self.other(x, h, a, lambda z: nn.Dense(7, kernel_init=self.kernel_init)(z)), "c": a + 1}
 
 
 class Nnx(nnx.Module):
     def __init__(self, other):
         rngs = nnx.Rngs(0)
         self.body, self.hidden = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 8, rngs=rngs)
-        self.a, self.b = nnx.Linear(8, 3, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
-        self.of_x = nnx.Linear(6, 2, rngs=rngs)
+        self.a, self.b = nnx.Linear(8, 3, rngs=rngs), nnx.Linear(8, 7, rngs=rngs)
+        self.of_x = nnx.Linear(6, 7, rngs=rngs)
         self.other = nnx.static(other)
 
     def dense(self, z):
