@@ -188,6 +188,18 @@ def test_warm_starts_random_starts_and_callbacks():
     assert float(again.stats.objective) <= float(solution.stats.objective)
 
 
+def test_a_state_on_other_rows_has_the_gates_of_these():
+    """It had those of the first rows, and a lower bound above the loss."""
+    X, y = random_problem(6)
+    state = GATED.solve(X, y, hidden=8).state
+    others = X[::-1].copy(), y[::-1].copy()
+    solution = GATED.solve(*others, state=state)
+    np.testing.assert_array_equal(solution.state.D, state.D[::-1])
+    again = GATED.solve(*others, init=state.params)
+    assert float(solution.stats.lower_bound) <= float(solution.stats.objective) * (1 + 1e-5)
+    assert float(solution.stats.objective) == pytest.approx(float(again.stats.objective), rel=2e-3)
+
+
 @pytest.mark.parametrize("folds", [None, 3])
 def test_beta_can_be_chosen_on_a_path(folds):
     X, y = random_problem(7, n=60)
@@ -281,11 +293,14 @@ def test_what_does_not_fit_is_refused():
         GATED.solve(X, y, init=dataclasses.replace(init, gate_kernel=init.gate_kernel[1:]))
     with pytest.raises(ValueError, match="got NaN or infinite entries in gate_bias"):
         GATED.solve(X, y, init=dataclasses.replace(init, gate_bias=init.gate_bias * np.nan))
+    for wrong in ({"gate_kernel": init.gate_kernel[:, :1], "gate_bias": None}, {"gate_bias": init.gate_bias[:1]}):
+        with pytest.raises(ValueError, match=r"one gate for each neuron: a gate_kernel of shape \(5, 7\)"):
+            cf.predict(dataclasses.replace(init, **wrong), X)
     with pytest.raises(ValueError, match="`X` must be finite"):
         GATED.solve(X * np.nan, y, hidden=3)
     fixed = dataclasses.replace(GATED, gates="fixed", max_iters=2)
     gated_state, fixed_state = GATED.solve(X, y, init=init).state, fixed.solve(X, y, init=relu).state
-    with pytest.raises(ValueError, match="with gates='fixed', got a HeldState of a gated network"):
+    with pytest.raises(ValueError, match=r"with gates='fixed', got a HeldState of a gated network\. Set gates="):
         fixed.solve(X, y, state=gated_state)
     with pytest.raises(ValueError, match="with gates='gated', got a HeldState"):
         GATED.solve(X, y, state=fixed_state)

@@ -299,10 +299,10 @@ def start(
         return _network("init", init, shape, y), init.kernel2.shape[0]
     is_gated = isinstance(getattr(state, "params", None), GatedTwoLayer)
     if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState) or is_gated != (gates == "gated"):
+        advice = 'Set gates="gated".' if is_gated else "To start from a network alone pass init=solution.params."
         raise ValueError(
             f"solve: `state` must be the state of a solve with gates={gates!r}, got a "
-            f"{type(state).__name__}{' of a gated network' * is_gated}. To start from a network alone pass "
-            "init=solution.params."
+            f"{type(state).__name__}{' of a gated network' * is_gated}. {advice}"
         )
     if isinstance(state, HeldState) and state.D.shape[0] != shape[0]:
         raise ValueError(

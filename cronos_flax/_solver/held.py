@@ -260,7 +260,9 @@ def held(
     rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
     if isinstance(start, HeldState):
-        program = Program(rows, start.D, start.A, beta, has_cones=gated_by is None)
+        # Gates of a gated network are known for all features; the bound is one of the network for these only.
+        D = start.D if gated_by is None else gated_by
+        program = Program(rows, D, start.A, beta, has_cones=gated_by is None)
         V_plus_dual = basis.lift(*start.hidden_plus_dual)
         first = Iterate(
             V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, start.kappa

@@ -119,7 +119,17 @@ def gates_on(params: GatedTwoLayer, X: Float[Array, "n p"] | Blocks) -> Gates:
     """Where the neurons of a gated network are on.
 
     In full precision wherever it is called, for what a rounding turns on is not small.
+
+    Raises:
+        ValueError: unless each neuron has one gate.
     """
+    kernel, bias = jnp.shape(params.gate_kernel), params.gate_bias
+    if kernel != params.kernel1.shape or (bias is not None and jnp.shape(bias) != kernel[1:]):
+        raise ValueError(
+            f"a cf.GatedTwoLayer must have one gate for each neuron: a gate_kernel of shape {params.kernel1.shape}, as "
+            f"kernel1, and a gate_bias of {params.kernel1.shape[1:]} or None; got {kernel} and "
+            f"{None if bias is None else jnp.shape(bias)}."
+        )
     with jax.default_matmul_precision("highest"):
         Z = X @ params.gate_kernel
     return (Z if params.gate_bias is None else Z + jnp.broadcast_to(params.gate_bias, Z.shape)) >= 0
