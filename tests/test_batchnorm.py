@@ -214,8 +214,11 @@ def test_a_norm_that_is_used_twice_keeps_the_mean_of_both(kind):
 def test_an_alternation_on_running_statistics_warns(kind):
     """Gradients see other features than solves, and nobody is told."""
     made = kind()
-    with pytest.warns(UserWarning, match=r'running statistics of batch norms.*Call find_head with statistics="batch"'):
+    with pytest.warns(
+        UserWarning, match=r'running statistics of batch norms.*Call find_head with statistics="batch"'
+    ) as told:
         made.alternate(made.find(), (X, Y))
+    assert told[0].filename == __file__
     with warnings.catch_warnings(action="error"):
         made.fit(made.find(), (X, Y))
 

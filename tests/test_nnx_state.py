@@ -274,6 +274,12 @@ def test_norms_that_stay_as_they_were_pretrained():
     assert (state.model.norm.use_running_average, state.model.dropout.deterministic) == (True, False)
 
 
+def test_a_warning_shows_the_line_of_the_user():
+    with pytest.warns(UserWarning, match="CronosTrainState: `head` was found with the running statistics") as told:
+        alternating(net())
+    assert told[0].filename == __file__
+
+
 def test_when_the_guard_goes_back_random_streams_go_on():
     state = alternating(net(), statistics="batch")
     state, _ = state.solve_head(ROWS)

@@ -1,6 +1,7 @@
 """The parts of an alternation, and its defaults: it solves again and again, and needs less of a solve than one fit."""
 
 import dataclasses
+import inspect
 import math
 import numbers
 import warnings
@@ -217,5 +218,14 @@ def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
         'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
         'statistics="running".',
         UserWarning,
-        stacklevel=3,
+        stacklevel=_level_of_the_user(),
     )
+
+
+def _level_of_the_user() -> int:
+    """The ``stacklevel`` of a warning that shows the user's line, however many calls of ours and Flax's are between."""
+    inside = __name__.partition(".")[0], "flax"
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    return level
