@@ -99,6 +99,29 @@ def test_it_is_seen_behind_zeros_and_in_every_precision(dtype):
     linen(OWN["probabilities"], dtype=dtype)[2]()
 
 
+def test_a_head_that_is_called_twice_is_told_of():
+    """The same function of other features: no change of the network that keeps this output shows it."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            head = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+            return head(jnp.tanh(x)), head(x)
+
+    class NnxTwice(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.head = nnx.Sequential(nnx.Linear(5, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs))
+
+        def __call__(self, x):
+            return self.head(jnp.tanh(x)), self.head(x)
+
+    with pytest.warns(UserWarning, match="a Twice whose head is called 2 times in one pass. A solve for output 1 "):
+        cf.find_head(Twice(), jax.jit(Twice().init)(KEY, X), X, output=1)
+    with pytest.warns(UserWarning, match="a NnxTwice whose head is called 2 times in one pass. A solve for output 1 "):
+        cf.nnx.find_head(NnxTwice(), X, output=1)
+
+
 def test_what_the_warning_says_is_so_and_a_graft_helps():
     y = jax.random.normal(KEY, (32, 3))
     model, variables, find = linen(SHARED["dense"])

@@ -145,8 +145,9 @@ def find(
             tol, largest = _tolerance(kinds), _largest(kinds)
             verdict = _verified(seen, partial(call_with, pair), tol, largest / _DEVIATIONS)
             if not verdict.reason:
-                if verdict.others:
-                    told = warning(module.name, module.output, verdict.others, module.graft)
+                times = max(call.layer.times for call in calls if call.layer.path in pair)
+                if verdict.others or (len(watched.every) > 1 and times > 1):
+                    told = warning(module.name, module.output, verdict.others, times, module.graft)
                     warnings.warn(told, UserWarning, stacklevel=3)
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 return dataclasses.replace(head, recalibrate=recalibrate)

@@ -34,10 +34,11 @@ _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A fully connected layer that was called: its path, and the dtype of its result."""
+    """A fully connected layer that was called: its path, the dtype of its result, and how often it was called."""
 
     path: Path
     dtype: Any
+    times: int = 1
 
 
 class Call(NamedTuple):

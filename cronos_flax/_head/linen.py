@@ -35,7 +35,7 @@ class _Seen(NamedTuple):
         out: the chosen output.
         every: all outputs.
         inputs: of the fully connected layers, by path, as far as they were recorded.
-        dtypes: of their results, by path, in call order.
+        layers: those that were called, by path, in call order.
         updates: the collections that changed; None if none may.
         norms: statistics of the batch norms; those of the batch only if they were observed.
     """
@@ -43,7 +43,7 @@ class _Seen(NamedTuple):
     out: Any
     every: Any
     inputs: dict[Path, Array]
-    dtypes: dict[Path, Any]
+    layers: dict[Path, Layer]
     updates: Mapping | None
     norms: tuple[Moments, ...]
 
@@ -182,7 +182,7 @@ class LinenModule(Collections):
                 '`statistics="batch"` must find nn.BatchNorm layers, and there are statistics but no such layers. For '
                 f'other norms call the module as in training instead: mutable=["{_STATS}"] and its own argument.'
             )
-        calls = tuple(Call(Layer(path, dtype), seen.inputs.get(path)) for path, dtype in seen.dtypes.items())
+        calls = tuple(Call(layer, seen.inputs.get(path)) for path, layer in seen.layers.items())
         return Watched(seen.out, calls, {} if self.output is None else named_arrays(seen.every))
 
     def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
@@ -201,7 +201,7 @@ class LinenModule(Collections):
         observed: bool = False,
     ) -> "_Seen":
         """One call of the module."""
-        dtypes: dict[Path, Any] = {}
+        layers: dict[Path, Layer] = {}
         norms: list[Path] = []
 
         def watch(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -214,8 +214,8 @@ class LinenModule(Collections):
             if inputs and wanted(module.path):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
-            dtypes.pop(module.path, None)  # order by the last call
-            dtypes[module.path] = out.dtype
+            earlier = layers.pop(module.path, None)  # order by the last call
+            layers[module.path] = Layer(module.path, out.dtype, 1 + (earlier.times if earlier else 0))
             return out
 
         kwargs = dict(kwargs)
@@ -232,7 +232,7 @@ class LinenModule(Collections):
             selected(out, self.output),
             out,
             {path[:-1]: x for path, x in sown.items() if path[-1] == "input"},
-            dtypes,
+            layers,
             None if asked is False else updates,
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
         )

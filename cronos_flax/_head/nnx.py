@@ -27,7 +27,7 @@ from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
 
 LAYERS = nnx.Linear, nnx.LinearGeneral
-_trace = threading.local()  # .calls: dtypes of results by path, while a watched copy is traced
+_trace = threading.local()  # .calls: layers by path, while a watched copy is traced
 
 
 class Tapped(nnx.Variable):
@@ -43,8 +43,8 @@ def _tapping(kind: Any) -> type:
         if wanted:
             self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
-        _trace.calls.pop(path, None)  # order by the last call
-        _trace.calls[path] = out.dtype
+        earlier = _trace.calls.pop(path, None)  # order by the last call
+        _trace.calls[path] = Layer(path, out.dtype, 1 + (earlier.times if earlier else 0))
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
@@ -85,8 +85,8 @@ def _watch(layer: Any, path: Path, wanted: bool) -> None:
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[dict[Path, Any]]:
-    """The calls of watched layers in this thread: dtypes of results by path."""
+def _recorded() -> Iterator[dict[Path, Layer]]:
+    """The watched layers that are called in this thread, by path."""
     before, _trace.calls = getattr(_trace, "calls", None), {}
     try:
         yield _trace.calls
@@ -133,13 +133,13 @@ class NnxModule:
         return state
 
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
-        out, inputs, dtypes, norms = self._apply(variables, args, kwargs, lambda _: True)
+        out, inputs, layers, norms = self._apply(variables, args, kwargs, lambda _: True)
         if self.statistics == "batch" and not norms and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat)):
             raise ValueError(
                 '`statistics="batch"` must find nnx.BatchNorm layers, and there are statistics but no such layers. For '
                 "other norms call model.train() and give eval_mode=False instead."
             )
-        calls = tuple(Call(Layer(path, dtype), inputs.get(path)) for path, dtype in dtypes.items())
+        calls = tuple(Call(layer, inputs.get(path)) for path, layer in layers.items())
         return Watched(selected(out, self.output), calls, {} if self.output is None else named_arrays(out))
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
@@ -151,8 +151,8 @@ class NnxModule:
 
     def _apply(
         self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
-    ) -> tuple[Any, dict[Path, Array], dict[Path, Any], tuple[Moments, ...]]:
-        """All outputs; inputs and dtypes of results by path, in call order; and statistics of batch norms."""
+    ) -> tuple[Any, dict[Path, Array], dict[Path, Layer], tuple[Moments, ...]]:
+        """All outputs; inputs and layers by path, in call order; and statistics of batch norms."""
         model = nnx.merge(self.graphdef, variables, copy=True)
         norms = {}
         for path, module in nnx.iter_modules(model):
@@ -163,13 +163,13 @@ class NnxModule:
         for norm in norms.values():
             _normalise(norm, self.statistics)
 
-        with _recorded() as dtypes:
+        with _recorded() as layers:
             out, sown = captured(model, Tapped, self.method, args, kwargs)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
-        unseen = {path: x.dtype for path, x in inputs.items() if path not in dtypes}
+        unseen = {path: Layer(path, x.dtype) for path, x in inputs.items() if path not in layers}
         moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
-        return out, inputs, unseen | dtypes, moments
+        return out, inputs, unseen | layers, moments
 
     def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
         arrays = nnx.to_flat_state(nnx.filter_state(variables, nnx.Not(nnx.RngState)))

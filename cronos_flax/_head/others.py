@@ -61,12 +61,21 @@ def _moved(before: Array, after: Array, tol: Array) -> Array:
     return jnp.any(~same & ~(jnp.abs(after - before) <= tol * size))
 
 
-def warning(name: str, output: Any, others: tuple[str, ...], graft: str) -> str:
-    """What to tell of other outputs that use the head's hidden layer."""
+def warning(name: str, output: Any, others: tuple[str, ...], times: int, graft: str) -> str:
+    """What to tell of other outputs that use the layers of the head.
+
+    Args:
+        name: of the module.
+        output: the one that was chosen.
+        others: the names of the other outputs; empty where it is only known how often a layer of the head is called.
+        times: how often it is called.
+        graft: the function that makes a new head.
+    """
     chosen = "this output" if callable(output) else f"output {output!r}"
+    used = f"other outputs use it too: {', '.join(others)}" if others else f"head is called {times} times in one pass"
     return (
-        f"find_head: the head's hidden layer must be used by the chosen output alone, got a {name} whose other outputs "
-        f"use it too: {', '.join(others)}. A solve for {chosen} changes these as well, and does not look at their "
-        f"targets. Give each output a hidden layer of its own, or {chosen} a new head with {graft} at its last layer. "
-        "If you need no other output, ignore this."
+        f"find_head: the head's hidden layer must be used by the chosen output alone, got a {name} whose {used}. A "
+        f"solve for {chosen} changes what else comes from it as well, and does not look at the targets of that. Give "
+        f"each output a hidden layer of its own, or {chosen} a new head with {graft} at its last layer. If you need no "
+        "other output, ignore this."
     )
