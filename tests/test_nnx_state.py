@@ -407,6 +407,14 @@ BAD = {
     ),
     "an optimizer": (lambda: given(tx="adam"), "`tx` must be"),
     "an optimizer of a plain state": (lambda: plain(Plain(), "adam"), "TrainState: `tx` must be"),
+    "lookahead": (
+        lambda: given(tx=optax.lookahead(optax.adam(1e-2), 2, 0.5)),
+        "CronosTrainState: with optax.lookahead",
+    ),
+    "lookahead of a plain state": (
+        lambda: plain(Plain(), optax.lookahead(optax.adam(1e-2), 2, 0.5)),
+        "TrainState: with optax.lookahead .* for an NNX model take another",
+    ),
     "a field": (lambda: given(batch_stats={}), "is not a field"),
     "assigned parameters": (lambda: train(plain(Writing())), r"it assigns one of shape \(8,\)"),
     "made variables": (lambda: train(plain(Making())), "it makes seen"),

@@ -226,3 +226,18 @@ def check_optimizer(where: str, tx: Any) -> None:
             f"{where}: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
             "for example optax.adam(1e-3)."
         )
+
+
+def check_lookahead(where: str, params: Any, opt_state: Any) -> None:
+    """Raise a ValueError for ``optax.lookahead`` on parameters that are not of its kind: its first step would fail."""
+
+    def is_ahead(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadState)
+
+    found = any(map(is_ahead, jax.tree.leaves(opt_state, is_leaf=is_ahead)))
+    if isinstance(params, optax.LookaheadParams) or not found:
+        return
+    raise ValueError(
+        f"{where}: with optax.lookahead the parameters must be optax.LookaheadParams.init_synced(params), got a "
+        f"{type(params).__name__}. Give these in linen; for an NNX model take another optimizer."
+    )

@@ -9,7 +9,7 @@ import optax
 from flax import nnx, struct
 
 from cronos_flax._alternation import train_state
-from cronos_flax._alternation.backbone import check_optimizer
+from cronos_flax._alternation.backbone import check_lookahead, check_optimizer
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import Guard
 from cronos_flax._alternation.train_state import module_params
@@ -54,7 +54,9 @@ class TrainState(flax.training.train_state.TrainState):
         function, variables = _functional("TrainState", model, method, train_mode)
         params = variables.pop("params")
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
-            return super().create(apply_fn=function, params=params, tx=tx, model_state=variables, **kwargs)
+            state = super().create(apply_fn=function, params=params, tx=tx, model_state=variables, **kwargs)
+        check_lookahead("TrainState", state.params, state.opt_state)
+        return state
 
     @property
     def model(self) -> nnx.Module:

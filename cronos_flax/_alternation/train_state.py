@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._alternation.backbone import alternating, check_optimizer, with_arguments
+from cronos_flax._alternation.backbone import alternating, check_lookahead, check_optimizer, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
@@ -130,6 +130,7 @@ class CronosTrainState(TrainState):
         kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        check_lookahead("CronosTrainState", state.params, state.opt_state)
         warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
         if settings is None:
             return state
