@@ -368,3 +368,19 @@ def test_a_weight_decay_that_leaves_no_neuron_gives_the_best_constant(beta):
     stats = cf.Cronos(loss="softmax", beta=beta).solve(X, (X[:, 0] > 0).astype(int), hidden=8).stats
     assert float(stats.objective) == pytest.approx(float(stats.null_loss), rel=1e-5)
     assert float(stats.objective_trace[-1]) == pytest.approx(float(stats.objective), rel=1e-5)
+
+
+@pytest.mark.parametrize("gates", ["fixed", "paired", "gated"])
+def test_a_state_of_other_rows_gives_no_bound_above_the_objective(gates):
+    """Gates of the old rows gave a lower bound three times the objective, as "converged"."""
+    X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")
+    X /= np.linalg.norm(X, axis=1, keepdims=True)  # the norms of rows do not tell them apart
+    y = np.abs(X[:, 0]) - X[:, 1]
+    first = cf.Cronos(gates=gates, beta=1e-3, max_iters=20).solve(X, y, hidden=8)
+    solver = cf.Cronos(gates=gates, beta=1e-3, max_iters=100)
+    stats = solver.solve(X[::-1], y[::-1], state=first.state).stats
+    assert stats.lower_bound <= stats.program_objective * (1 + 1e-3)
+    if gates != "paired":  # there the network need not follow the program
+        assert stats.lower_bound <= stats.objective * (1 + 1e-3)
+    again = solver.solve(X, y, state=first.state)
+    np.testing.assert_array_equal(again.state.D, first.state.D)

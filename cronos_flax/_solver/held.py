@@ -31,6 +31,8 @@ from cronos_flax._solver.settings import Held
 from cronos_flax._solver.solution import HeldState, Status
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Scalar
 
+_SAME = 1e-5  # relative difference of the marks of the same rows, at most
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -196,11 +198,24 @@ def run(
     return jax.lax.while_loop(unfinished, body, start)
 
 
+def gates_of(problem: Problem, U: Neurons, key: Array) -> Gates:
+    """The gates of neurons U, random ones for dead neurons."""
+    return problem.rows.X @ jnp.where(dead(U)[None, :], random_neurons(key, U), U) >= 0
+
+
 def program_of(problem: Problem, U: Neurons, A: Directions, b: Bias, key: Array) -> tuple[Program, Iterate]:
     """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
-    probe = jnp.where(dead(U)[None, :], random_neurons(key, U), U)
-    program = Program(problem.rows, problem.rows.X @ probe >= 0, A, problem.beta)
+    program = Program(problem.rows, gates_of(problem, U, key), A, problem.beta)
     return program, init(program, U, b, problem.rho, problem.held)
+
+
+def _mark(problem: Problem) -> tuple[Scalar, Scalar]:
+    """A number by which rows and their order are known, whatever the eigenbasis, and what it is to be compared with."""
+    X, Q = problem.rows.X, problem.basis.rotation
+    n, d = X.shape
+    direction = jnp.cos(jnp.arange(d, dtype=X.dtype))
+    each = (X @ (direction if Q is None else Q.T @ direction)[:, None])[:, 0]
+    return jnp.cos(jnp.arange(n, dtype=X.dtype)) @ each, jnp.sum(jnp.abs(each))
 
 
 def solve_program(problem: Problem, program: Program, first: Iterate, key: Array, max_iters: int) -> HeldLoop:
@@ -259,24 +274,27 @@ def held(
     """
     rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
+    mark, size = _mark(problem)
+    if gated_by is not None:
+        D = gated_by
+    elif problem.gates == "fixed":
+        D = gates_of(problem, U, gate_key)
+    else:
+        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
+        D = rows.X @ jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]] >= 0
+        if start is None:
+            U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
     if isinstance(start, HeldState):
-        # Gates of a gated network are known for all features; the bound is one of the network for these only.
-        D = start.D if gated_by is None else gated_by
+        # With the gates of other rows the lower bound would be none.
+        of_these = jnp.abs(mark - start.mark) <= _SAME * size
+        D = D if gated_by is not None else jnp.where(of_these, start.D, D)
         program = Program(rows, D, start.A, beta, has_cones=gated_by is None)
         V_plus_dual = basis.lift(*start.hidden_plus_dual)
         first = Iterate(
             V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, start.kappa
         )
-    elif gated_by is not None:
-        program = Program(rows, gated_by, A, beta, has_cones=False)
-        first = init(program, U, b, problem.rho, problem.held)
-    elif problem.gates == "fixed":
-        program, first = program_of(problem, U, A, b, gate_key)
     else:
-        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
-        probe = jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]]
-        U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
-        program = Program(rows, rows.X @ probe >= 0, A, beta)
+        program = Program(rows, D, A, beta, has_cones=gated_by is None)
         first = init(program, U, b, problem.rho, problem.held)
     run = solve_program(problem, program, first, run_key, max_iters)
     last = run.iterate
@@ -313,5 +331,6 @@ def held(
             last.rho,
             last.iteration,
             last.kappa_of_split,
+            mark,
         ),
     )

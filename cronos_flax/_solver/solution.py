@@ -283,14 +283,14 @@ class RefreshedState:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration"],
+    data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration", "mark"],
     meta_fields=["kappa"],
 )
 @dataclasses.dataclass(frozen=True)
 class HeldState:
     """Where a solve with held gates stands between calls, in the user's units.
 
-    It fits only the rows that it was made from.
+    With other rows of the same number, by ``mark``, the gates are those that its network has on these.
     """
 
     params: Network
@@ -303,3 +303,4 @@ class HeldState:
     rho: Array
     iteration: Array
     kappa: float
+    mark: Array
