@@ -189,7 +189,9 @@ class Cronos:
                 if absent; inside ``jit``, and in blocks, they still take places in the samples of the refreshed path.
             init: a network to start from; its widths and its missing biases are kept. For ``gates="gated"`` a
                 :class:`cronos_flax.GatedTwoLayer`, whose gates are kept, or a :class:`cronos_flax.TwoLayer`, whose
-                neurons are the gates (random ones for neurons that are zero). For the others a TwoLayer.
+                neurons are the gates (random ones for neurons that are nearly zero). For the others a TwoLayer. Where a
+                refreshed solve from a network with both biases is stuck above the best constant, one from a random
+                network is tried too, and the better one returned; not inside ``jit``.
             state: ``solution.state`` of an earlier solve with the same ``gates``, to go on from there.
             key: key of the random start and of revived neurons; None means a fixed one.
             callback: called at every check (each step of the refreshed path, each tenth iteration of ADMM) with a flat

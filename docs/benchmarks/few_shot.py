@@ -1,9 +1,9 @@
-"""Fine-tuning an encoder of sentences on few texts, by ``cronos-flax compare``: equal seconds, rates searched.
+"""Fine-tuning an encoder of sentences on few texts, by ``cronos-flax compare``: a limit of seconds, rates searched.
 
     python docs/benchmarks/few_shot.py --data-dir DIR --weights DIR --cache DIR --out few_shot.jsonl [--seeds 3]
 
-banking77 (77 classes) on MiniLM, an NNX model, everything trained. Every method has the same seconds for a run, from
-the first pass through the encoder on. Texts are cut after 32 tokens; 500 of the test texts are scored. The directory
+banking77 (77 classes) on MiniLM, an NNX model. Every run has the same limit of seconds, from the first pass through
+the encoder on. Texts are cut after 32 tokens; 500 of the test texts are scored. The directory
 of ``--cache`` gets the tokens and what ``compare`` writes, which it goes on from; then all rows are written to the file
 of ``--out``. Run each process on a core of its own: seconds are those of the clock.
 ``--out docs/benchmarks/few_shot.jsonl.gz``, without ``--cache``, prints the table of the kept rows.
