@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.transfer import on_host
-from cronos_flax._solver.types import Directions, Gates, Scalar
+from cronos_flax._solver.types import Activations, Directions, Gates, Scalar
 
 
 class Status(enum.IntEnum):
@@ -132,7 +132,17 @@ def gates_on(params: GatedTwoLayer, X: Float[Array, "n p"] | Blocks) -> Gates:
         )
     with jax.default_matmul_precision("highest"):
         Z = X @ params.gate_kernel
-    return (Z if params.gate_bias is None else Z + jnp.broadcast_to(params.gate_bias, Z.shape)) >= 0
+    return _at_least_zero(Z if params.gate_bias is None else Z + jnp.broadcast_to(params.gate_bias, Z.shape))
+
+
+@jax.jit  # so that no zero is sent to the device, which a transfer guard may forbid
+def _at_least_zero(Z: Activations) -> Gates:
+    return Z >= 0
+
+
+@jax.jit
+def _where_on(D: Gates, Z: Activations) -> Activations:
+    return jnp.where(D, Z, 0)
 
 
 def predict(params: Network, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
@@ -164,7 +174,7 @@ def predict(params: Network, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n
     hidden = X @ params.kernel1
     if params.bias1 is not None:
         hidden = hidden + jnp.broadcast_to(params.bias1, hidden.shape)
-    active = jnp.where(gates_on(params, X), hidden, 0) if isinstance(params, GatedTwoLayer) else jax.nn.relu(hidden)
+    active = _where_on(gates_on(params, X), hidden) if isinstance(params, GatedTwoLayer) else jax.nn.relu(hidden)
     outputs = active @ params.kernel2
     return outputs if params.bias2 is None else outputs + jnp.broadcast_to(params.bias2, outputs.shape)
 
