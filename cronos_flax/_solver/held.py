@@ -282,7 +282,7 @@ def held(
     else:
         # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
         D = rows.X @ jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]] >= 0
-        if start is None:
+        if not isinstance(start, HeldState):
             U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
     if isinstance(start, HeldState):
         # With the gates of other rows the lower bound would be none.
