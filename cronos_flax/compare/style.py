@@ -1,6 +1,7 @@
 """The look of all pictures: one palette that colour-blind readers can tell apart, quiet axes, labels at line ends."""
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ def styled(width: float, height: float) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Save a figure as PNG with a palette of 256 colours, a third of the size."""
-    with io.BytesIO() as buffer, io.BytesIO() as small:
+    with io.BytesIO() as buffer, io.BytesIO() as small, warnings.catch_warnings():
+        # Very short runs have long numbers below a narrow panel; it is saved as it is.
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure.savefig(buffer, dpi=dpi, format="png")
         Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
         replace(path, small.getvalue())
