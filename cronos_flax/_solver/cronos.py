@@ -75,8 +75,8 @@ class Cronos:
             holds the gates of the starting network, ``"paired"`` random gates, each used by two neurons of opposite
             direction. ``"paired"`` with ``cf.NystromPCG()`` is the published algorithm, which has no output bias unless
             the network given has one. ``"gated"`` holds the gates of the starting network, and lets its neurons have
-            any sign where these are on: the solution is a :class:`cronos_flax.GatedTwoLayer`, and its loss is the
-            optimum of the program. It is for :meth:`solve` only, as a head is a ReLU network.
+            any sign where these are on: the solution is a :class:`cronos_flax.GatedTwoLayer`, whose loss is that of the
+            program. It is for :meth:`solve` only, as a head is a ReLU network.
         linear_solver: how ADMM solves its linear systems: ``cf.Structured()`` or ``cf.NystromPCG()``.
         max_iters: most iterations of one solve. None takes 500, and in an alternation 3.
         tol: stopping tolerance, ``≥ 0``. Held gates stop when the relative gap and the relative constraint violation

@@ -300,7 +300,8 @@ class RefreshedState:
 class HeldState:
     """Where a solve with held gates stands between calls, in the user's units.
 
-    With other rows of the same number, by ``mark``, the gates are those that its network has on these.
+    With other rows of the same number, told by ``mark``, the gates are those that its network has on these; for
+    ``gates="paired"`` random ones.
     """
 
     params: Network
