@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from cronos_flax._solver.blocks import adjoint
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.program import Program, group_prox, norms
 from cronos_flax._solver.settings import Held
@@ -145,7 +146,7 @@ def step(
     """One iteration."""
     V, Lambda, S, N = iterate.split(program.beta)
     Z, M = iterate.split_outputs(program)
-    rhs = V - Lambda + program.rows.X.T @ (program.G(S - N) + program.Ft(Z - M) / iterate.kappa)
+    rhs = V - Lambda + adjoint(program.rows.X, program.G(S - N) + program.Ft(Z - M) / iterate.kappa)
     U, XU, z = linear_solver.solve(program, eigenvalues, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration, V)
     GXU = program.G(XU)
     relax = settings.over_relaxation if linear_solver.accelerated else 1

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._solver.blocks import Blocks, Source
+from cronos_flax._solver.blocks import Blocks, Source, adjoint
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
@@ -58,7 +58,7 @@ def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS)
         Z = X @ v
         c = alpha.T @ jax.nn.relu(Z)
         h = norms(c)
-        g = X.T @ jnp.where(Z > 0, alpha @ (c / _or_one(h)), 0)
+        g = adjoint(X, jnp.where(Z > 0, alpha @ (c / _or_one(h)), 0))
         up = h > height
         onward = jnp.where(up[None, :], g / _or_one(h) - v, onward)
         length = length * jnp.where(up, jnp.asarray(_LONGER, h.dtype), jnp.asarray(_SHORTER, h.dtype))

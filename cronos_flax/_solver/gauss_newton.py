@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cronos_flax._solver.blocks import fold
+from cronos_flax._solver.blocks import adjoint, fold
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.numerics import conjugate_gradient, sketch, test_matrix
 from cronos_flax._solver.program import norms
@@ -114,7 +114,7 @@ def prepare(rows: Rows, m: int, key: Array, settings: Refreshed) -> Prepared:
     X, k = some.X, some.count
     trace = fold(X, lambda total, X: total + jnp.sum(jnp.square(X)), jnp.zeros((), X.dtype)) / k
     test = test_matrix(d, settings.feature_rank, feature_key, X.dtype)
-    features = Spectrum.of(X.T @ (X @ test) / k, trace, test)
+    features = Spectrum.of(adjoint(X, X @ test) / k, trace, test)
     least = jnp.sqrt(jnp.finfo(X.dtype).eps) * rows.misfit() / m
     return Prepared(features, test_matrix(m, settings.neuron_rank, neuron_key, X.dtype), least)
 
@@ -182,8 +182,8 @@ class LocalModel:
 
     def effect_adjoint(self, effect: Effect) -> Step:
         """``J₁*``, onto steps that leave the directions' lengths."""
-        W = None if self.H is None or effect.Y is None else self.tangent(self.H.T @ effect.Y)
-        return Step(self.rows.X.T @ effect.Z, W, None if effect.B is None else self.rows.root @ effect.B)
+        W = None if self.H is None or effect.Y is None else self.tangent(adjoint(self.H, effect.Y))
+        return Step(adjoint(self.rows.X, effect.Z), W, None if effect.B is None else self.rows.root @ effect.B)
 
     def outputs_of(self, effect: Effect) -> Outputs:
         """``J₂``."""
@@ -259,7 +259,7 @@ class Preconditioner:
         else:  # two products with H cost less than HᵀH; both spectra are made by one program
             H = rows.center(model.H) * root[None, :]
             weighted = (model.stretch * (h + damping))[:, None] * H
-            of_kernel = weighted.T @ (H @ test), jnp.sum(weighted * H)
+            of_kernel = adjoint(weighted, H @ test), jnp.sum(weighted * H)
             images, traces = map(jnp.stack, zip(of_neurons, of_kernel, strict=True))
             both = jax.vmap(Spectrum.of, (0, 0, None))(images, traces, test)
             neurons, kernel = (jax.tree.map(lambda part, i=i: part[i], both) for i in range(2))

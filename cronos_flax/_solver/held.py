@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver import host
 from cronos_flax._solver.admm import Iterate, Iteration, init, step
+from cronos_flax._solver.blocks import adjoint
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.numerics import Memory
 from cronos_flax._solver.problem import Ended, Problem
@@ -67,7 +68,7 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
     b = program.rows.bias(Z - M)
     XV = X @ V
     GV = program.G(XV)
-    dual = Lambda + X.T @ program.G(N) if program.has_cones else Lambda
+    dual = Lambda + adjoint(X, program.G(N)) if program.has_cones else Lambda
     squared = step.image.Z_plus_dual is None
     alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
     Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
@@ -83,7 +84,7 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
         lower_bound=lower_bound(program, alpha, -step.image.rho * N),
         cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
         primal_residual=size(U - V, GXU - S, step.gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
-        dual_residual=size(V - V_old + X.T @ (program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
+        dual_residual=size(V - V_old + adjoint(X, program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
         / jnp.maximum(size(dual), tiny),
     )
 

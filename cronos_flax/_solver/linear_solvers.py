@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.blocks import Blocks, adjoint
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.numerics import Sketch, conjugate_gradient, sketch, test_matrix
 from cronos_flax._solver.program import Program
@@ -184,7 +184,7 @@ class Structured:
         if isinstance(prepared, Kronecker):
             tol = 0.1 / (iteration + 1).astype(kappa.dtype) ** 1.2
             U, _ = conjugate_gradient(
-                lambda U: U + X.T @ program.Ft(program.F(X @ U)) / kappa,
+                lambda U: U + adjoint(X, program.Ft(program.F(X @ U))) / kappa,
                 rhs,
                 preconditioner=prepared.divide,
                 guess=jnp.broadcast_to(V, rhs.shape),
@@ -201,7 +201,7 @@ class Structured:
         inverse_K = (1 / program.K(eigenvalues))[:, None]
 
         def inner(z: Outputs) -> Outputs:
-            return kappa * z + program.F(X @ (inverse_K * (X.T @ program.Ft(z))))
+            return kappa * z + program.F(X @ (inverse_K * adjoint(X, program.Ft(z))))
 
         def divide(r: Outputs) -> Outputs:
             if prepared is None:
@@ -216,7 +216,7 @@ class Structured:
             # Errors of the U-step must be summable for ADMM to converge, and reach the iterate divided by κ.
             tol = 0.1 * jnp.minimum(kappa, 1) / (iteration + 1).astype(kappa.dtype) ** 1.2
             z, _ = conjugate_gradient(inner, Fp, preconditioner=divide, guess=z, tol=tol, max_steps=self.max_steps)
-        U = p - inverse_K * (X.T @ program.Ft(z))
+        U = p - inverse_K * adjoint(X, program.Ft(z))
         return U, X @ U, z
 
 
@@ -264,7 +264,7 @@ class NystromPCG:
     def _product(program: Program, kappa: Scalar, V: Neurons) -> Neurons:
         """``(G*G + κ⁻¹ F*F) V``."""
         Z = program.rows.X @ V
-        return program.rows.X.T @ (program.G(program.G(Z)) + program.Ft(program.F(Z)) / kappa)
+        return adjoint(program.rows.X, program.G(program.G(Z)) + program.Ft(program.F(Z)) / kappa)
 
     def solve(
         self,

@@ -99,7 +99,7 @@ class Sketch:
 
     def precondition(self, shift: float, residual: Float[Array, " N"]) -> Float[Array, " N"]:
         """``P⁻¹ residual`` for the system ``operator + shift I``; P is the identity outside the sketched space."""
-        inside = self.vectors.T @ residual
+        inside = residual @ self.vectors
         gain = (self.eigenvalues[-1] + shift) / (self.eigenvalues + shift) - 1
         return residual + self.vectors @ (gain * inside)
 

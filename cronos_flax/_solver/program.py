@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.blocks import Blocks, adjoint
 from cronos_flax._solver.coordinates import Basis, Rows, root_mean_square_norm
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.solution import GatedTwoLayer, Network, TwoLayer, predict
@@ -118,7 +118,7 @@ def lower_bound(program: Program, alpha: Outputs, nu: Activations | Scalar) -> S
     """
     rows, tiny = program.rows, jnp.finfo(alpha.dtype).tiny
     alpha = rows.dual(alpha)
-    dual_norm = jnp.max(norms(rows.X.T @ (program.Ft(alpha) - program.G(nu))))
+    dual_norm = jnp.max(norms(adjoint(rows.X, program.Ft(alpha) - program.G(nu))))
     largest = program.beta / jnp.maximum(dual_norm, tiny)
     if rows.loss.is_quadratic:
         best = -jnp.sum(alpha * rows.root[:, None] * rows.Y) / jnp.maximum(jnp.sum(jnp.square(alpha)), tiny)

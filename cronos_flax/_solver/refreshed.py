@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cronos_flax._solver import gauss_newton
-from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.blocks import Blocks, adjoint
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.gauss_newton import (
     LocalModel,
@@ -106,7 +106,7 @@ def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:
     U, Z = jnp.where(is_dead[None, :], 0, iterate.U), jnp.where(is_dead[None, :], probe, iterate.Z)
     lives = norms(U) > 0
     outputs = network_outputs(rows, iterate.A, iterate.b, jnp.where(lives[None, :], Z, 0))
-    lower = unit_rows(-jax.nn.relu(Z).T @ rows.center(rows.gradient(outputs)), iterate.A)
+    lower = unit_rows(-adjoint(jax.nn.relu(Z), rows.center(rows.gradient(outputs))), iterate.A)
     return dataclasses.replace(iterate, U=U, Z=Z, A=jnp.where(lives[:, None], iterate.A, lower))
 
 
