@@ -22,10 +22,12 @@ from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host
 
-# The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it.
-_EMITTERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
-# One thread compiles such a program sooner than many are started.
-_UNOPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+# The fusion emitters take much time and memory to compile many small kernels; tests/streamed.py prints it. One thread
+# compiles such programs sooner than many are started. With LLVM's first level of optimisation they are as fast as with
+# its third.
+_COMMON: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+_OPTIMISED: dict[str, Any] = _COMMON | {"xla_backend_optimization_level": 1}
+_UNOPTIMISED: dict[str, Any] = _COMMON | {"xla_backend_optimization_level": 0}
 # Entries of the arguments up to which a program is compiled without optimisation: then it runs longer by less than
 # compiling it took, where it runs once a solve, some ten times, or at each of some hundred steps of several solves.
 ONCE, SOME_STEPS, EVERY_STEP = 4_000_000, 1_000_000, 50_000
@@ -92,7 +94,7 @@ def _options(fast: bool) -> dict[str, Any] | None:
     """Of XLA for the CPU; None where it does not know them, or compiles for something else."""
     if not _are_known():
         return None
-    return _EMITTERS | _UNOPTIMISED if fast else _EMITTERS
+    return _UNOPTIMISED if fast else _OPTIMISED
 
 
 @functools.cache
@@ -100,7 +102,7 @@ def _are_known() -> bool:
     if jax.default_backend() != "cpu":
         return False
     try:
-        jax.jit(lambda: 0, compiler_options=_EMITTERS | _UNOPTIMISED)()
+        jax.jit(lambda: 0, compiler_options=_UNOPTIMISED)()
     except jax.errors.JaxRuntimeError:
         return False
     return True
