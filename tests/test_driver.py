@@ -270,17 +270,29 @@ def test_nothing_is_compiled_anew_after_the_first_alternation():
     assert counts[-1] == counts[3]
 
 
-@pytest.mark.parametrize("solves", [False, True])
-def test_nothing_is_compiled_while_the_clock_runs(solves):
-    """An optimizer was timed with a program that looks whether parameters are finite, .2 to .5 s the first time."""
-    model = nn.Sequential([nn.Dense(13 + solves), nn.relu, nn.Dense(10), nn.relu, nn.Dense(3)])  # of no other test
+def without_first_neuron(updates, params):
+    """Steps after which a neuron of the head is dead."""
+    update = jax.tree.map(lambda update: update, updates)
+    update["layers_2"]["kernel"] = update["layers_2"]["kernel"].at[:, 0].set(-params["layers_2"]["kernel"][:, 0])
+    update["layers_2"]["bias"] = update["layers_2"]["bias"].at[0].set(-params["layers_2"]["bias"][0])
+    return update
+
+
+@pytest.mark.parametrize("case", ["no solves", "solves", "a neuron dies"])
+def test_nothing_is_compiled_while_the_clock_runs(case):
+    """An optimizer was timed with a program that looks whether parameters are finite, .2 to .5 s the first time.
+
+    And a run of solves with the one that finds new gates for neurons that have died, .1 s.
+    """
+    model = nn.Sequential([nn.Dense(13 + len(case)), nn.relu, nn.Dense(10), nn.relu, nn.Dense(3)])  # of no other test
     variables = model.init(jax.random.key(0), X[:1])
-    parts = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.adam(1e-2)}
-    if solves:
-        head = cf.find_head(model, variables, X[:8])
-        state = cf.CronosTrainState.create(**parts, head=head, solver=cf.Cronos(loss="softmax"))
-    else:
-        state = TrainState.create(**parts)
+    tx = optax.chain(optax.adam(1e-2), optax.stateless(without_first_neuron)) if "dies" in case else optax.adam(1e-2)
+    parts = {"apply_fn": model.apply, "params": variables["params"], "tx": tx}
+    state = TrainState.create(**parts)
+    if case != "no solves":
+        head, free = cf.find_head(model, variables, X[:8]), cf.Alternation(largest_step=None, decay=None)
+        parts |= {"head": head, "solver": cf.Cronos(loss="softmax")}
+        state = cf.CronosTrainState.create(**parts, alternation=free if "dies" in case else None)
     counts = compiled_programs(state, loss="softmax", epochs=6, compile_first=True)
     assert counts[0] > 0
     assert counts[-1] == counts[0]

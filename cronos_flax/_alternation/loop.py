@@ -134,7 +134,8 @@ class Loop:
             jax.block_until_ready(self.stepped(copied(self.state), batch))
         if self.schedule is not None:
             choice = {} if self.rest is None or self.held_back is None else {"validation": self.held_back.rows}
-            jax.block_until_ready(self.solved(**choice)[0].params)
+            with warnings.catch_warnings(action="ignore"):  # of a solve that is not the user's
+                jax.block_until_ready(self.solved(self.state._with_dead_neuron(), **choice)[0].params)
         all_finite(self.state.params)
         compile_seconds = time.perf_counter() - began
         self.clock = Clock(position.seconds)
@@ -205,11 +206,11 @@ class Loop:
         self.save()
         return is_last
 
-    def solved(self, **choice: Any) -> tuple[Any, Solution]:
-        """The state with its head solved for, and the solution."""
+    def solved(self, state: Any, **choice: Any) -> tuple[Any, Solution]:
+        """A state with its head solved for, and the solution."""
         step = self.position.step
         rows, unpack = (self.rest or self.to_solve).rows(step, self.solve_rows)
-        return self.state.solve_head(rows, unpack=unpack, key=folded(self.key, step), **choice)
+        return state.solve_head(rows, unpack=unpack, key=folded(self.key, step), **choice)
 
     def choose_if_due(self) -> None:
         """Solve for the head with β chosen on the rows that are held back, which then join the others."""
@@ -241,7 +242,7 @@ class Loop:
         position = self.position
         jax.block_until_ready(self.state)  # steps under way are not the solve's time
         began = self.clock.seconds
-        self.state, solution = self.solved(**choice)
+        self.state, solution = self.solved(self.state, **choice)
         stats = solution.stats
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
         self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
@@ -27,6 +28,7 @@ from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, TwoLayer
 from cronos_flax._solver.transfer import default_key, folded
 
@@ -46,6 +48,15 @@ def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
 def module_params(params: Any) -> Any:
     """The parameters that the module is applied with: of ``optax.LookaheadParams`` the fast ones."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+@jax.jit
+def _without_first(network: TwoLayer) -> TwoLayer:
+    """The network with its first neuron at zero."""
+    first = jnp.arange(network.kernel1.shape[1]) == 0
+    kernel1, kernel2 = jnp.where(first, 0, network.kernel1), jnp.where(first[:, None], 0, network.kernel2)
+    bias1 = None if network.bias1 is None else jnp.where(first, 0, network.bias1)
+    return dataclasses.replace(network, kernel1=kernel1, bias1=bias1, kernel2=kernel2)
 
 
 class CronosTrainState(TrainState):
@@ -201,6 +212,10 @@ class CronosTrainState(TrainState):
                 at_start = self.tx.init(parts["params"])
             parts["opt_state"] = begun_anew(self.opt_state, at_start, self.head.paths)
         return parts
+
+    def _with_dead_neuron(self) -> Self:
+        """The state with the first neuron of its head at zero: its solve needs every program that a later one may."""
+        return self.replace(**self._parts_with(automatically(_without_first, self.head.read(self.variables))))
 
     def solve_head(
         self,
