@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
-from cronos_flax._solver import gauss_newton, refreshed
+from cronos_flax._solver import descent, gauss_newton, refreshed
 from cronos_flax._solver.beta import choosable
 from cronos_flax._solver.meshes import place_of_rows
 from cronos_flax._solver.sample import Sample
@@ -274,7 +274,7 @@ def sent(mesh, n):
 
         program.compiled = watched
 
-    programs = [refreshed.drawn, refreshed.stepped, refreshed.revived]
+    programs = [descent.drawn, refreshed.stepped, refreshed.revived]
     for program in programs:
         recorded(program)
     try:

@@ -18,6 +18,7 @@ from cronos_flax._solver import (
     admm,
     blocks,
     coordinates,
+    descent,
     gauss_newton,
     host,
     linear_solvers,
@@ -405,11 +406,11 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
         @staticmethod
         def run(program, *arguments, **static):
             result = OnHost.run(program, *arguments, **static)
-            if program is refreshed.few:
+            if program is descent.few:
                 drawn.append(np.asarray(result[0].X).tobytes())
             return result
 
-    warm, _ = refreshed.warm_up(Watched, rows, prepared, beta, lowest, key, np.float64(1e-3), tried)
+    warm, _ = descent.warm_up(Watched, rows, prepared, beta, lowest, key, np.float64(1e-3), tried)
     assert len(set(drawn)) == tried.warm_up_steps  # each of its steps is on other rows
     for left in (stayed, warm):
         jax.tree.map(

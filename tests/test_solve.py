@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import coordinates, cronos, losses, padding, refreshed, staging
+from cronos_flax._solver import coordinates, cronos, descent, losses, padding, staging
 from cronos_flax._solver import solve as solve_module
 
 
@@ -476,16 +476,16 @@ def ends_at(objectives, null, patience, tol=1e-3):
     """The step after which a descent with these objectives ends; None if it goes on."""
     control, refined = staging.OnHost, cf.Refreshed()
     null = None if null is None else np.float32(null)
-    limits = refreshed.Limits(np.float32(tol), len(objectives), null, patience)
+    limits = descent.Limits(np.float32(tol), len(objectives), null, patience)
 
     def at(objective):
         return SimpleNamespace(objective=np.float32(objective), has_dead=np.asarray(False))
 
-    descent = refreshed.begin(control, 4096, at(objectives[0]), None, limits, refined)
+    now = descent.begin(control, 4096, at(objectives[0]), None, limits, refined)
     for step, objective in enumerate(objectives[1:], 1):
-        descent = refreshed.judged(control, descent, at(objective), None, limits, refined)
-        if not descent.goes_on:
-            assert descent.stagnated
+        now = descent.judged(control, now, at(objective), None, limits, refined)
+        if not now.goes_on:
+            assert now.stagnated
             return step
     return None
 
@@ -502,7 +502,7 @@ def test_without_a_tolerance_a_solve_ends_when_going_on_would_not_pay():
 
 
 def test_iterations_that_cost_little_are_many_before_a_solve_ends():
-    small, large = (refreshed.patience(*shape, cf.Refreshed()) for shape in ((1000, 20, 32, 3), (10_000, 384, 512, 77)))
+    small, large = (descent.patience(*shape, cf.Refreshed()) for shape in ((1000, 20, 32, 3), (10_000, 384, 512, 77)))
     assert small > 500
     assert large == cf.Refreshed().window
 

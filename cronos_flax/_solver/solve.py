@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import gauss_newton, refreshed
+from cronos_flax._solver import descent, gauss_newton, refreshed
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.coordinates import normalised, scaled
+from cronos_flax._solver.descent import Descent, Limits
 from cronos_flax._solver.gauss_newton import Prepared
 from cronos_flax._solver.held import figures, held, program_of, solve_program
 from cronos_flax._solver.losses import loss_of
@@ -30,7 +31,6 @@ from cronos_flax._solver.program import (
     regularised_loss,
     to_network,
 )
-from cronos_flax._solver.refreshed import Descent, Limits
 from cronos_flax._solver.solution import (
     GatedTwoLayer,
     HeldState,
@@ -301,7 +301,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
         is_far = control.seen(first.objective) / _FAR > null
         first = control.cond(is_far, lambda: control.run(refreshed.shrunk, rows, beta, first), lambda: first)
     if asked.start is None:
-        first, key = refreshed.warm_up(control, rows, prepared, beta, first, key, tol, settings)
+        first, key = descent.warm_up(control, rows, prepared, beta, first, key, tol, settings)
 
     def tell(now: Descent) -> None:
         if progress is not None:
@@ -310,11 +310,11 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     limits = Limits(tol, max_iters)
     if asked.solver.tol is None:
         d, (m, C) = rows.X.shape[1], first.A.shape
-        patience = refreshed.patience(n, d, m, C, settings) if patience is None else patience
+        patience = descent.patience(n, d, m, C, settings) if patience is None else patience
         if patience <= max_iters:
             limits = limits._replace(null=null, patience=patience)
-    descent = refreshed.begin(control, n, first, key, limits, settings)
-    last = refreshed.descend(control, rows, prepared, beta, limits, descent, settings, tell)
+    start = descent.begin(control, n, first, key, limits, settings)
+    last = descent.descend(control, rows, prepared, beta, limits, start, settings, tell)
     done, stagnated = control.back((last.done, last.stagnated))
     data = asked.features, asked.targets, asked.weight
     solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, *data)

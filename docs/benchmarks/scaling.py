@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
-from cronos_flax._solver import gauss_newton, refreshed, solve, staging
+from cronos_flax._solver import descent, gauss_newton, refreshed, solve, staging
 from cronos_flax._solver.sample import most_on_a_device
 
 N, P, M, C = 1_281_168, 2048, 256, 1000  # ImageNet's rows, one more so that eight devices have as many each
@@ -78,7 +78,7 @@ class Compiler:
         begun = begun.with_targets(data[1])
         rows, beta, settings = begun.problem.rows, begun.problem.beta, begun.problem.refreshed
         size = min(n // settings.warm_up_every, settings.most_sample)
-        yield "warm-up", self.compiled(refreshed.few, rows, refreshed.point(first), beta, key, size=size)[0]
+        yield "warm-up", self.compiled(descent.few, rows, descent.point(first), beta, key, size=size)[0]
         index = whole(gauss_newton.sample_size(n, settings), dtype=jnp.int32)
         for name, known in (("step", False), ("precise step", True)):
             arguments = rows, prepared, beta, first, first, index, index, None
