@@ -32,7 +32,7 @@ from rows import keep, kept, parser
 
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
-from cronos_flax._solver import refreshed
+from cronos_flax._solver import descent
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
 
@@ -103,7 +103,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full steps or none, damping only raised": {
         "solver": {"refreshed": cf.Refreshed(step_lengths=(1.0, 0.0), damping_factors=(1.0, 4.0))},
     },
-    "no revival": {"patch": (refreshed, {"revive": lambda rows, iterate, key: iterate})},
+    "no revival": {"patch": (descent, {"revived": lambda rows, iterate, key: iterate})},
     "beta 1e-3, not scale-free": {"solver": {"beta": 1e-3}},
     "1 step a solve": {"solver": {"max_iters": 1}},
     "10 steps a solve": {"solver": {"max_iters": 10}},
