@@ -208,6 +208,70 @@ def test_a_loss_of_the_users_own_is_solved_as_the_built_in_one():
                 np.testing.assert_allclose(own.lower_bound, built_in.lower_bound, rtol=1e-6)
 
 
+class Plain(cf.Loss):
+    """A user's own that is no dataclass."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def value(self, outputs, targets):
+        r = targets - outputs
+        return jnp.sum(jnp.where(r > 0, self.share, 1 - self.share) * jnp.square(r), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectile(cf.Loss):
+    """The same, as a dataclass; what it remembers is no setting."""
+
+    share: float
+
+    @functools.cached_property
+    def other(self):
+        return 1 - self.share
+
+    def value(self, outputs, targets):
+        r = targets - outputs
+        return jnp.sum(jnp.where(r > 0, self.share, self.other) * jnp.square(r), axis=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Uncompared(Expectile):
+    """One of which all are equal."""
+
+    power: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PartlyCompared(Expectile):
+    power: float = dataclasses.field(default=2.0, compare=False)
+
+
+def test_losses_of_one_class_are_told_apart():
+    X, Y = random_problem(0, n=60, C=1)
+    means = {}
+    for share in (0.1, 0.9):
+        solution = cf.Cronos(loss=Expectile(share), beta=0.02, max_iters=10).solve(X, Y, hidden=8)
+        means[share] = float(jnp.mean(cf.predict(solution.params, X)))
+    assert means[0.1] < means[0.9]
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (Plain(0.1), "`share` is no such field"),
+        (Uncompared(0.1), "`power` is no such field"),
+        (PartlyCompared(0.1), "`power` is no such field"),
+        (Expectile(np.ones(3)), "fields that hash"),
+        (Expectile(jnp.ones(())), "fields that hash"),
+        (Expectile([0.1]), "fields that hash"),
+    ],
+)
+def test_a_loss_that_equals_another_is_refused(loss, match):
+    # They would share a compiled program: the second would be solved with the settings of the first.
+    with pytest.raises(ValueError, match=f"Cronos: `loss` must be a frozen dataclass.*{match}"):
+        cf.Cronos(loss=loss)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     loss=st.sampled_from(LOSSES),

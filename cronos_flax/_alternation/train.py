@@ -28,7 +28,7 @@ from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer
-from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
@@ -264,6 +264,7 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
     if not isinstance(loss, Loss) and loss not in LOSSES:
         raise ValueError(f"train: `loss` must be {' or '.join(map(repr, LOSSES))} or a cf.Loss, got {loss!r}.")
     loss = loss_of(loss)
+    check_told_apart("train", loss)
     if isinstance(state, CronosTrainState) and said(loss) != said(loss_of(state.solver.loss)):
         warnings.warn(
             f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "

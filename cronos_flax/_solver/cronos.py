@@ -16,7 +16,7 @@ from cronos_flax._solver import beta as betas
 from cronos_flax._solver import checks, host
 from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
-from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.meshes import mesh_of
 from cronos_flax._solver.padding import padded
@@ -135,6 +135,8 @@ class Cronos:
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
             checks.choice("loss", self.loss, LOSSES, "a cf.Loss")
+        else:
+            check_told_apart("Cronos", self.loss)
         if self.class_weight is not None:
             checks.choice("class_weight", self.class_weight, ("balanced",), "None")
         checks.choice("gates", self.gates, GATES)

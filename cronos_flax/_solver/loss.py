@@ -5,9 +5,10 @@ held gates for the prox, their lower bound for the conjugate (method.md). All wo
 row by row, and know nothing of weights.
 """
 
+import copy
 import dataclasses
-from functools import partial
-from typing import ClassVar
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,40 @@ class Loss:
             return candidates[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
 
         return jax.lax.fori_loop(0, _CONSTANT_STEPS, improve, jnp.zeros(C, targets.dtype))
+
+
+def check_told_apart(where: str, loss: Loss) -> None:
+    """Raise a ValueError if two losses of this class may be equal and differ: they would share what is compiled.
+
+    Args:
+        where: the caller's name.
+        loss: a loss, perhaps of a user's class.
+    """
+    kind = type(loss).__name__
+    for name in vars(loss):
+        if not isinstance(getattr(type(loss), name, None), cached_property) and not _is_compared(loss, name):
+            raise ValueError(
+                f"{where}: `loss` must be a frozen dataclass, whose fields tell it from others of its class, got a "
+                f"{kind} whose `{name}` is no such field, so that it equals one with another `{name}`. Write "
+                f"@dataclasses.dataclass(frozen=True) above the class, and its fields, with their types, in it."
+            )
+    try:
+        hash(loss)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: `loss` must be a frozen dataclass with fields that hash, such as Python numbers and tuples of "
+            f"them, got a {kind}: {error}."
+        ) from error
+
+
+def _is_compared(loss: Loss, name: str) -> bool:
+    """Whether a loss is not equal to one that differs in this attribute only."""
+    other: Any = copy.copy(loss)
+    object.__setattr__(other, name, object())
+    try:
+        return not bool(loss == other)
+    except (TypeError, ValueError):  # of arrays, which do not hash either
+        return True
 
 
 def where_taken(taken: Bool[Array, "..."], targets: Array) -> Array:
