@@ -274,6 +274,21 @@ def test_norms_that_stay_as_they_were_pretrained():
     assert (state.model.norm.use_running_average, state.model.dropout.deterministic) == (True, False)
 
 
+@pytest.mark.parametrize("evaluated", [["norm"], ["norm", "dropout"], []])
+def test_norms_that_stay_as_they_were_need_no_statistics(evaluated):
+    """Steps and solves use the same running statistics; only norms in training mode take those of the batch."""
+    model = net()
+    for name in evaluated:
+        getattr(model, name).eval()
+    if evaluated:
+        alternating(model, train_mode=False)
+    else:
+        with pytest.warns(UserWarning, match="training steps use those of the batch"):
+            alternating(model, train_mode=False)
+    with pytest.warns(UserWarning, match="training steps use those of the batch"):
+        alternating(model)
+
+
 def test_a_warning_shows_the_line_of_the_user():
     with pytest.warns(UserWarning, match="CronosTrainState: `head` was found with the running statistics") as told:
         alternating(net())

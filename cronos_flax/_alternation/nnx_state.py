@@ -7,13 +7,14 @@ import flax.training.train_state
 import jax
 import optax
 from flax import nnx, struct
+from flax.traverse_util import flatten_dict
 
 from cronos_flax._alternation import train_state
 from cronos_flax._alternation.backbone import check_lookahead, check_optimizer
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import Guard
 from cronos_flax._alternation.train_state import module_params
-from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.head import Head, check_head, format_path
 from cronos_flax._head.nnx import NnxModule
 from cronos_flax._head.nnx_collections import NnxFunction, functional, on_collections
 from cronos_flax._solver.cronos import Cronos
@@ -140,6 +141,11 @@ class CronosTrainState(train_state.CronosTrainState):
             model_state=variables,
             **kwargs,
         )
+
+    @property
+    def _statistics_in_training(self) -> Any:
+        statistics = flatten_dict(self.model_state.get("batch_stats", {}))
+        return {path: leaf for path, leaf in statistics.items() if format_path(path[:-1]) not in self.apply_fn.kept_back}
 
     @property
     def model(self) -> nnx.Module:

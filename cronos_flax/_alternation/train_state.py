@@ -142,7 +142,7 @@ class CronosTrainState(TrainState):
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         check_lookahead("CronosTrainState", state.params, state.opt_state)
-        warn_of_running_statistics("CronosTrainState", head, state.variables.get("batch_stats"))
+        warn_of_running_statistics("CronosTrainState", head, state._statistics_in_training)
         if settings is None:
             return state
         parts = state._parts_with(None)
@@ -186,6 +186,11 @@ class CronosTrainState(TrainState):
         if value is None:
             return super().apply_gradients(grads=grads, **kwargs)
         return with_value(self, value, grads=grads, **kwargs)  # type: ignore[return-value]
+
+    @property
+    def _statistics_in_training(self) -> Any:
+        """The running statistics of batch norms that take those of the batch in training steps, as far as it is known."""
+        return self.variables.get("batch_stats")
 
     @property
     def _streams(self) -> dict[str, Any]:
