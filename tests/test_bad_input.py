@@ -147,6 +147,14 @@ CASES = {
     "an empty batch": (lambda: cf.find_head(MODEL, VARIABLES, X[:0]), "empty"),
     "a batch of NaN": (lambda: cf.find_head(MODEL, VARIABLES, X * np.nan), "outputs on the batch must be finite"),
     "a batch of another shape": (lambda: cf.find_head(MODEL, VARIABLES, X[:, :3]), "batch"),
+    "a kernel of another shape": (
+        lambda: cf.find_head(MODEL, jax.tree.map(lambda leaf: leaf[..., :1], VARIABLES), X),
+        "these variables and a batch",
+    ),
+    "fit: a kernel of another shape": (
+        lambda: cf.fit_head(HEAD, jax.tree.map(lambda leaf: leaf[..., :1], VARIABLES), (X, T)),
+        "that the model takes with these variables",
+    ),
     "fit: not a head": (lambda: cf.fit_head(MODEL, VARIABLES, (X, T)), "`head`"),
     "fit: not a solver": (lambda: cf.fit_head(HEAD, VARIABLES, (X, T), solver="cronos"), "`solver`"),
     "fit: another shape": (lambda: cf.fit_head(HEAD, VARIABLES, (X[:, :3], T)), "batch"),

@@ -42,6 +42,42 @@ def test_a_head_of_half_precision_on_small_features_is_found(dtype, size):
         cf.find_head(bad, variables, x)
 
 
+def _wide(lhs, rhs, dimensions, precision=None, preferred_element_type=None):
+    return jax.lax.dot_general(lhs, rhs, dimensions, precision, jnp.float32)
+
+
+def test_a_head_of_half_precision_that_is_summed_in_float32_is_found():
+    """Its results are float32, and it was held to their precision: "its outputs differ by 0.005 of their size"."""
+    how = {"dtype": jnp.bfloat16, "dot_general": _wide}
+    good = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(6, **how), nn.relu, nn.Dense(3, **how)])
+    variables = drawn(good, jax.random.key(0), X)
+    assert good.apply(variables, X).dtype == jnp.float32
+    head = cf.find_head(good, variables, X)
+    assert head.largest < jnp.finfo(jnp.float32).max
+    cf.fit_head(head, variables, (X, LABELS), solver=SOLVER)
+
+    rngs, how = nnx.Rngs(0), {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
+    layers = [nnx.Linear(5, 6, rngs=rngs, **how), nnx.relu, nnx.Linear(6, 3, rngs=rngs, **how)]
+    assert cf.nnx.find_head(nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), nnx.tanh, *layers), X).hidden == 6
+
+
+@pytest.mark.parametrize("layer", ["hidden", "out"])
+def test_a_layer_over_another_axis_is_no_layer_of_a_head(layer):
+    """It was an error of `predict`, about the features of a network."""
+
+    class Across(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(5)(x).T  # (5, rows)
+            if layer == "hidden":
+                return nn.Dense(3)(nn.relu(nn.DenseGeneral(6, axis=0)(x)))
+            return nn.DenseGeneral(3, axis=0)(nn.relu(nn.Dense(6)(x.T)).T)
+
+    variables = drawn(Across(), jax.random.key(0), X)
+    with pytest.raises(ValueError, match="find_head: Across must end in Dense → relu → Dense, but no two"):
+        cf.find_head(Across(), variables, X)
+
+
 @pytest.mark.parametrize("head", ["moving", "frozen"])
 @pytest.mark.parametrize(
     ("tx", "needs"),

@@ -122,6 +122,30 @@ def test_a_head_that_is_called_twice_is_told_of():
         cf.nnx.find_head(NnxTwice(), X, output=1)
 
 
+def test_a_hidden_layer_that_is_called_again_after_the_head_is_named():
+    """It was said that no two layers fit."""
+
+    class Again(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            hidden = nn.Dense(8, name="hidden")
+            out = nn.Dense(3, name="out")(nn.relu(hidden(jnp.tanh(x))))
+            return {"out": out, "projected": hidden(x)}
+
+    class NnxAgain(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.hidden, self.out = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return {"out": self.out(nnx.relu(self.hidden(jnp.tanh(x)))), "projected": self.hidden(x)}
+
+    with pytest.raises(ValueError, match=r"but hidden is called again after out, .* with cf\.graft"):
+        cf.find_head(Again(), jax.jit(Again().init)(KEY, X), X, output="out")
+    with pytest.raises(ValueError, match=r"but hidden is called again after out, .* with cf\.nnx\.graft"):
+        cf.nnx.find_head(NnxAgain(), X, output="out")
+
+
 def test_what_the_warning_says_is_so_and_a_graft_helps():
     y = jax.random.normal(KEY, (32, 3))
     model, variables, find = linen(SHARED["dense"])

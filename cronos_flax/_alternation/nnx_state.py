@@ -144,8 +144,9 @@ class CronosTrainState(train_state.CronosTrainState):
 
     @property
     def _statistics_in_training(self) -> Any:
-        statistics = flatten_dict(self.model_state.get("batch_stats", {}))
-        return {path: leaf for path, leaf in statistics.items() if format_path(path[:-1]) not in self.apply_fn.kept_back}
+        assert isinstance(self.apply_fn, NnxFunction)
+        kept_back, statistics = self.apply_fn.kept_back, flatten_dict(self.model_state.get("batch_stats", {}))
+        return {path: leaf for path, leaf in statistics.items() if format_path(path[:-1]) not in kept_back}
 
     @property
     def model(self) -> nnx.Module:

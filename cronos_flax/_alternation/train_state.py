@@ -189,7 +189,7 @@ class CronosTrainState(TrainState):
 
     @property
     def _statistics_in_training(self) -> Any:
-        """The running statistics of batch norms that take those of the batch in training steps, as far as it is known."""
+        """The running statistics of batch norms that may take those of the batch in training steps."""
         return self.variables.get("batch_stats")
 
     @property

@@ -131,7 +131,7 @@ def find(
         except Exception as raised:
             shapes = jax.tree.map(np.shape, args)
             raise ValueError(
-                f"find_head: the module cannot be applied to the batch given, of shapes {shapes}: {raised}"
+                f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"
             ) from raised
         out, calls = watched.out, watched.calls
         _check_output(out)
@@ -153,7 +153,8 @@ def find(
                 return dataclasses.replace(head, recalibrate=recalibrate)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
-    raise ValueError(_refusal(module, calls, nearest) + _flat(out) + _extended(module, variables, calls))
+    again = _called_again(module, variables, calls, out)
+    raise ValueError(_refusal(module, calls, nearest, again) + _flat(out) + _extended(module, variables, calls))
 
 
 def _head(
@@ -196,20 +197,35 @@ def _check_output(out: Any) -> None:
 
 def _candidates(module: Functional, variables: Any, calls: tuple[Call, ...], out: Array) -> Iterator[tuple[Path, Path]]:
     """Pairs of layers whose shapes fit, the pair called last first."""
-
-    def width(call: Call) -> int | None:
-        """Outputs of a layer, if it has a plain kernel and its input was recorded."""
-        shape = module.kernel_shape(variables, call.layer.path)
-        plain = len(shape) == 2 and not module.own_parameters(variables, call.layer.path)
-        return shape[1] if plain and call.input is not None else None
-
     for i in range(len(calls) - 1, 0, -1):
         last = calls[i]
-        if width(last) != out.shape[-1] or last.input is None:
-            continue
-        for first in reversed(calls[:i]):
-            if width(first) == last.input.shape[-1]:
-                yield first.layer.path, last.layer.path
+        if _width(module, variables, last) == out.shape[-1]:
+            for first in reversed(calls[:i]):
+                if _feeds(module, variables, first, last):
+                    yield first.layer.path, last.layer.path
+
+
+def _width(module: Functional, variables: Any, call: Call) -> int | None:
+    """Outputs of a layer, if it has a plain kernel for the last axis of its input, and this was recorded."""
+    shape = module.kernel_shape(variables, call.layer.path)
+    plain = len(shape) == 2 and not module.own_parameters(variables, call.layer.path)
+    return shape[1] if plain and call.input is not None and call.input.shape[-1:] == shape[:1] else None
+
+
+def _feeds(module: Functional, variables: Any, first: Call, last: Call) -> bool:
+    """Whether a layer's outputs have the width of another's inputs."""
+    return last.input is not None and _width(module, variables, first) == last.input.shape[-1]
+
+
+def _called_again(module: Functional, variables: Any, calls: tuple[Call, ...], out: Array) -> str:
+    """What to say of a hidden layer whose last call comes after that of its output layer; empty without one."""
+    for i, last in enumerate(calls):
+        for first in calls[i + 1 :]:
+            is_pair = _width(module, variables, last) == out.shape[-1] and _feeds(module, variables, first, last)
+            if is_pair and first.layer.times > 1:
+                hidden, output = format_path(first.layer.path), format_path(last.layer.path)
+                return f"{hidden} is called again after {output}, and a solve of the two would change that call too"
+    return ""
 
 
 def _given(
@@ -414,7 +430,7 @@ def _flat(out: Array) -> str:
     )
 
 
-def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
+def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str, again: str) -> str:
     """The error message: what was found instead of a head, and what to do."""
     space, _, dense = module.dense.partition(".")
     expected = f"find_head: {module.name} must end in {dense} → relu → {dense}"
@@ -431,6 +447,8 @@ def _refusal(module: Functional, calls: tuple[Call, ...], nearest: str) -> str:
             f"{expected}, outside transforms: {space}.scan, {space}.vmap{others}; got {inside} inside of one. Move the "
             f"head out of it, or give the module a new head with {module.graft}."
         )
+    if again:
+        return f"{expected}, but {again}. Give it a two-layer head of its own with {module.graft}."
     names = ", ".join(format_path(call.layer.path) for call in calls)
     found = {0: f"it calls no {module.dense}", 1: f"it calls one {module.dense} only ({names})"}.get(
         len(calls), f"no two of its layers ({names}) fit together and to the output"

@@ -34,11 +34,21 @@ _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A fully connected layer that was called: its path, the dtype of its result, and how often it was called."""
+    """A fully connected layer that was called: its path, the least dtype in it, and how often it was called."""
 
     path: Path
     dtype: Any
     times: int = 1
+
+    @classmethod
+    def of(cls, path: Path, out: Array, dtype: Any, earlier: "Layer | None") -> "Layer":
+        """A layer that has returned ``out``, computed from inputs in ``dtype`` (None for their own), and earlier calls.
+
+        The result may have more digits than its factors had, as by ``preferred_element_type``.
+        """
+        kinds = (kind for kind in (dtype, out.dtype) if kind is not None and jnp.issubdtype(kind, jnp.inexact))
+        least = min(kinds, key=lambda kind: jnp.finfo(kind).bits, default=out.dtype)
+        return cls(path, jnp.dtype(least), 1 + (earlier.times if earlier else 0))
 
 
 class Call(NamedTuple):
@@ -357,7 +367,8 @@ class Head:
                     "flax.jax_utils.unreplicate, and replicate the result again."
                 ) from error
             raise ValueError(
-                f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+                f"{where}: the batch must be one that the model takes with these variables, got arguments of shapes "
+                f"{shapes}: {error}"
             ) from error
 
     @functools.cached_property

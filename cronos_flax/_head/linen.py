@@ -215,7 +215,7 @@ class LinenModule(Collections):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
             earlier = layers.pop(module.path, None)  # order by the last call
-            layers[module.path] = Layer(module.path, out.dtype, 1 + (earlier.times if earlier else 0))
+            layers[module.path] = Layer.of(module.path, out, module.dtype, earlier)
             return out
 
         kwargs = dict(kwargs)

@@ -44,7 +44,7 @@ def _tapping(kind: Any) -> type:
             self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
         earlier = _trace.calls.pop(path, None)  # order by the last call
-        _trace.calls[path] = Layer(path, out.dtype, 1 + (earlier.times if earlier else 0))
+        _trace.calls[path] = Layer.of(path, out, self.dtype, earlier)
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
