@@ -61,6 +61,81 @@ def test_a_head_of_half_precision_that_is_summed_in_float32_is_found():
     assert cf.nnx.find_head(nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), nnx.tanh, *layers), X).hidden == 6
 
 
+class Pooled(nn.Module):
+    """Takes a mask of tokens, and a scale of features, by keyword."""
+
+    @nn.compact
+    def __call__(self, tokens, mask=None, scale=None):
+        x = nn.tanh(nn.Dense(5)(tokens if scale is None else tokens * scale))
+        weight = jnp.ones(tokens.shape[:2]) if mask is None else mask.astype(x.dtype)
+        x = jnp.sum(x * weight[..., None], axis=1) / jnp.sum(weight, axis=1, keepdims=True)
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(x)))
+
+
+class NnxPooled(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.hidden, self.out = (nnx.Linear(*size, rngs=rngs) for size in ((5, 5), (5, 6), (6, 3)))
+
+    def __call__(self, tokens, mask):
+        x = jnp.mean(nnx.tanh(self.first(tokens)) * mask[..., None], axis=1)
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+TOKENS = rng.normal(size=(64, 4, 5)).astype("float32")
+MASK = np.arange(4) < rng.integers(1, 5, (64, 1))
+POOLED = drawn(Pooled(), jax.random.key(0), TOKENS)
+HALVES = [(TOKENS[:32], LABELS[:32]), (TOKENS[32:], LABELS[32:])]
+WHOLE = [slice(0, 32), slice(32, 64)]
+
+
+def with_mask(rows):
+    return {"tokens": TOKENS[rows], "mask": MASK[rows]}, LABELS[rows]
+
+
+@pytest.mark.parametrize(
+    "mask", [MASK[:32], np.ones((32, 4), bool), np.ones((32, 4), int), np.ones((32, 4), "float32")]
+)
+def test_a_mask_of_one_batch_is_not_used_for_others(mask):
+    """All batches had the mask of the batch that the head was found on, without a word."""
+    head = cf.find_head(Pooled(), POOLED, TOKENS[:32], mask=mask)
+    assert head.of_rows == ("mask",)
+    for solve in (
+        lambda: cf.fit_head(head, POOLED, HALVES, solver=SOLVER),
+        lambda: cf.gather_features(head, POOLED, HALVES),
+        lambda: state(model=Pooled(), variables=POOLED, head=head).solve_head(HALVES),
+    ):
+        with pytest.raises(ValueError, match=r"each batch must come with `mask` of its own rows.*unpack="):
+            solve()
+    cf.fit_head(head, POOLED, HALVES[:1], solver=SOLVER)  # the whole data are one batch, as of a graph
+    cf.fit_head(head, POOLED, WHOLE, unpack=with_mask, solver=SOLVER)
+
+
+def test_validation_has_the_masks_of_its_own_batches():
+    head = cf.find_head(Pooled(), POOLED, TOKENS[:32], mask=MASK[:32])
+    made = state(model=Pooled(), variables=POOLED, head=head)
+    with pytest.raises(ValueError, match="train: `validation`: each batch must come with `mask`"):
+        cf.train(made, HALVES, epochs=1, solve_data=HALVES[:1], validation=HALVES)
+    _, history = cf.train(made, WHOLE, epochs=1, unpack=with_mask, validation=WHOLE)
+    assert np.isfinite(history[-1]["validation_loss"])
+
+
+def test_an_nnx_mask_of_one_batch_is_not_used_for_others():
+    model = NnxPooled()
+    head = cf.nnx.find_head(model, TOKENS[:32], mask=MASK[:32])
+    with pytest.raises(ValueError, match="each batch must come with `mask` of its own rows"):
+        cf.nnx.fit_head(head, model, HALVES, solver=SOLVER)
+
+
+@pytest.mark.parametrize("scale", [np.ones(5, "float32"), np.arange(1.0, 6.0, dtype="float32")])
+def test_an_array_that_belongs_to_no_row_is_used_again(scale):
+    head = cf.find_head(Pooled(), POOLED, TOKENS[:5], scale=scale)  # as many rows as features
+    assert head.of_rows == ()
+    cf.fit_head(head, POOLED, HALVES, solver=SOLVER)
+    both = cf.find_head(Pooled(), POOLED, TOKENS[:5], scale=scale, mask=np.ones((5, 4), bool))
+    assert both.of_rows == ("mask",)
+
+
 @pytest.mark.parametrize("layer", ["hidden", "out"])
 def test_a_layer_over_another_axis_is_no_layer_of_a_head(layer):
     """It was an error of `predict`, about the features of a network."""

@@ -217,16 +217,21 @@ def scoring(
         A function of a state, rows, these as ``data`` of :func:`cronos_flax.fit_head`, and the name that errors call
         the rows by. It returns the mean ``loss`` and, if the rows have labels, the ``accuracy`` in [0, 1].
     """
+    given_by = state.head if kwargs is None and isinstance(state, CronosTrainState) else None
     if kwargs is None:
-        kwargs = state.head.kwargs if isinstance(state, CronosTrainState) else {}
+        kwargs = {} if given_by is None else given_by.kwargs
     kwargs = _Keywords({name: value for name, value in kwargs.items() if name != "mutable"})
     sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
     door = Door(state, loss, kwargs)
 
     def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
         params, collections = _params_to_score(state), _collections(state)
-        checked = (door(batch, at("train", name)) for batch in batches(rows, unpack, "train", name))
-        each = [automatically(sums, params, collections, batch_on_device(batch), class_weight) for batch in checked]
+        each: list[tuple[Array, ...]] = []
+        for batch in batches(rows, unpack, "train", name):
+            if each and given_by is not None:
+                given_by.check_own_rows(batch.kwargs, at("train", name))
+            checked = batch_on_device(door(batch, at("train", name)))
+            each.append(automatically(sums, params, collections, checked, class_weight))
         if not each:
             raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")
         total, weights, hits, count, labelled = map(np.asarray, zip(*on_host(each), strict=True))

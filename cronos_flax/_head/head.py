@@ -182,6 +182,7 @@ class Head:
         module: the module as pure functions.
         kwargs: the keyword arguments that the module was called with; feature passes use them again.
         recalibrate: whether a solve writes the statistics of batch norms in its pass in place of the running ones.
+        of_rows: the names of keyword arguments that belong to the rows of the batch, such as a mask.
     """
 
     hidden_path: Path
@@ -197,6 +198,7 @@ class Head:
     module: Functional
     kwargs: Mapping[str, Any]
     recalibrate: bool = True
+    of_rows: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -294,6 +296,22 @@ class Head:
         self._check_in_reach(data.rows.y, at(where, name))
         return data.rows, data.moments if self.recalibrate else {}
 
+    def check_own_rows(self, kwargs: Mapping, where: str) -> None:
+        """Raise a ValueError if a batch after the first one would get a mask of another batch.
+
+        Args:
+            kwargs: the keyword arguments that came with the batch.
+            where: the caller's name.
+        """
+        if missing := [name for name in self.of_rows if name not in kwargs]:
+            names = ", ".join(f"`{name}`" for name in missing)
+            example = ", ".join(f'"{name}": ...' for name in missing)
+            raise ValueError(
+                f"{where}: each batch must come with {names} of its own rows, got batches without: all would have that "
+                f"of the batch that the head was found on. Give it with unpack=, which returns ({{{example}, and the "
+                "other arguments by name}, y)."
+            )
+
     def _check_in_reach(self, y: Any, where: str) -> None:
         """Raise a ValueError for targets that outputs in the precision of the two layers cannot be."""
         if self.largest == jnp.finfo(jnp.float32).max or not jnp.issubdtype(y.dtype, jnp.floating):
@@ -317,17 +335,19 @@ class Head:
         name: str = "data",
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
-        variables, first = self.module.variables(variables, where), True
+        variables, passes = self.module.variables(variables, where), 0
         check_there(where, (variables, data if isinstance(data, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
 
         def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
-            nonlocal first
+            nonlocal passes
+            if passes:
+                self.check_own_rows(kwargs, at(where, name))
             seen = self._pass(variables, args, kwargs, at(where, name), observed)
-            if first:
+            if not passes:
                 self._check_still_holds(variables, seen.features, seen.out, where)
-            first = False
+            passes += 1
             return seen.features, seen.norms if observed else ()
 
         return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes, name)
