@@ -136,6 +136,59 @@ def test_an_array_that_belongs_to_no_row_is_used_again(scale):
     assert both.of_rows == ("mask",)
 
 
+class Shifted(nn.Module):
+    """The same parameters as MODEL, another function."""
+
+    def setup(self):
+        self.layers_0, self.layers_2, self.layers_4 = nn.Dense(8), nn.Dense(6), nn.Dense(3)
+
+    def __call__(self, x):
+        return self.layers_4(nn.relu(self.layers_2(jnp.sin(self.layers_0(x)))))
+
+
+def tripled(variables, x, **kwargs):
+    return MODEL.apply(variables, 3 * x, **kwargs)
+
+
+@pytest.mark.parametrize("apply_fn", [Shifted().apply, tripled])
+@pytest.mark.parametrize("solver", [SOLVER, dataclasses.replace(SOLVER, beta=0.01)])
+def test_an_apply_fn_that_is_another_function_is_told_of_once(apply_fn, solver):
+    """Solves fitted features that no gradient step saw, without a word."""
+    made = state().replace(apply_fn=apply_fn, solver=solver, beta=jnp.float32(np.inf if solver.beta is None else 0.01))
+    with pytest.warns(UserWarning, match="`apply_fn` must be the function of the module that the head was found in"):
+        solved, _ = made.solve_head((X, LABELS))
+    solved.solve_head((X, LABELS))
+
+
+def _of_training(variables, x, train):
+    raise TypeError("it wants other arguments")
+
+
+@pytest.mark.parametrize(
+    "apply_fn",
+    [
+        jax.jit(MODEL.apply),
+        lambda variables, x: MODEL.apply(variables, x),
+        nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(3)]).apply,
+        _of_training,
+    ],
+    ids=["jitted", "wrapped", "equal", "of training"],
+)
+def test_an_apply_fn_that_is_the_same_function_is_not(apply_fn):
+    state().replace(apply_fn=apply_fn).solve_head((X, LABELS))
+
+
+def test_parts_of_a_state_that_create_did_not_make_are_named():
+    """They were AttributeErrors."""
+    made, tx = state(), optax.sgd(0.1)
+    with pytest.raises(ValueError, match="`opt_state` must be that of the state's own `tx`"):
+        made.replace(tx=tx, opt_state=tx.init(made.params)).solve_head((X, LABELS))
+    with pytest.raises(ValueError, match=r"`guard` of a state must be a cf\.GuardState"):
+        made.replace(guard=cf.Guard()).solve_head((X, LABELS))
+    other = state(tx).replace(beta=jnp.float32(0.01), step=made.step)
+    assert float(other.solve_head((X, LABELS))[1].stats.beta) == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize("layer", ["hidden", "out"])
 def test_a_layer_over_another_axis_is_no_layer_of_a_head(layer):
     """It was an error of `predict`, about the features of a network."""

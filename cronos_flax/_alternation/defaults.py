@@ -218,11 +218,11 @@ def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
         'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
         'statistics="running".',
         UserWarning,
-        stacklevel=_level_of_the_user(),
+        stacklevel=level_of_the_user(),
     )
 
 
-def _level_of_the_user() -> int:
+def level_of_the_user() -> int:
     """The ``stacklevel`` of a warning that shows the user's line, however many calls of ours and Flax's are between."""
     inside = __name__.partition(".")[0], "flax"
     frame, level = inspect.currentframe(), 0

@@ -2,35 +2,39 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._alternation.backbone import alternating, check_lookahead, check_optimizer, with_arguments
+from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, check_optimizer, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
     alternation_settings,
     growth_limit,
+    level_of_the_user,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import most_in_memory, solver_or_default
-from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.head import Head, check_head, selected
+from cronos_flax._head.jitted import jitted
 from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import default_key, folded
+from cronos_flax._solver.transfer import default_key, folded, on_host
 
 
 def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
@@ -222,6 +226,48 @@ class CronosTrainState(TrainState):
         """The state with the first neuron of its head at zero: its solve needs every program that a later one may."""
         return self.replace(**self._parts_with(automatically(_without_first, self.head.read(self.variables))))
 
+    def _check_parts(self) -> None:
+        """Raise a ValueError for parts of the state that the user has replaced by others than ``create`` makes."""
+        if not isinstance(self.opt_state, RatedState):
+            raise ValueError(
+                "solve_head: `opt_state` must be that of the state's own `tx`, as `create` makes it, got a "
+                f"{type(self.opt_state).__name__}. For another optimizer make a new state: create(params=state.params, "
+                "tx=..., ...), and with the weight decay of this one: .replace(beta=state.beta, step=state.step)."
+            )
+        if not isinstance(self.guard, GuardState | None):
+            raise ValueError(
+                f"solve_head: `guard` of a state must be a cf.GuardState or None, got a {type(self.guard).__name__}. "
+                "Settings of a guard are given to `create`."
+            )
+
+    @property
+    def _is_unsolved(self) -> bool:
+        """Whether this state has seen no solve, as far as it remembers."""
+        return not np.isfinite(on_host(self.beta)) or (self.guard is not None and int(on_host(self.guard.solves)) == 0)
+
+    def _compare(self, args: tuple, kwargs: Mapping, out: Array) -> None:
+        """Warn if ``apply_fn`` is another function than the module in which the head was found."""
+        module = self.head.module
+        model = getattr(module, "model", None)  # None for NNX models, which are made into functions by `create`
+        has_statistics = bool(jax.tree.leaves(self.variables.get("batch_stats", {})))
+        is_another_call = self.head.in_training and has_statistics
+        if model is None or getattr(self.apply_fn, "__self__", None) is model or is_another_call:
+            return
+        call = jitted(lambda variables, args, given: selected(self.apply_fn(variables, *args, **given), module.output))
+        try:
+            found = call(self.variables, args, kwargs)
+        except Exception:  # it may be a model in training mode, which wants other arguments
+            return
+        if isinstance(found, Array) and (difference := self.head.are_others(found, out)) is not None:
+            warnings.warn(
+                "solve_head: `apply_fn` must be the function of the module that the head was found in, got one whose "
+                f"outputs on the first batch differ by {difference:.2g} of their size: solves fit other features than "
+                "gradient steps see. Find the head in the module of `apply_fn`; what `apply_fn` adds to it, such as a "
+                "normalisation of inputs, belongs into a module around it, or into the data.",
+                UserWarning,
+                stacklevel=level_of_the_user(),
+            )
+
     def solve_head(
         self,
         data: Any,
@@ -264,8 +310,10 @@ class CronosTrainState(TrainState):
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
+        self._check_parts()
         gather = functools.partial(self.head.gather, self.variables, unpack=unpack, where="solve_head")
-        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(self.solver))
+        compare = self._compare if self._is_unsolved else None
+        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(self.solver), compare=compare)
         unseen = None if validation is None else gather(validation, name="validation")[0]
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)

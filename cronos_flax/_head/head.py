@@ -27,6 +27,9 @@ from cronos_flax._solver.transfer import on_host
 
 Path = tuple[Hashable, ...]
 
+# Of the positional and the keyword arguments of a call, and its chosen output.
+Compare = Callable[[tuple, Mapping, Array], None]
+
 _CHANGED = 1e-2  # difference of outputs after which a head no longer holds; rounding of fast products is below it
 _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four arrays (n, m)
 
@@ -259,6 +262,7 @@ class Head:
         most_bytes: int | None = None,
         where: str = "fit_head",
         name: str = "data",
+        compare: Compare | None = None,
     ) -> tuple[GatheredRows, Mapping[Path, tuple[Any, Any]]]:
         """The head's input for all rows of ``data``, with targets and weights.
 
@@ -270,6 +274,7 @@ class Head:
             most_bytes: of features that host memory holds; more are in a temporary file. None for as many as there are.
             where: the caller's name, for messages.
             name: the name of ``data`` there.
+            compare: called with what the first batch gave, unless the rows are :class:`Features`.
 
         Returns:
             The rows, in host memory or in files; and mean and variance of the batch norms by path, over all rows. The
@@ -283,7 +288,9 @@ class Head:
             OSError: if the disk does not hold them.
         """
         if not isinstance(data, Features):
-            rows, _, moments = self.passed(variables, data, unpack, callback, where, most_bytes=most_bytes, name=name)
+            rows, _, moments = self.passed(
+                variables, data, unpack, callback, where, most_bytes=most_bytes, name=name, compare=compare
+            )
             self._check_in_reach(rows.y, at(where, name))
             return rows, moments
         if unpack is not None:
@@ -295,6 +302,11 @@ class Head:
             )
         self._check_in_reach(data.rows.y, at(where, name))
         return data.rows, data.moments if self.recalibrate else {}
+
+    def are_others(self, out: Array, expected: Array) -> float | None:
+        """The relative difference of outputs if it is more than rounding, of fast products too; else None."""
+        difference = relative_difference(out, expected)
+        return difference if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED) else None
 
     def check_own_rows(self, kwargs: Mapping, where: str) -> None:
         """Raise a ValueError if a batch after the first one would get a mask of another batch.
@@ -333,6 +345,7 @@ class Head:
         store: Store | None = None,
         most_bytes: int | None = None,
         name: str = "data",
+        compare: Compare | None = None,
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
         variables, passes = self.module.variables(variables, where), 0
@@ -347,6 +360,8 @@ class Head:
             seen = self._pass(variables, args, kwargs, at(where, name), observed)
             if not passes:
                 self._check_still_holds(variables, seen.features, seen.out, where)
+                if compare is not None:
+                    compare(args, {**self.kwargs, **kwargs}, seen.out)
             passes += 1
             return seen.features, seen.norms if observed else ()
 
@@ -360,8 +375,8 @@ class Head:
 
     def _check_still_holds(self, variables: Any, features: Array, out: Array, where: str) -> None:
         """Raise a ValueError if the module's outputs are not those of the two layers any more."""
-        difference = relative_difference(predicted(self.read(variables), features), out)
-        if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED):
+        difference = self.are_others(predicted(self.read(variables), features), out)
+        if difference is not None:
             raise ValueError(
                 f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
                 f"{format_path(self.hidden_path)} and {format_path(self.output_path)}, as when the head was found; now "
