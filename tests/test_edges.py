@@ -189,6 +189,31 @@ def test_parts_of_a_state_that_create_did_not_make_are_named():
     assert float(other.solve_head((X, LABELS))[1].stats.beta) == pytest.approx(0.01)
 
 
+def test_the_method_of_the_head_is_trained_and_scored():
+    """Gradient steps and validation called another one, whose outputs have as many axes."""
+
+    class Methods(nn.Module):
+        def setup(self):
+            self.first, self.hidden, self.out = nn.Dense(8), nn.Dense(6), nn.Dense(3)
+
+        def __call__(self, x):
+            return nn.tanh(self.first(x))
+
+        def logits(self, x):
+            return self.out(nn.relu(self.hidden(self(x))))
+
+    model = Methods()
+    variables = model.init(jax.random.key(0), X, method="logits")
+    made = state(model=model, variables=variables, head=cf.find_head(model, variables, X, method="logits"))
+    given = {"epochs": 2, "batch_size": 16, "validation": (X, LABELS)}
+    ours, history = cf.train(made, (X, LABELS), **given)
+    named = {"method": "logits"}
+    _, expected = cf.train(made, (X, LABELS), **given, train_kwargs=named, eval_kwargs=named)
+    assert [row.get("loss") for row in history] == [row.get("loss") for row in expected]
+    hits = model.apply(ours.variables, X, method="logits").argmax(axis=1) == LABELS
+    assert history[-1]["validation_accuracy"] == pytest.approx(float(hits.mean()))
+
+
 @pytest.mark.parametrize("layer", ["hidden", "out"])
 def test_a_layer_over_another_axis_is_no_layer_of_a_head(layer):
     """It was an error of `predict`, about the features of a network."""

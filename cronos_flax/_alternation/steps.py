@@ -13,7 +13,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
+from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_method, with_value
 from cronos_flax._head.data import Batch, at, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
@@ -220,7 +220,8 @@ def scoring(
     given_by = state.head if kwargs is None and isinstance(state, CronosTrainState) else None
     if kwargs is None:
         kwargs = {} if given_by is None else given_by.kwargs
-    kwargs = _Keywords({name: value for name, value in kwargs.items() if name != "mutable"})
+    kwargs = {name: value for name, value in with_method(state, kwargs).items() if name != "mutable"}
+    kwargs = _Keywords(kwargs)
     sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
     door = Door(state, loss, kwargs)
 

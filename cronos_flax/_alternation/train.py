@@ -23,7 +23,7 @@ from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
-from cronos_flax._alternation.train_state import CronosTrainState, module_params
+from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_method
 from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
@@ -105,7 +105,8 @@ def train(
             ``eval_params`` (an average, or the result of ``optax.contrib.schedule_free_eval_params``), these are
             scored.
         train_kwargs: keyword arguments of ``apply_fn`` in a gradient step, such as ``{"train": True}``; for NNX, of the
-            model. The collections in ``state.model_state`` are mutable there, and there are the ``rngs``.
+            model. The method that the head was found in is called, unless they name a ``"method"``. The collections in
+            ``state.model_state`` are mutable there, and there are the ``rngs``.
         eval_kwargs: keyword arguments of ``apply_fn`` in validation, such as ``{"train": False}``; None means those
             that the head was found with.
         rngs: the rng streams of gradient steps: names, whose keys come from ``key``; or a dict of keys. Each key is
@@ -166,6 +167,7 @@ def train(
         solve_rows=solve_rows,
         steps_per_epoch=steps_per_epoch,
     )
+    train_kwargs = with_method(state, train_kwargs or {})
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
     if seconds is not None and not (isinstance(seconds, numbers.Real) and seconds > 0):
@@ -188,7 +190,7 @@ def train(
         solve_every=solve_every,
         loss=said(loss),
         rngs=_described(streams),
-        train_kwargs=said(train_kwargs or {}),
+        train_kwargs=said(train_kwargs),
     )
     if isinstance(state, CronosTrainState):
         if solve_rows is not None and not isinstance(to_solve, Arrays):
@@ -203,7 +205,7 @@ def train(
     with checkpoints.held():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
-        door = Door(state, loss, train_kwargs or {}, streams)
+        door = Door(state, loss, train_kwargs, streams)
         _check_what_is_in_memory(door, source, to_solve, sets, unpack)
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:

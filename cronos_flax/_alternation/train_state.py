@@ -63,6 +63,14 @@ def _without_first(network: TwoLayer) -> TwoLayer:
     return dataclasses.replace(network, kernel1=kernel1, bias1=bias1, kernel2=kernel2)
 
 
+def with_method(state: TrainState, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments of ``apply_fn``, with the method that the head was found in if it can call any."""
+    module = state.head.module if isinstance(state, CronosTrainState) else None
+    method, model = getattr(module, "method", None), getattr(module, "model", None)
+    calls_any = model is not None and getattr(state.apply_fn, "__self__", None) is model
+    return {"method": method, **kwargs} if calls_any and method is not None else kwargs
+
+
 class CronosTrainState(TrainState):
     """Flax's ``TrainState`` for CRONOS-AM: between gradient steps, solves replace the head.
 
