@@ -214,6 +214,36 @@ def test_the_method_of_the_head_is_trained_and_scored():
     assert history[-1]["validation_accuracy"] == pytest.approx(float(hits.mean()))
 
 
+def _halved(variable, value):
+    return value / 2
+
+
+def _clipped(variable, value):
+    return jnp.clip(value, -0.1, 0.1)
+
+
+@pytest.mark.parametrize(("on", "change"), [("on_get_value", _halved), ("on_set_value", _clipped)])
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_weights_that_a_hook_changes_are_no_head(on, change, name):
+    """The network in the model was another one than that of the solution."""
+    model = nnx.Sequential(nnx.Linear(5, 6, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(6, 3, rngs=nnx.Rngs(1)))
+    getattr(model.layers[2], name).set_metadata(**{on: (change,)})
+    with pytest.raises(
+        ValueError, match=f"must keep weights as they are written, but {name} of layers/2 is read as anoth"
+    ):
+        cf.nnx.find_head(model, X)
+
+
+def test_a_head_whose_weights_are_no_params_is_not_for_a_train_state():
+    """It was a KeyError."""
+    layers = [nnx.Linear(*size, rngs=nnx.Rngs(0)) for size in ((5, 5), (5, 6), (6, 3))]
+    model = nnx.Sequential(layers[0], nnx.tanh, layers[1], nnx.relu, layers[2])
+    model.layers[2].kernel = nnx.BatchStat(model.layers[2].kernel[...])
+    head = cf.nnx.find_head(model, X)
+    with pytest.raises(ValueError, match=r"must be of nnx\.Param, .* for kernel of layers/2"):
+        cf.nnx.CronosTrainState.create(model=model, tx=optax.sgd(0.1), head=head)
+
+
 @pytest.mark.parametrize("layer", ["hidden", "out"])
 def test_a_layer_over_another_axis_is_no_layer_of_a_head(layer):
     """It was an error of `predict`, about the features of a network."""

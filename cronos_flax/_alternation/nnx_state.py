@@ -15,7 +15,7 @@ from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import Guard
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.head import Head, check_head, format_path
-from cronos_flax._head.nnx import NnxModule
+from cronos_flax._head.nnx import NnxModule, module_at
 from cronos_flax._head.nnx_collections import NnxFunction, functional, on_collections
 from cronos_flax._solver.cronos import Cronos
 
@@ -130,6 +130,15 @@ class CronosTrainState(train_state.CronosTrainState):
         function, variables = _functional(where, model, head.module.method, train_mode)
         head.module.variables(model, where)  # whether it is the model of the head
         params = variables.pop("params")
+        for path in head.paths:
+            layer = module_at(model, path)
+            weights = {"kernel": layer.kernel, "bias": layer.bias}
+            others = [name for name, v in weights.items() if v is not None and not isinstance(v, nnx.Param)]
+            if others:
+                raise ValueError(
+                    f"{where}: kernels and biases of the head must be of nnx.Param, as gradient steps move these, got "
+                    f"another kind of nnx.Variable for {' and '.join(others)} of {format_path(path)}."
+                )
         return super().create(
             apply_fn=function,
             params=params,

@@ -126,7 +126,9 @@ def find(
 
     def call_with(pair: tuple[Path, Path], network: TwoLayer, spread: float = 0.0) -> _Pass:
         written = module.write(_redrawn(variables, spread) if spread else variables, pair, network)
-        return _Pass.of(module.read(written, pair), pair, run(written, args, kwargs))
+        there = module.read(written, pair)
+        _check_kept(network, there, pair)
+        return _Pass.of(there, pair, run(written, args, kwargs))
 
     with jax.default_matmul_precision("highest"):
         try:
@@ -159,6 +161,28 @@ def find(
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = _called_again(module, variables, calls, out)
     raise ValueError(_refusal(module, calls, nearest, again) + _flat(out) + _extended(module, variables, calls))
+
+
+def _check_kept(written: TwoLayer, read: TwoLayer, pair: tuple[Path, Path]) -> None:
+    """Raise a ValueError if weights are not kept as they are written: a solve would end in another network."""
+    differences = vars(on_host(automatically(_differences, read, written)))
+    for name, difference in differences.items():
+        if difference is not None and not difference <= _TOL:
+            raise ValueError(
+                f"find_head: the layers of a head must keep weights as they are written, but {name[:-1]} of "
+                f"{format_path(pair[name.endswith('2')])} is read as another: something changes it on its way, such as "
+                "a hook of an nnx.Variable (on_get_value, on_set_value) or a box of flax.linen.meta. Let it hold "
+                "the weights that it multiplies by."
+            )
+
+
+@jax.jit
+def _differences(read: TwoLayer, written: TwoLayer) -> TwoLayer:
+    def difference(a: Array, b: Array) -> Array:
+        a, b = a.astype(jnp.float32), b.astype(a.dtype).astype(jnp.float32)
+        return jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + jnp.finfo(jnp.float32).tiny)
+
+    return jax.tree.map(difference, read, written)
 
 
 def _head(
