@@ -537,3 +537,14 @@ def test_tfds_sets(tfds_dir):
     assert data.x.shape == (10000, 32, 32, 3)
     assert data.x_test.shape == (2000, 32, 32, 3)
     assert data.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("compare", "--seed"), ("compare", "--first"), ("train", "--rat"), ("train", "--epoch")]
+)
+def test_an_option_is_not_taken_for_the_beginning_of_another(command, option, tmp_path, capsys):
+    """`compare --seed 7` were seven seeds."""
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--dataset", "wine", option, "7", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {option} 7" in " ".join(capsys.readouterr().err.split())

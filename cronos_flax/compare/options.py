@@ -16,10 +16,10 @@ from cronos_flax.compare.shards import Shard
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults and keeps line breaks."""
+    """A parser whose help shows defaults and keeps line breaks, and whose options are to be written out."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_Help, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
