@@ -264,6 +264,12 @@ def test_parts_that_are_transformed_and_layers_that_are_tied():
     np.testing.assert_allclose(trained["remat"], trained["plain"], rtol=1e-4)
 
 
+def test_programs_of_a_model_with_random_streams_are_compiled_first():
+    """The state that they were compiled with had no streams, and was refused."""
+    _, history = train(alternating(net(), statistics="batch"), compile_first=True, epochs=1)
+    assert history[0]["compile_seconds"] > 0
+
+
 def test_norms_that_stay_as_they_were_pretrained():
     model = net()
     model.norm.eval()

@@ -230,9 +230,14 @@ class CronosTrainState(TrainState):
             parts["opt_state"] = begun_anew(self.opt_state, at_start, self.head.paths)
         return parts
 
+    def _with_streams(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Guarded parts with the random streams of now, which no guard takes back."""
+        return {**parts, "model_state": {**parts["model_state"], **self._streams}} if self._streams else parts
+
     def _with_dead_neuron(self) -> Self:
         """The state with the first neuron of its head at zero: its solve needs every program that a later one may."""
-        return self.replace(**self._parts_with(automatically(_without_first, self.head.read(self.variables))))
+        parts = self._parts_with(automatically(_without_first, self.head.read(self.variables)))
+        return self.replace(**self._with_streams(parts))
 
     def _check_parts(self) -> None:
         """Raise a ValueError for parts of the state that the user has replaced by others than ``create`` makes."""
@@ -329,6 +334,4 @@ class CronosTrainState(TrainState):
         guard, beta, changed, solution = solve_guarded(
             self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth, unseen
         )
-        if streams := self._streams:
-            changed["model_state"] = {**changed["model_state"], **streams}
-        return self.replace(guard=guard, beta=beta, **changed), solution
+        return self.replace(guard=guard, beta=beta, **self._with_streams(changed)), solution
