@@ -1,5 +1,6 @@
 """What stands at the edge of what is foreseen: it works, or is refused in words that help."""
 
+import contextlib
 import dataclasses
 
 import flax.linen as nn
@@ -603,3 +604,23 @@ def test_a_state_of_other_rows_gives_no_bound_above_the_objective(gates):
         assert stats.lower_bound <= stats.objective * (1 + 1e-3)
     again = solver.solve(X, y, state=first.state)
     np.testing.assert_array_equal(again.state.D, first.state.D)
+
+
+@pytest.mark.parametrize(("mean", "told"), [(100.0, False), (1e6, True)])
+def test_features_that_float32_hardly_tells_apart_are_told_of(mean, told):
+    """They ended at the loss of the best constant, as "stationary", without a word."""
+    X = np.random.default_rng(0).normal(size=(500, 5)).astype("float32")
+    y = np.abs(X[:, 0])
+    with pytest.warns(UserWarning, match="Subtract the mean of each column") if told else contextlib.nullcontext():
+        stats = cf.Cronos().solve(X + np.float32(mean), y, hidden=16).stats
+    assert (stats.objective > 0.9 * stats.null_loss) == told
+
+
+def test_a_network_whose_hidden_neurons_are_off_in_all_rows_is_left():
+    """No gradient reaches such neurons: it ended at the best constant, as "stationary"."""
+    X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")
+    y = np.abs(X[:, 0])
+    start = cf.Cronos(max_iters=1).solve(X, y, hidden=8).params
+    stats = cf.Cronos().solve(X, y, init=dataclasses.replace(start, bias1=start.bias1 - 1e6)).stats
+    assert stats.objective < 0.2 * stats.null_loss
+    assert stats.objective <= stats.initial_objective

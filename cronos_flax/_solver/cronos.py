@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import checks, host
+from cronos_flax._solver import checks, doubts, host
 from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss, check_told_apart
@@ -23,7 +23,7 @@ from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import Network, Solution, Status, TwoLayer
+from cronos_flax._solver.solution import Network, Solution, TwoLayer
 from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
@@ -192,8 +192,8 @@ class Cronos:
             init: a network to start from; its widths and its missing biases are kept. For ``gates="gated"`` a
                 :class:`cronos_flax.GatedTwoLayer`, whose gates are kept, or a :class:`cronos_flax.TwoLayer`, whose
                 neurons are the gates (random ones for neurons that are nearly zero). For the others a TwoLayer. Where a
-                refreshed solve from a network with both biases is stuck above the best constant, one from a random
-                network is tried too, and the better one returned; not inside ``jit``.
+                refreshed solve from a network with both biases is stuck at the best constant or above it, one from a
+                random network is tried too, and the better one returned; not inside ``jit``.
             state: ``solution.state`` of an earlier solve with the same ``gates``, to go on from there.
             key: key of the random start and of revived neurons; None means a fixed one.
             callback: called at every check (each step of the refreshed path, each tenth iteration of ADMM) with a flat
@@ -277,7 +277,9 @@ class Cronos:
         if isinstance(self.beta, str):
             first: Any = getattr(start, "params", start)
             rows = betas.choosable(features, targets, weight, order)
-            return self._solve_on_path(rows, first, m, key, callback, validation)
+            solution = self._solve_on_path(rows, first, m, key, callback, validation)
+            doubts.warn_if_far_from_zero(features, solution)
+            return solution
         is_weighted = sample_weight is not None and checks.concrete(weight)
         if self.gates == "refreshed" and is_weighted and isinstance(features, Array) and order is None:
             counts = on_host(weight) > 0  # a row of no weight must not take a sample's place
@@ -285,7 +287,9 @@ class Cronos:
                 features, targets, weight = betas.Data(features, targets, weight).take(counts)
             elif not counts.all():  # rows stay on their devices
                 order = on_device(np.flatnonzero(counts), np.int32)
-        return self._solve_checked(features, targets, weight, start, m, key, callback, order)
+        solution = self._solve_checked(features, targets, weight, start, m, key, callback, order)
+        doubts.warn_if_far_from_zero(features, solution)
+        return solution
 
     def _solve_checked(
         self,
@@ -309,7 +313,7 @@ class Cronos:
         def solved(rows: Any, progress: Array | None) -> Solution:
             asked = Asked(solver, rows, y, weight, start, key, progress, order)
             solution = solve(asked, **limits)
-            if self.gates != "refreshed" or not (_is_full(start) and _is_lost(solution)):
+            if self.gates != "refreshed" or not (doubts.is_full(start) and doubts.is_lost(solution)):
                 return solution
             again = solve(asked._replace(start=None), **limits)
             if not on_host(again.stats.objective < solution.stats.objective):
@@ -429,19 +433,6 @@ class Cronos:
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
         return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight)
-
-
-def _is_full(start: Any) -> bool:
-    """Whether a start is a network like those of a random start: one with all biases."""
-    return isinstance(start, TwoLayer) and start.bias1 is not None and start.bias2 is not None
-
-
-def _is_lost(solution: Solution) -> bool:
-    """Whether a solve was stuck above the best constant, as from a network that takes a class for impossible."""
-    if not checks.concrete(solution.status_code):
-        return False
-    reached, null = on_host((solution.stats.objective, solution.stats.null_loss))
-    return bool(reached > null) and solution.status == Status.stationary
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:
