@@ -278,7 +278,7 @@ def without_first_neuron(updates, params):
     return update
 
 
-@pytest.mark.parametrize("case", ["no solves", "solves", "a neuron dies"])
+@pytest.mark.parametrize("case", ["no solves", "solves", "a neuron dies", "apply_fn is jitted"])
 def test_nothing_is_compiled_while_the_clock_runs(case):
     """An optimizer was timed with a program that looks whether parameters are finite, .2 to .5 s the first time.
 
@@ -287,7 +287,8 @@ def test_nothing_is_compiled_while_the_clock_runs(case):
     model = nn.Sequential([nn.Dense(13 + len(case)), nn.relu, nn.Dense(10), nn.relu, nn.Dense(3)])  # of no other test
     variables = model.init(jax.random.key(0), X[:1])
     tx = optax.chain(optax.adam(1e-2), optax.stateless(without_first_neuron)) if "dies" in case else optax.adam(1e-2)
-    parts = {"apply_fn": model.apply, "params": variables["params"], "tx": tx}
+    apply_fn = jax.jit(model.apply) if "jitted" in case else model.apply
+    parts = {"apply_fn": apply_fn, "params": variables["params"], "tx": tx}
     state = TrainState.create(**parts)
     if case != "no solves":
         head, free = cf.find_head(model, variables, X[:8]), cf.Alternation(largest_step=None, decay=None)

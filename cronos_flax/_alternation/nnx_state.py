@@ -136,7 +136,7 @@ class CronosTrainState(train_state.CronosTrainState):
             others = [name for name, v in weights.items() if v is not None and not isinstance(v, nnx.Param)]
             if others:
                 raise ValueError(
-                    f"{where}: kernels and biases of the head must be of nnx.Param, as gradient steps move these, got "
+                    f"{where}: kernels and biases of the head must be nnx.Param, as gradient steps move these, got "
                     f"another kind of nnx.Variable for {' and '.join(others)} of {format_path(path)}."
                 )
         return super().create(

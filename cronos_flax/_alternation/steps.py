@@ -13,7 +13,8 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_method, with_value
+from cronos_flax._alternation.apply_fn import with_method
+from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
 from cronos_flax._head.data import Batch, at, batches
 from cronos_flax._head.head import selected
 from cronos_flax._head.linen import on_one_device
@@ -217,10 +218,11 @@ def scoring(
         A function of a state, rows, these as ``data`` of :func:`cronos_flax.fit_head`, and the name that errors call
         the rows by. It returns the mean ``loss`` and, if the rows have labels, the ``accuracy`` in [0, 1].
     """
-    given_by = state.head if kwargs is None and isinstance(state, CronosTrainState) else None
+    head = state.head if isinstance(state, CronosTrainState) else None
+    given_by = head if kwargs is None else None
     if kwargs is None:
-        kwargs = {} if given_by is None else given_by.kwargs
-    kwargs = {name: value for name, value in with_method(state, kwargs).items() if name != "mutable"}
+        kwargs = {} if head is None else head.kwargs
+    kwargs = with_method(state.apply_fn, head, {name: value for name, value in kwargs.items() if name != "mutable"})
     kwargs = _Keywords(kwargs)
     sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
     door = Door(state, loss, kwargs)

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax import Array
 
+from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.backbone import RatedState
 from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.guard import copied
@@ -23,7 +24,7 @@ from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
-from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_method
+from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import at, batches, check_repeatable
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
@@ -167,7 +168,8 @@ def train(
         solve_rows=solve_rows,
         steps_per_epoch=steps_per_epoch,
     )
-    train_kwargs = with_method(state, train_kwargs or {})
+    head = state.head if isinstance(state, CronosTrainState) else None
+    train_kwargs = with_method(state.apply_fn, head, train_kwargs or {})
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
     if seconds is not None and not (isinstance(seconds, numbers.Real) and seconds > 0):

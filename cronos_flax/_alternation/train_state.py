@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -15,21 +14,20 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jaxtyping import Float
 
+from cronos_flax._alternation.apply_fn import warn_if_another
 from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, check_optimizer, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
     alternation_defaults,
     alternation_settings,
     growth_limit,
-    level_of_the_user,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._head.fit import most_in_memory, solver_or_default
-from cronos_flax._head.head import Head, check_head, selected
-from cronos_flax._head.jitted import jitted
+from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import automatically
@@ -61,14 +59,6 @@ def _without_first(network: TwoLayer) -> TwoLayer:
     kernel1, kernel2 = jnp.where(first, 0, network.kernel1), jnp.where(first[:, None], 0, network.kernel2)
     bias1 = None if network.bias1 is None else jnp.where(first, 0, network.bias1)
     return dataclasses.replace(network, kernel1=kernel1, bias1=bias1, kernel2=kernel2)
-
-
-def with_method(state: TrainState, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keyword arguments of ``apply_fn``, with the method that the head was found in if it can call any."""
-    module = state.head.module if isinstance(state, CronosTrainState) else None
-    method, model = getattr(module, "method", None), getattr(module, "model", None)
-    calls_any = model is not None and getattr(state.apply_fn, "__self__", None) is model
-    return {"method": method, **kwargs} if calls_any and method is not None else kwargs
 
 
 class CronosTrainState(TrainState):
@@ -235,7 +225,7 @@ class CronosTrainState(TrainState):
         return {**parts, "model_state": {**parts["model_state"], **self._streams}} if self._streams else parts
 
     def _with_dead_neuron(self) -> Self:
-        """The state with the first neuron of its head at zero: its solve needs every program that a later one may."""
+        """The state with the first neuron of its head at zero: its solve needs the program for dead ones too."""
         parts = self._parts_with(automatically(_without_first, self.head.read(self.variables)))
         return self.replace(**self._with_streams(parts))
 
@@ -256,30 +246,8 @@ class CronosTrainState(TrainState):
     @property
     def _is_unsolved(self) -> bool:
         """Whether this state has seen no solve, as far as it remembers."""
-        return not np.isfinite(on_host(self.beta)) or (self.guard is not None and int(on_host(self.guard.solves)) == 0)
-
-    def _compare(self, args: tuple, kwargs: Mapping, out: Array) -> None:
-        """Warn if ``apply_fn`` is another function than the module in which the head was found."""
-        module = self.head.module
-        model = getattr(module, "model", None)  # None for NNX models, which are made into functions by `create`
-        has_statistics = bool(jax.tree.leaves(self.variables.get("batch_stats", {})))
-        is_another_call = self.head.in_training and has_statistics
-        if model is None or getattr(self.apply_fn, "__self__", None) is model or is_another_call:
-            return
-        call = jitted(lambda variables, args, given: selected(self.apply_fn(variables, *args, **given), module.output))
-        try:
-            found = call(self.variables, args, kwargs)
-        except Exception:  # it may be a model in training mode, which wants other arguments
-            return
-        if isinstance(found, Array) and (difference := self.head.are_others(found, out)) is not None:
-            warnings.warn(
-                "solve_head: `apply_fn` must be the function of the module that the head was found in, got one whose "
-                f"outputs on the first batch differ by {difference:.2g} of their size: solves fit other features than "
-                "gradient steps see. Find the head in the module of `apply_fn`; what `apply_fn` adds to it, such as a "
-                "normalisation of inputs, belongs into a module around it, or into the data.",
-                UserWarning,
-                stacklevel=level_of_the_user(),
-            )
+        solves = int(on_host(self.step if self.guard is None else self.guard.solves))
+        return solves == 0 or not np.isfinite(on_host(self.beta))
 
     def solve_head(
         self,
@@ -322,10 +290,15 @@ class CronosTrainState(TrainState):
             ValueError: for data that do not fit.
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
+
+        Warns:
+            UserWarning: at the first solve, if ``apply_fn`` is another function than the module of the head.
         """
         self._check_parts()
         gather = functools.partial(self.head.gather, self.variables, unpack=unpack, where="solve_head")
-        compare = self._compare if self._is_unsolved else None
+        compare = None
+        if self._is_unsolved:
+            compare = functools.partial(warn_if_another, self.apply_fn, self.head, self.variables)
         rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(self.solver), compare=compare)
         unseen = None if validation is None else gather(validation, name="validation")[0]
         key = folded(default_key(), self.step) if key is None else key

@@ -239,13 +239,14 @@ def fold(X: Array | Blocks, step: Callable[..., Carry], start: Carry, *of_rows: 
 def adjoint(X: Array | Blocks, R: Float[Array, "n k"]) -> Float[Array, "d k"]:
     """``Xᵀ R``.
 
-    Made as ``(Rᵀ X)ᵀ``: XLA's product for the CPU is up to three times as fast with the narrow matrix on the left, and
-    twenty times if that has one row. The barrier keeps it from exchanging the two again.
+    If R is the narrower one, made as ``(Rᵀ X)ᵀ``: XLA's product for the CPU is two to three times as fast with the
+    narrow matrix on the left, and twenty times if that has one row (docs/benchmarks/transposed.py). The barrier keeps
+    it from exchanging the two again.
     """
     if isinstance(X, Blocks):
         start = jnp.zeros((X.shape[1], R.shape[1]), R.dtype)
         return X.fold(lambda total, X, R: total + adjoint(X, R), start, R)
-    return jax.lax.optimization_barrier(R.T @ X).T
+    return X.T @ R if X.shape[1] <= R.shape[1] else jax.lax.optimization_barrier(R.T @ X).T
 
 
 def _piece(number: Array, index: Array) -> np.ndarray:

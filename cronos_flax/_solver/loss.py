@@ -198,7 +198,8 @@ def check_told_apart(where: str, loss: Loss) -> None:
             raise ValueError(
                 f"{where}: `loss` must be a frozen dataclass, whose fields tell it from others of its class, got a "
                 f"{kind} whose `{name}` is no such field, so that it equals one with another `{name}`. Write "
-                f"@dataclasses.dataclass(frozen=True) above the class, and its fields, with their types, in it."
+                f"@dataclasses.dataclass(frozen=True) above the class, and its fields in it, with their types and without "
+                "compare=False; a value that follows from them is a functools.cached_property."
             )
     try:
         hash(loss)
@@ -215,7 +216,9 @@ def _is_compared(loss: Loss, name: str) -> bool:
     object.__setattr__(other, name, object())
     try:
         return not bool(loss == other)
-    except (TypeError, ValueError):  # of arrays, which do not hash either
+    except (
+        Exception
+    ):  # an __eq__ of the user's own, which looks at what is in it; or of arrays, which do not hash either
         return True
 
 

@@ -1,0 +1,76 @@
+"""The ``apply_fn`` of a train state, and the module that its head was found in: whether they are one function."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from cronos_flax._alternation.defaults import level_of_the_user
+from cronos_flax._head.head import Head, selected
+from cronos_flax._head.jitted import jitted
+from cronos_flax._head.linen import on_one_device
+
+
+def with_method(apply_fn: Callable, head: Head | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments of ``apply_fn``, with the method that the head was found in if it can call any."""
+    method = None if head is None else getattr(head.module, "method", None)
+    return kwargs if head is None or method is None or not _applies(apply_fn, head) else {"method": method, **kwargs}
+
+
+def warn_if_another(
+    apply_fn: Callable, head: Head, variables: Mapping, args: tuple, kwargs: Mapping, out: Array
+) -> None:
+    """Warn if ``apply_fn`` is another function than the module in which the head was found.
+
+    Args:
+        apply_fn: of the train state.
+        head: of the train state.
+        variables: of the module.
+        args: the positional arguments of a batch.
+        kwargs: the keyword arguments that the module was called with.
+        out: what it gave.
+    """
+    has_statistics = bool(jax.tree.leaves(variables.get("batch_stats", {})))
+    # NNX models are made into functions by `create`; batch statistics make another function of one module.
+    if not hasattr(head.module, "model") or (head.in_training and has_statistics) or _applies(apply_fn, head):
+        return
+    kwargs = {name: value for name, value in kwargs.items() if name != "mutable"}
+    try:
+        found = _called(apply_fn, head.module.output)(variables, args, kwargs)
+    except Exception:  # it may be a model in training mode, which wants other arguments
+        return
+    if isinstance(found, Array) and (difference := head.are_others(found, out)) is not None:
+        warnings.warn(
+            "solve_head: `apply_fn` must be the function of the module that the head was found in, got one whose "
+            f"outputs on the first batch differ by {difference:.2g} of their size: solves fit other features than "
+            "gradient steps see. Find the head in the module of `apply_fn`; what `apply_fn` adds to it, such as a "
+            "normalisation of inputs, belongs into a module around it, or into the data.",
+            UserWarning,
+            stacklevel=level_of_the_user(),
+        )
+
+
+def _applies(apply_fn: Callable, head: Head) -> bool:
+    """Whether a function is the ``apply`` of the linen module in which the head was found, or of an equal one."""
+    model, own = getattr(head.module, "model", None), getattr(apply_fn, "__self__", None)
+    if model is None or type(own) is not type(model) or getattr(apply_fn, "__name__", None) != "apply":
+        return False
+    try:
+        return own is model or bool(own == model)
+    except ValueError:  # of arrays among their attributes
+        return False
+
+
+@functools.lru_cache(maxsize=8)
+def _called(apply_fn: Callable, output: Any) -> Callable[[Any, tuple, Mapping], Any]:
+    """A call of it, compiled."""
+
+    def call(variables: Any, args: tuple, kwargs: Mapping) -> Any:
+        with nn.intercept_methods(on_one_device):
+            return selected(apply_fn(variables, *args, **kwargs), output)
+
+    return jitted(call)
