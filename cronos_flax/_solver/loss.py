@@ -198,7 +198,7 @@ def check_told_apart(where: str, loss: Loss) -> None:
             raise ValueError(
                 f"{where}: `loss` must be a frozen dataclass, whose fields tell it from others of its class, got a "
                 f"{kind} whose `{name}` is no such field, so that it equals one with another `{name}`. Write "
-                f"@dataclasses.dataclass(frozen=True) above the class, and its fields in it, with their types and without "
+                f"@dataclasses.dataclass(frozen=True) above the class, and its fields in it, with types and without "
                 "compare=False; a value that follows from them is a functools.cached_property."
             )
     try:
@@ -216,9 +216,7 @@ def _is_compared(loss: Loss, name: str) -> bool:
     object.__setattr__(other, name, object())
     try:
         return not bool(loss == other)
-    except (
-        Exception
-    ):  # an __eq__ of the user's own, which looks at what is in it; or of arrays, which do not hash either
+    except Exception:  # an __eq__ of the user's own looked at it; or it is an array, which does not hash either
         return True
 
 
