@@ -1,7 +1,6 @@
 """The ``apply_fn`` of a train state, and the module that its head was found in: whether they are one function."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +8,10 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from cronos_flax._alternation.defaults import level_of_the_user
 from cronos_flax._head.head import Head, selected
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.linen import on_one_device
+from cronos_flax._solver.user_warnings import warn
 
 
 def with_method(apply_fn: Callable, head: Head | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -44,13 +43,11 @@ def warn_if_another(
     except Exception:  # it may be a model in training mode, which wants other arguments
         return
     if isinstance(found, Array) and (difference := head.are_others(found, out)) is not None:
-        warnings.warn(
+        warn(
             "solve_head: `apply_fn` must be the function of the module that the head was found in, got one whose "
             f"outputs on the first batch differ by {difference:.2g} of their size: solves fit other features than "
             "gradient steps see. Find the head in the module of `apply_fn`; what `apply_fn` adds to it, such as a "
-            "normalisation of inputs, belongs into a module around it, or into the data.",
-            UserWarning,
-            stacklevel=level_of_the_user(),
+            "normalisation of inputs, belongs into a module around it, or into the data."
         )
 
 

@@ -30,6 +30,7 @@ from cronos_flax._head.files import held_by_all, named
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.user_warnings import warn
 
 State = TypeVar("State")
 
@@ -210,10 +211,9 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
             damage.append(f"step {candidate}: {error}")
             continue
         if damage:
-            warnings.warn(
+            warn(
                 f"restore_checkpoint: restored step {candidate} of {directory}; passed over what is damaged: "
-                + "; ".join(damage),
-                stacklevel=3,
+                + "; ".join(damage)
             )
         return _filled(state, leaves), candidate, extra
     if damage:

@@ -1,10 +1,8 @@
 """The parts of an alternation, and its defaults: it solves again and again, and needs less of a solve than one fit."""
 
 import dataclasses
-import inspect
 import math
 import numbers
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ import jax
 from cronos_flax._head.head import Head
 from cronos_flax._solver.checks import choice, positive_integer
 from cronos_flax._solver.cronos import Cronos
+from cronos_flax._solver.user_warnings import warn
 
 HEADS = ("moving", "frozen")
 # The factor on the rate, as a function of the share of the run that is done.
@@ -212,20 +211,9 @@ def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
     """
     if not jax.tree.leaves(statistics) or head.in_training or head.module.statistics is not None:
         return
-    warnings.warn(
+    warn(
         f"{where}: `head` was found with the running statistics of batch norms, but training steps use those of the "
         "batch, so solves fit other features than gradients see; this can cost accuracy. Call find_head with "
         'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
-        'statistics="running".',
-        UserWarning,
-        stacklevel=level_of_the_user(),
+        'statistics="running".'
     )
-
-
-def level_of_the_user() -> int:
-    """The ``stacklevel`` of a warning that shows the user's line, however many calls of ours and Flax's are between."""
-    inside = __name__.partition(".")[0], "flax"
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -14,7 +14,6 @@ usual.
 import dataclasses
 import math
 import numbers
-import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -35,6 +34,7 @@ from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.processes import agreed, on_first
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.user_warnings import warn
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
 # The user is told if more than this share of the loss of the best constant outputs is left after a first solve, which
@@ -212,16 +212,14 @@ class GuardState:
         """Tell the user that the backbone hardly moves, and what to do."""
         figures = self.figures
         look = "" if math.isfinite(objective) else "Look for rows that are not finite. "
-        warnings.warn(
+        warn(
             f"solve_head: the guard undid the optimizer's steps {figures['consecutive_rejections']} time(s) in a row, "
             f"and the backbone now moves at {figures['backbone_rate']:.2g} of the optimizer's own rate: after the last "
             f"steps the regularised loss was {objective:.4g} after a solve, and had been {best:.4g}. {look}Lower the "
             "optimizer's rate or let it decay; or give the solver a larger beta_ratio, as large weights of the head "
             "make large gradients, and enlarge the noise of dropout, which a solve does not see; or solve more often; "
             "or on more rows, if each solve has other ones. "
-            "guard=cf.Guard(tolerance=...) allows a larger rise, guard=False any.",
-            UserWarning,
-            stacklevel=5,
+            "guard=cf.Guard(tolerance=...) allows a larger rise, guard=False any."
         )
 
     def _tries(self) -> int:
@@ -343,12 +341,10 @@ def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, i
     loss = agreed(objective - beta / 2 * squares)  # what is left of the penalty is that of a bias
     if null <= rounding or not loss > _MOST_LEFT[is_first] * null:
         return
-    warnings.warn(
+    warn(
         f"solve_head: the loss is {loss:.4g} after a solve, and {null:.4g} for outputs that are the same for all rows, "
         "so the network explains next to nothing. If gradient steps came before, start again at a lower rate. Else "
-        "look at the features and the targets, or give the solver a smaller beta or beta_ratio.",
-        UserWarning,
-        stacklevel=4,
+        "look at the features and the targets, or give the solver a smaller beta or beta_ratio."
     )
 
 

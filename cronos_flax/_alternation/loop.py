@@ -23,6 +23,7 @@ from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Solution, Status
 from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
+from cronos_flax._solver.user_warnings import warn
 
 Row = dict[str, float]
 _FIRST = 20  # gradient steps after a solve that are looked at
@@ -279,7 +280,7 @@ class Loop:
         contradicted = self.last and not self.told and self.last.contradicted(values)
         if contradicted:
             self.told = True
-            warnings.warn(contradicted, UserWarning, stacklevel=4)
+            warn(contradicted)
         self.losses.clear()
         self.last = None if values else self.last
         position.loss_sum = sum(values, position.loss_sum)
@@ -293,11 +294,9 @@ class Loop:
             if bad is not None:
                 number = position.batch - len(values) + bad
                 seen = f"the loss of batch {number} of epoch {position.epoch} was {values[bad]} (both from 0)"
-            warnings.warn(
+            warn(
                 f"train: the parameters are not finite any more: {seen}. Look for rows of that batch that are not "
-                f"finite, or lower the optimizer's rate.{kept}",
-                UserWarning,
-                stacklevel=4,
+                f"finite, or lower the optimizer's rate.{kept}"
             )
 
     def time_is_up(self) -> bool:

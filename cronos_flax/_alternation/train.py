@@ -2,7 +2,6 @@
 
 import functools
 import numbers
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
+from cronos_flax._solver.user_warnings import warn
 
 State = TypeVar("State", bound=TrainState)
 
@@ -270,11 +270,9 @@ def _loss_for(state: Any, loss: str | Loss | None) -> Loss:
     loss = loss_of(loss)
     check_told_apart("train", loss)
     if isinstance(state, CronosTrainState) and said(loss) != said(loss_of(state.solver.loss)):
-        warnings.warn(
+        warn(
             f"train: gradient steps lower {said(loss)}, and solves {said(loss_of(state.solver.loss))}: each undoes "
-            "what the other does. Give the solver of the state the same loss.",
-            UserWarning,
-            stacklevel=3,
+            "what the other does. Give the solver of the state the same loss."
         )
     return loss
 

@@ -1,6 +1,5 @@
 """What is done where a solve has ended badly: another start, or a word to the user."""
 
-import warnings
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, Status, TwoLayer
 from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.types import Scalar
+from cronos_flax._solver.user_warnings import warn
 
 _NOTHING = 0.999  # of the loss of the best constant: what explains less is no more than the constant
 _LITTLE = 0.2  # of it left: then the features are looked at
@@ -38,13 +38,11 @@ def warn_if_far_from_zero(X: Any, solution: Solution) -> None:
         return
     ratio, reached, null = map(float, on_host((automatically(_distance, X), *_losses(solution))))
     if ratio * float(jnp.finfo(X.dtype).eps) > _ROUNDED:
-        warnings.warn(
+        warn(
             f"solve: `X` should vary around zero, got columns that lie {ratio:.2g} times as far from zero as they "
             f"vary: in {X.dtype} rounding hides what tells the rows apart, and the loss is "
             f"{reached:.4g}, where the best constant has {null:.4g}. "
-            "Subtract the mean of each column, as scikit-learn's StandardScaler does.",
-            UserWarning,
-            stacklevel=4,
+            "Subtract the mean of each column, as scikit-learn's StandardScaler does."
         )
 
 

@@ -1,11 +1,11 @@
 """The parts of a sweep that was done on several machines, put together to what one machine would have written."""
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cronos_flax._head.files import at_rest, held, replace
+from cronos_flax._solver.user_warnings import warn
 from cronos_flax.compare.results import by_run, check_same, kept, lines_of, repaired
 from cronos_flax.compare.shards import PLAN, Plan, Shard
 from cronos_flax.compare.task import Row, Run
@@ -162,10 +162,9 @@ def _warn_of_repeats(parts: Iterable[Part]) -> None:
         for first in parts[:i]:
             both = [run.name for run, rows in part.runs.items() if first.runs.get(run, rows) != rows]
             if both:
-                warnings.warn(
+                warn(
                     f"{first.name} and {part.name} both have {_some(both)}: with equal figures, but other seconds or "
-                    f"another machine. The rows in {first.name} are used.",
-                    stacklevel=4,
+                    f"another machine. The rows in {first.name} are used."
                 )
 
 
@@ -223,10 +222,7 @@ def _warn_of_environments(parts: Iterable[Part]) -> None:
         if len(by_value) > 1
     ]
     if differ:
-        warnings.warn(
-            f"The parts were made in different ways: {'; '.join(differ)}. Their seconds cannot be compared.",
-            stacklevel=3,
-        )
+        warn(f"The parts were made in different ways: {'; '.join(differ)}. Their seconds cannot be compared.")
 
 
 def _some(names: list[str], most: int = _NAMED) -> str:
