@@ -337,7 +337,8 @@ def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, i
     if network is None:
         return
     objective, beta, null = (float(on_host(value)) for value in (stats.objective, stats.beta, stats.null_loss))
-    squares = sum(float(on_host(jnp.sum(jnp.square(kernel)))) for kernel in (network.kernel1, network.kernel2))
+    kernels = on_host((network.kernel1, network.kernel2))
+    squares = sum(float(np.sum(np.square(kernel.astype(float)))) for kernel in kernels)
     loss = agreed(objective - beta / 2 * squares)  # what is left of the penalty is that of a bias
     if null <= rounding or not loss > _MOST_LEFT[is_first] * null:
         return

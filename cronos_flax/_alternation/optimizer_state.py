@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array
 
 from cronos_flax._head.head import Path
 from cronos_flax._solver.meshes import in_place_of
@@ -68,12 +68,6 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
     return filled(optimizer_state, ())
 
 
-@jax.jit
-def _is_anything(array: Array) -> Array:
-    """Whether any entry is not zero."""
-    return jnp.any(array != 0)
-
-
 def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
     """The state of an optimizer after a solve: it does not drag the new head where the old one was going.
 
@@ -91,7 +85,7 @@ def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
         if not _is_inside(path, paths):
             return now
         is_direction = any(getattr(entry, "name", None) in _DIRECTIONS for entry in path)
-        of_parameters = not is_direction and bool(on_host(_is_anything(at_start)))
+        of_parameters = not is_direction and bool(np.any(on_host(at_start)))
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
         return in_place_of(at_start.copy(), now) if is_direction or of_parameters else now
 

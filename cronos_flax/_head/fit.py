@@ -110,7 +110,7 @@ def _fit_rows(
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
 ) -> tuple[TwoLayer | None, Solution]:
-    if not all(all_finite(leaf) for leaf in jax.tree.leaves(network)):
+    if not all_finite(network):
         if throw:
             raise FloatingPointError("fit_head: the head to start from must be finite, got NaN or infinite entries.")
         return None, nonfinite_solution(network)
