@@ -241,7 +241,7 @@ def test_a_head_whose_weights_are_no_params_is_not_for_a_train_state():
     model = nnx.Sequential(layers[0], nnx.tanh, layers[1], nnx.relu, layers[2])
     model.layers[2].kernel = nnx.BatchStat(model.layers[2].kernel[...])
     head = cf.nnx.find_head(model, X)
-    with pytest.raises(ValueError, match=r"must be of nnx\.Param, .* for kernel of layers/2"):
+    with pytest.raises(ValueError, match=r"must be nnx\.Param, .* for kernel of layers/2"):
         cf.nnx.CronosTrainState.create(model=model, tx=optax.sgd(0.1), head=head)
 
 

@@ -101,6 +101,7 @@ class Begun(NamedTuple):
         user_beta: β in the user's units.
         null: loss of the best constant output, in sums over rows.
         key: of the path.
+        before: the regularised loss of the network, where it is known: of one that nobody else has, so to rounding.
     """
 
     problem: Problem
@@ -110,6 +111,7 @@ class Begun(NamedTuple):
     user_beta: Scalar
     null: Scalar
     key: Array
+    before: Scalar | None = None
 
     def with_targets(self, targets: Any) -> "Begun":
         """The same with these targets, None for none."""
@@ -195,6 +197,8 @@ def _begin_refreshed(
         last = last if last.W is None else last._replace(W=moved.kernel2)
     prepared = gauss_newton.prepare(problem.rows, U.shape[1], sketch_key, problem.refreshed)
     first = refreshed.init(problem.rows, U, A, b, problem.beta, damping, last)
+    if start is None:
+        begun = begun._replace(before=first.objective / problem.total_weight)
     return begun.with_targets(None), prepared, first, key
 
 
@@ -206,10 +210,11 @@ def _end(
     weight = normalised(weight)
     # The way to the solver's coordinates and back rounds; what is promised is promised of the network itself.
     found = dataclasses.replace(begun.params, **vars(to_network(rows, basis, *ended.network, begun.D)))
-    before, after = (
-        regularised_loss(params, features, targets, weight, begun.user_beta, rows.loss)
-        for params in (begun.params, found)
-    )
+
+    def loss(params: Network) -> Scalar:
+        return regularised_loss(params, features, targets, weight, begun.user_beta, rows.loss)
+
+    before, after = loss(begun.params) if begun.before is None else begun.before, loss(found)
     params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, begun.params)
     lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
     stats = Stats(
