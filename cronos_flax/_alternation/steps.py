@@ -231,8 +231,8 @@ def scoring(
         params, collections = _params_to_score(state), _collections(state)
         each: list[tuple[Array, ...]] = []
         for batch in batches(rows, unpack, "train", name):
-            if each and given_by is not None:
-                given_by.check_own_rows(batch.kwargs, at("train", name))
+            if given_by is not None:
+                given_by.check_own_rows(batch.args, batch.kwargs, at("train", name))
             checked = batch_on_device(door(batch, at("train", name)))
             each.append(automatically(sums, params, collections, checked, class_weight))
         if not each:

@@ -6,7 +6,6 @@ bias2``, applied to the recorded input, gives the module's outputs: with the mod
 """
 
 import dataclasses
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ from cronos_flax._head.head import (
 )
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.others import moved, rescaled, warning
-from cronos_flax._solver.arrays import is_array
+from cronos_flax._head.own_rows import own_rows
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer
@@ -41,7 +40,6 @@ from cronos_flax._solver.transfer import on_device, on_host
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
 _DEVIATIONS = 16  # the largest of normal numbers, in standard deviations, with a margin
-_MOST_OF_ROWS = 4  # keyword arguments that belong to the rows of a batch
 _LARGE = 1e2  # scale of the second random head: shows activations and outputs that are clipped
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,  # first: others agree with it on small inputs
@@ -130,6 +128,12 @@ def find(
         _check_kept(network, there, pair)
         return _Pass.of(there, pair, run(written, args, kwargs))
 
+    def features_of(path: Path, variables: Any, kwargs: Mapping) -> Array:
+        inputs = {call.layer.path: call.input for call in run(variables, args, kwargs).calls}
+        features = inputs[path]
+        assert features is not None
+        return features
+
     with jax.default_matmul_precision("highest"):
         try:
             watched = run(variables, args, kwargs)
@@ -155,8 +159,9 @@ def find(
                     told = warning(module.name, module.output, verdict.others, times, module.graft)
                     warnings.warn(told, UserWarning, stacklevel=3)
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
-                of_rows = _of_rows(run, variables, args, kwargs, tol)
-                return dataclasses.replace(head, recalibrate=recalibrate, of_rows=of_rows)
+                redrawn = (_redrawn(variables, spread) for spread in _SPREADS)
+                own = own_rows(partial(features_of, pair[0]), variables, redrawn, args, kwargs)
+                return dataclasses.replace(head, recalibrate=recalibrate, own_rows=own)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = _called_again(module, variables, calls, out)
@@ -209,62 +214,6 @@ def _head(
         module=module,
         kwargs=kwargs,
     )
-
-
-def _of_rows(run: Callable, variables: Any, args: tuple, kwargs: Mapping, tol: float) -> tuple[str, ...]:
-    """The names of keyword arguments that belong to the rows of the batch: the fewest that must be turned with them.
-
-    Args:
-        run: one call of the module.
-        variables: its variables.
-        args: positional arguments of the batch.
-        kwargs: keyword arguments.
-        tol: relative difference of outputs that rounding explains.
-    """
-    arrays = [leaf for leaf in jax.tree.leaves((args, dict(kwargs))) if is_array(leaf) and np.ndim(leaf)]
-    if not arrays or not all(getattr(leaf, "is_fully_addressable", True) for leaf in arrays):
-        return ()
-    rows = len(arrays[0])
-
-    def is_of_rows(leaf: Any) -> bool:
-        is_one = is_array(leaf) and np.shape(leaf)[:1] == (rows,)
-        return is_one and not (isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-    def each(change: Callable[[np.ndarray], np.ndarray], tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: change(np.asarray(on_host(leaf))) if is_of_rows(leaf) else leaf, tree)
-
-    def turned(tree: Any) -> Any:
-        return each(lambda leaf: np.roll(leaf, 1, axis=0), tree)
-
-    candidates = {
-        name: each(_with_unlike_rows, value)
-        for name, value in kwargs.items()
-        if name not in ("rngs", "mutable") and any(map(is_of_rows, jax.tree.leaves(value)))
-    }
-    if not candidates:
-        return ()
-    variables = _redrawn(variables, _SPREADS[0])  # with its zeros, a part of the module may do nothing
-    kwargs = {**kwargs, **candidates}
-    expected: Any = np.roll(on_host(run(variables, args, kwargs).out), 1, axis=0)
-    subsets = (itertools.combinations(candidates, size) for size in range(min(len(candidates), _MOST_OF_ROWS) + 1))
-    for names in itertools.chain.from_iterable(subsets):
-        given = {**kwargs, **{name: turned(candidates[name]) for name in names}}
-        if relative_difference(run(variables, turned(args), given).out, expected) <= tol:
-            return names
-    return ()  # rows are not on the first axis, or not alike
-
-
-def _with_unlike_rows(array: np.ndarray) -> np.ndarray:
-    """The array; with every second row smaller if all are the same, as a mask of ones does not say of what it is."""
-    if np.any(array != array[:1]):
-        return array
-    new = array.copy()
-    part = new[::2, ..., 1:] if array.ndim > 1 else new[::2]  # one entry stays, as masks must let something through
-    if np.all((array == 0) | (array == 1)):
-        part[...] = 0 if array.ndim > 1 else 1 - part
-    else:
-        part[...] = part // 2 if array.dtype.kind in "iu" else part / 2
-    return new
 
 
 def _check_output(out: Any) -> None:

@@ -20,6 +20,7 @@ from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
+from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
@@ -185,7 +186,7 @@ class Head:
         module: the module as pure functions.
         kwargs: the keyword arguments that the module was called with; feature passes use them again.
         recalibrate: whether a solve writes the statistics of batch norms in its pass in place of the running ones.
-        of_rows: the names of keyword arguments that belong to the rows of the batch, such as a mask.
+        own_rows: the keyword arguments that belong to the rows of the batch, such as a mask.
     """
 
     hidden_path: Path
@@ -201,12 +202,17 @@ class Head:
     module: Functional
     kwargs: Mapping[str, Any]
     recalibrate: bool = True
-    of_rows: tuple[str, ...] = ()
+    own_rows: OwnRows = NO_OWN_ROWS
 
     @property
     def paths(self) -> tuple[Path, Path]:
         """The paths of the hidden and of the output layer."""
         return self.hidden_path, self.output_path
+
+    @property
+    def of_rows(self) -> tuple[str, ...]:
+        """The names of keyword arguments that belong to the rows of the batch: each batch must come with its own."""
+        return self.own_rows.names
 
     @property
     def in_training(self) -> bool:
@@ -247,7 +253,7 @@ class Head:
             module, the features and the collections that changed, as from ``model.apply``.
 
         Raises:
-            ValueError: if the module does not take the batch.
+            ValueError: if the module does not take the batch, or this comes without a mask of its own rows.
         """
         seen = self._pass(self.module.variables(variables, "inputs"), args, kwargs, "inputs")
         rows = seen.features.reshape(-1, self.features)
@@ -308,21 +314,15 @@ class Head:
         difference = relative_difference(out, expected)
         return difference if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED) else None
 
-    def check_own_rows(self, kwargs: Mapping, where: str) -> None:
-        """Raise a ValueError if a batch after the first one would get a mask of another batch.
+    def check_own_rows(self, args: tuple, kwargs: Mapping, where: str) -> None:
+        """Raise a ValueError if a batch would get the mask of the batch that the head was found on, and is another.
 
         Args:
-            kwargs: the keyword arguments that came with the batch.
+            args: the positional arguments of the batch.
+            kwargs: the keyword arguments that came with it.
             where: the caller's name.
         """
-        if missing := [name for name in self.of_rows if name not in kwargs]:
-            names = ", ".join(f"`{name}`" for name in missing)
-            example = ", ".join(f'"{name}": ...' for name in missing)
-            raise ValueError(
-                f"{where}: each batch must come with {names} of its own rows, got batches without: all would have that "
-                f"of the batch that the head was found on. Give it with unpack=, which returns ({{{example}, and the "
-                "other arguments by name}, y)."
-            )
+        self.own_rows.check(args, kwargs, self.kwargs, where)
 
     def _check_in_reach(self, y: Any, where: str) -> None:
         """Raise a ValueError for targets that outputs in the precision of the two layers cannot be."""
@@ -348,21 +348,19 @@ class Head:
         compare: Compare | None = None,
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
-        variables, passes = self.module.variables(variables, where), 0
+        variables, is_first = self.module.variables(variables, where), True
         check_there(where, (variables, data if isinstance(data, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
 
         def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
-            nonlocal passes
-            if passes:
-                self.check_own_rows(kwargs, at(where, name))
+            nonlocal is_first
             seen = self._pass(variables, args, kwargs, at(where, name), observed)
-            if not passes:
+            if is_first:
                 self._check_still_holds(variables, seen.features, seen.out, where)
                 if compare is not None:
                     compare(args, {**self.kwargs, **kwargs}, seen.out)
-            passes += 1
+            is_first = False
             return seen.features, seen.norms if observed else ()
 
         return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes, name)
@@ -390,6 +388,7 @@ class Head:
 
     def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str, observed: bool = False) -> Tap:
         """One jitted pass, with the keyword arguments that the head was found with where none is given."""
+        self.check_own_rows(args, kwargs, where)
         try:
             return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:

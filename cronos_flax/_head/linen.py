@@ -286,7 +286,8 @@ def find_head(
             Alternate on these. ``"running"``: the running ones. None: those that the call asks for.
         recalibrate: whether, after a solve on features of batch statistics, the running statistics become those of all
             rows of that pass. Evaluated models then see the features that were solved on.
-        **kwargs: the keyword arguments of ``model.apply``.
+        **kwargs: the keyword arguments of ``model.apply``. Those that belong to the rows of the batch, such as a
+            mask, must come with every other batch: see :attr:`Head.of_rows`.
 
     Returns:
         The :class:`Head`.

@@ -323,7 +323,8 @@ def find_head(
             ``"running"``: the running ones. None: those of the mode.
         recalibrate: whether, after a solve on features of batch statistics, the running statistics become those of all
             rows of that pass. Evaluated models then see the features that were solved on.
-        **kwargs: its keyword arguments.
+        **kwargs: its keyword arguments. Those that belong to the rows of the batch, such as a mask, must come
+            with every other batch: see :attr:`Head.of_rows`.
 
     Returns:
         The :class:`cronos_flax.Head`.
