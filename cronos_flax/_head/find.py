@@ -17,21 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.head import (
-    Call,
-    Functional,
-    Head,
-    Path,
-    Watched,
-    as_path,
-    check_there,
-    format_path,
-    predicted,
-    relative_difference,
-)
+from cronos_flax._head.functional import Call, Functional, Watched
+from cronos_flax._head.head import Head, check_there, predicted, relative_difference
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.others import moved, rescaled, warning
 from cronos_flax._head.own_rows import own_rows
+from cronos_flax._head.paths import Path, as_path, format_path
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cronos_flax._head.head import Path, as_path, format_path
+from cronos_flax._head.paths import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.meshes import automatically
 

@@ -7,8 +7,8 @@ A :class:`Head` is the same for every kind of module. All that depends on the ki
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax
 import jax
@@ -18,148 +18,23 @@ from jax import Array
 from cronos_flax._head.data import at
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
+from cronos_flax._head.functional import Functional, Kind, Tap
+from cronos_flax._head.functional import selected as selected
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
+from cronos_flax._head.paths import Path as Path
+from cronos_flax._head.paths import format_path as format_path
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_host
-
-Path = tuple[Hashable, ...]
 
 # Of the positional and the keyword arguments of a call, and its chosen output.
 Compare = Callable[[tuple, Mapping, Array], None]
 
 _CHANGED = 1e-2  # difference of outputs after which a head no longer holds; rounding of fast products is below it
 _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four arrays (n, m)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A fully connected layer that was called: its path, the least dtype in it, and how often it was called."""
-
-    path: Path
-    dtype: Any
-    times: int = 1
-
-    @classmethod
-    def of(cls, path: Path, out: Array, dtype: Any, earlier: "Layer | None") -> "Layer":
-        """A layer that has returned ``out``, computed from inputs in ``dtype`` (None for their own), and earlier calls.
-
-        The result may have more digits than its factors had, as by ``preferred_element_type``.
-        """
-        kinds = (kind for kind in (dtype, out.dtype) if kind is not None and jnp.issubdtype(kind, jnp.inexact))
-        least = min(kinds, key=lambda kind: jnp.finfo(kind).bits, default=out.dtype)
-        return cls(path, jnp.dtype(least), 1 + (earlier.times if earlier else 0))
-
-
-class Call(NamedTuple):
-    """A call of a layer, and the layer's input; None if a transform hides it."""
-
-    layer: Layer
-    input: Array | None
-
-
-class Watched(NamedTuple):
-    """What the search sees of one call of a module.
-
-    Args:
-        out: the chosen output.
-        calls: every fully connected layer, in the order of its last call.
-        every: the arrays of all outputs by name, if one was chosen.
-    """
-
-    out: Any
-    calls: tuple[Call, ...]
-    every: dict[str, Array]
-
-
-class Tap(NamedTuple):
-    """What a feature pass yields.
-
-    Args:
-        features: the input of the head, with its leading axes.
-        out: the module's chosen output.
-        updates: the collections that changed; None if none may.
-        norms: the statistics of the batch norms, if they were observed.
-    """
-
-    features: Array
-    out: Array
-    updates: Any
-    norms: tuple[Moments, ...]
-
-
-class Kind(Protocol):
-    """A kind of modules."""
-
-    finder: ClassVar[str]  # the public function that finds a head in modules of this kind
-
-
-class Functional(Kind, Protocol):
-    """A module as pure functions of its variables.
-
-    Variables are one pytree: linen's collections, or the state of an NNX model. ``given`` is what the user holds:
-    the same collections, or the NNX model itself.
-    """
-
-    dense: ClassVar[str]  # the name of a fully connected layer
-    graft: ClassVar[str]  # the public function that replaces a layer by a two-layer head
-    numbered: ClassVar[bool]  # whether paths have indices in them
-
-    @property
-    def name(self) -> str:
-        """The name of the module's class."""
-
-    @property
-    def output(self) -> Any:
-        """Which of several outputs ends in the head: a key, an index, a function, or None for the only one."""
-
-    @property
-    def statistics(self) -> str | None:
-        """Which statistics batch norms take, "batch" or "running"; None for those that the call asks for."""
-
-    def variables(self, given: Any, where: str) -> Any:
-        """The variables that the user's object holds.
-
-        Raises:
-            ValueError: if it is not the module's; the message starts with ``where``, the caller's name.
-        """
-
-    def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
-        """One call of the module."""
-
-    def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
-        """The input of the layer at ``path``; if ``observed``, with the statistics of batch norms, not of updates."""
-
-    def in_training(self, kwargs: Mapping) -> bool:
-        """Whether a call with these keyword arguments sees batch statistics, as a training step does."""
-
-    def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
-        """All arrays but the weights of two layers and the state of random streams, by name."""
-
-    def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
-        """The shape of a layer's kernel; () if it has no plain one."""
-
-    def own_parameters(self, variables: Any, path: Path) -> tuple[str, ...]:
-        """The names of what a layer has besides kernel and bias: a solve would not know it."""
-
-    def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
-        """The weights of two layers, from variables or from what the user holds."""
-
-    def write(self, variables: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
-        """A copy of the variables with these weights, in the dtypes of the old ones."""
-
-    def store(self, given: Any, paths: tuple[Path, Path], network: TwoLayer) -> Any:
-        """What the user holds, with these weights: a copy for linen; for NNX the model, changed in place."""
-
-    def recalibrated(self, given: Any, moments: Mapping[Path, tuple[Any, Any]]) -> Any:
-        """Variables with these running means and variances of batch norms: a copy; an NNX model is changed in place."""
-
-    def count(self, variables: Any) -> int:
-        """The number of parameters."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -496,30 +371,3 @@ def _check_network(network: Any, like: TwoLayer) -> None:
             f"{'a' if like.bias1 is not None else 'no'} bias1 and {'a' if like.bias2 is not None else 'no'} bias2, got "
             f"{network!r}."
         )
-
-
-def format_path(path: Path) -> str:
-    """A path as text, ``"backbone/fc"``."""
-    return "/".join(map(str, path)) or "the module itself"
-
-
-def as_path(where: str, path: Any, numbered: bool = False) -> Path:
-    """A path that a user gave, ``"a/b"`` or a tuple; if ``numbered``, digits in the text are indices."""
-    if isinstance(path, str):
-        return tuple(int(key) if numbered and key.isdigit() else key for key in path.split("/"))
-    if not isinstance(path, tuple) or not all(isinstance(key, str | int) for key in path):
-        raise ValueError(f"{where} must be a path, such as ('backbone', 'fc') or 'backbone/fc', got {path!r}.")
-    return path
-
-
-def selected(out: Any, output: Any) -> Any:
-    """The output that the user chose: by a key, an index, or a function; None for ``out`` itself."""
-    if output is None or callable(output):
-        return out if output is None else output(out)
-    try:
-        return out[output]
-    except (KeyError, IndexError, TypeError):
-        there = sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__
-        raise ValueError(
-            f"`output` must be a key or an index of the outputs, or a function, got {output!r}; the outputs: {there}"
-        ) from None

@@ -15,9 +15,11 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.head import Call, Head, Layer, Path, Tap, Watched, check_head, selected
+from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
+from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
+from cronos_flax._head.paths import Path
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of

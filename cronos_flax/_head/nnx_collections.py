@@ -13,10 +13,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from cronos_flax._head.head import Head, Path, Tap, Watched, format_path
+from cronos_flax._head.functional import Tap, Watched
+from cronos_flax._head.head import Head
 from cronos_flax._head.linen import Collections
 from cronos_flax._head.nnx import NnxModule, captured, without_sown
 from cronos_flax._head.norms import bound_axes
+from cronos_flax._head.paths import Path, format_path
 
 # Variables that are of none of these kinds are in the collection of the rest.
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "streams": nnx.RngState}

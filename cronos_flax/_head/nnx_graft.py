@@ -9,8 +9,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from cronos_flax._head.head import Path, as_path, format_path
 from cronos_flax._head.nnx import LAYERS, module_at
+from cronos_flax._head.paths import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
 
 _calls = threading.local()  # .stack: arguments and trace of the grafted models that are being called

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cronos_flax._head.head import format_path
+from cronos_flax._head.paths import format_path
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.transfer import on_device
