@@ -1,0 +1,73 @@
+"""What is said where there is no head: what was found instead, and what to do."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cronos_flax._head.functional import Call, Functional
+from cronos_flax._head.paths import format_path
+from cronos_flax._solver.checks import all_finite
+
+
+def check_output(out: Any) -> None:
+    if not isinstance(out, Array) or out.ndim < 1:
+        raise ValueError(
+            f"find_head: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. "
+            "Choose one with output=: a key, an index, or a function of the outputs."
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating) or not all_finite(out):
+        raise ValueError(
+            "find_head: the module's outputs on the batch must be finite floats. Check batch and variables."
+        )
+
+
+def refusal(module: Functional, calls: tuple[Call, ...], nearest: str, again: str) -> str:
+    """The error message: what was found instead of a head, and what to do."""
+    space, _, dense = module.dense.partition(".")
+    expected = f"find_head: {module.name} must end in {dense} → relu → {dense}"
+    if nearest:
+        return (
+            f"{expected}; the nearest candidate is {nearest}. If something stands between or after the two layers "
+            "(another activation, a norm, dropout, a skip, a softmax), take it away, or choose another output with "
+            f"output=; or give the module a new head with {module.graft}."
+        )
+    inside = ", ".join(format_path(call.layer.path) for call in calls if call.input is None)
+    if inside:
+        others = ", nn.WeightNorm and others that change its weights" if space == "nn" else ""
+        return (
+            f"{expected}, outside transforms: {space}.scan, {space}.vmap{others}; got {inside} inside of one. Move the "
+            f"head out of it, or give the module a new head with {module.graft}."
+        )
+    if again:
+        return f"{expected}, but {again}. Give it a two-layer head of its own with {module.graft}."
+    names = ", ".join(format_path(call.layer.path) for call in calls)
+    found = {0: f"it calls no {module.dense}", 1: f"it calls one {module.dense} only ({names})"}.get(
+        len(calls), f"no two of its layers ({names}) fit together and to the output"
+    )
+    return f"{expected}, but {found}. Give it a two-layer head with {module.graft}."
+
+
+def flat(out: Array) -> str:
+    """A remark on outputs without an axis for them, which no layer fits; empty for others."""
+    if out.ndim > 1:
+        return ""
+    return (
+        f" The outputs on the batch have one axis, {out.shape}: if the module takes that of its one output away, give "
+        "it back with output=lambda out: out[:, None]."
+    )
+
+
+def extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
+    """A remark that names the layers with parameters of their own, which no head can have; empty without any."""
+    own = {call.layer.path: module.own_parameters(variables, call.layer.path) for call in calls}
+    named = ", ".join(f"{format_path(path)} ({', '.join(names)})" for path, names in own.items() if names)
+    if not named:
+        return ""
+    return (
+        f" The layers of a head must have a kernel and a bias only, got more at {named}. Merge them into the kernel, "
+        f"or replace the layers with {module.graft}."
+    )
