@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from cronos_flax._head.head import Head, selected
+from cronos_flax._head.functional import selected
+from cronos_flax._head.head import Head
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.user_warnings import warn

@@ -15,8 +15,9 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._alternation.step_limit import limited
-from cronos_flax._head.head import Head, Path, check_head, format_path
+from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections
+from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.transfer import on_device
 
 _OF_THE_LOSS = {"grad", "value_fn", "obj_fn"}  # what line searches and Hessians are made from, of the loss as it is

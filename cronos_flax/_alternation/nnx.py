@@ -22,8 +22,9 @@ from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew
 from cronos_flax._head.fit import most_in_memory, solver_or_default
-from cronos_flax._head.head import Head, Path, check_head
+from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.nnx import NnxModule
+from cronos_flax._head.paths import Path
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
 from cronos_flax._solver.transfer import default_key, folded

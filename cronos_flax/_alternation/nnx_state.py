@@ -14,9 +14,10 @@ from cronos_flax._alternation.backbone import check_lookahead, check_optimizer
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import Guard
 from cronos_flax._alternation.train_state import module_params
-from cronos_flax._head.head import Head, check_head, format_path
+from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.nnx import NnxModule, module_at
 from cronos_flax._head.nnx_collections import NnxFunction, functional, on_collections
+from cronos_flax._head.paths import format_path
 from cronos_flax._solver.cronos import Cronos
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cronos_flax._head.head import Path
+from cronos_flax._head.paths import Path
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.transfer import on_host
 

@@ -16,7 +16,7 @@ from jax import Array
 from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
 from cronos_flax._head.data import Batch, at, batches
-from cronos_flax._head.head import selected
+from cronos_flax._head.functional import selected
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss

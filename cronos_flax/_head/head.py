@@ -19,12 +19,10 @@ from cronos_flax._head.data import at
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.functional import Functional, Kind, Tap
-from cronos_flax._head.functional import selected as selected
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
-from cronos_flax._head.paths import Path as Path
-from cronos_flax._head.paths import format_path as format_path
+from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
