@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 
 import cronos_flax as cf
 from cronos_flax._solver import beta as betas
-from cronos_flax._solver import coordinates, gauss_newton, program, refreshed, solve, staging
+from cronos_flax._solver import coordinates, descent, gauss_newton, program, refreshed, solve, staging
 from cronos_flax.compare.data import load_tfds
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -350,14 +350,14 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
         X, labels = load_tfds(name, "train", data_dir)
     X, labels = X[:3000].reshape(len(X[:3000]), -1).astype("float32"), labels[:3000]
     y = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
-    random, ends = refreshed.revived, {}
+    random, ends = descent.revived, {}
     for way, revive in (("random", random), ("violating", staging.Program(violating))):
-        refreshed.revived = revive
+        descent.revived = revive
         for ratio in (0.03, 0.1):
             beta = ratio / solve.BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
             stats = [cf.Cronos(beta=beta).solve(X, y, hidden=64, key=jax.random.key(seed)).stats for seed in range(5)]
             ends[way, ratio] = [(float(s.objective), int(s.active_neurons), int(s.iterations)) for s in stats]
-    refreshed.revived = random
+    descent.revived = random
     return {
         f"ratio {ratio:g}": {
             way: dict(
