@@ -7,7 +7,6 @@ bias2``, applied to the recorded input, gives the module's outputs: with the mod
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -27,6 +26,7 @@ from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import SPREADS, check_kept, random_like, redrawn
 from cronos_flax._head.refusals import check_output, extended, flat, refusal
 from cronos_flax._solver.solution import TwoLayer
+from cronos_flax._solver.user_warnings import warn
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
 _DEVIATIONS = 16  # the largest of normal numbers, in standard deviations, with a margin
@@ -148,7 +148,7 @@ def find(
                 times = max(call.layer.times for call in calls if call.layer.path in pair)
                 if verdict.others or (len(watched.every) > 1 and times > 1):
                     told = warning(module.name, module.output, verdict.others, times, module.graft)
-                    warnings.warn(told, UserWarning, stacklevel=3)
+                    warn(told)
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
                 own = own_rows(partial(features_of, pair[0]), variables, others, args, kwargs)

@@ -14,6 +14,7 @@ from cronos_flax._solver.checks import all_finite
 
 
 def check_output(out: Any) -> None:
+    """Raise a ValueError unless the module's output is one array of finite floats with an axis of outputs."""
     if not isinstance(out, Array) or out.ndim < 1:
         raise ValueError(
             f"find_head: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. "
