@@ -239,8 +239,8 @@ def fold(X: Array | Blocks, step: Callable[..., Carry], start: Carry, *of_rows: 
 def adjoint(X: Array | Blocks, R: Float[Array, "n k"]) -> Float[Array, "d k"]:
     """``Xᵀ R``.
 
-    If R is the narrower one, made as ``(Rᵀ X)ᵀ``: XLA's product for the CPU is two to three times as fast with the
-    narrow matrix on the left, and twenty times if that has one row (docs/benchmarks/transposed.py). The barrier keeps
+    If R is the narrower one, made as ``(Rᵀ X)ᵀ``: XLA's product for the CPU is 1.5 to 3 times as fast with the narrow
+    matrix on the left, and twenty times if that has one row (docs/benchmarks/transposed.py). The barrier keeps
     it from exchanging the two again.
     """
     if isinstance(X, Blocks):
