@@ -282,7 +282,7 @@ def without_first_neuron(updates, params):
 def test_nothing_is_compiled_while_the_clock_runs(case):
     """An optimizer was timed with a program that looks whether parameters are finite, .2 to .5 s the first time.
 
-    And a run of solves with the one that finds new gates for neurons that have died, .1 s.
+    And a run of solves with the one that finds new gates for neurons that have died.
     """
     model = nn.Sequential([nn.Dense(13 + len(case)), nn.relu, nn.Dense(10), nn.relu, nn.Dense(3)])  # of no other test
     variables = model.init(jax.random.key(0), X[:1])

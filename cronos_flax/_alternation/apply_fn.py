@@ -43,7 +43,7 @@ def warn_if_another(
         found = _called(apply_fn, head.module.output)(variables, args, kwargs)
     except Exception:  # it may be a model in training mode, which wants other arguments
         return
-    if isinstance(found, Array) and (difference := head.are_others(found, out)) is not None:
+    if isinstance(found, Array) and (difference := head.outputs_apart(found, out)) is not None:
         warn(
             "solve_head: `apply_fn` must be the function of the module that the head was found in, got one whose "
             f"outputs on the first batch differ by {difference:.2g} of their size: solves fit other features than "

@@ -147,8 +147,7 @@ def find(
             if not verdict.reason:
                 times = max(call.layer.times for call in calls if call.layer.path in pair)
                 if verdict.others or (len(watched.every) > 1 and times > 1):
-                    told = warning(module.name, module.output, verdict.others, times, module.graft)
-                    warn(told)
+                    warn(warning(module.name, module.output, verdict.others, times, module.graft))
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
                 own = own_rows(partial(features_of, pair[0]), variables, others, args, kwargs)

@@ -182,7 +182,7 @@ class Head:
         self._check_in_reach(data.rows.y, at(where, name))
         return data.rows, data.moments if self.recalibrate else {}
 
-    def are_others(self, out: Array, expected: Array) -> float | None:
+    def outputs_apart(self, out: Array, expected: Array) -> float | None:
         """The relative difference of outputs if it is more than rounding, of fast products too; else None."""
         difference = relative_difference(out, expected)
         return difference if math.isfinite(difference) and difference > max(self.tolerance, _CHANGED) else None
@@ -246,7 +246,7 @@ class Head:
 
     def _check_still_holds(self, variables: Any, features: Array, out: Array, where: str) -> None:
         """Raise a ValueError if the module's outputs are not those of the two layers any more."""
-        difference = self.are_others(predicted(self.read(variables), features), out)
+        difference = self.outputs_apart(predicted(self.read(variables), features), out)
         if difference is not None:
             raise ValueError(
                 f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "

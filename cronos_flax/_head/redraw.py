@@ -86,6 +86,14 @@ def _is_mask(leaf: Any) -> bool:
 
 
 def random_like(network: TwoLayer, features: Array, size: float, largest: float) -> TwoLayer:
+    """A random head of the same shape, the same one each time.
+
+    Args:
+        network: whose shape it has.
+        features: its input.
+        size: of activations and outputs.
+        largest: standard deviation of weights that their dtypes hold.
+    """
     rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
     draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
     return automatically(_scaled_to, draw, features, on_device(size, jnp.float32), on_device(largest, jnp.float32))

@@ -183,7 +183,7 @@ class Structured:
         X = program.rows.X
         if isinstance(prepared, Kronecker):
             # Relative to a right-hand side that is 1/κ times as large as U, hence κ. Ten times as exact as below, or
-            # extrapolation and the lower bound suffer: solves took up to 15 times as many iterations as with a factor.
+            # extrapolation and the lower bound suffer: solves took many more iterations than with a factor.
             tol = 0.01 * jnp.minimum(kappa, 1) / (iteration + 1).astype(kappa.dtype) ** 1.2
             U, _ = conjugate_gradient(
                 lambda U: U + adjoint(X, program.Ft(program.F(X @ U))) / kappa,
