@@ -203,6 +203,16 @@ def test_a_grafted_model_is_told_what_is_training(own):
         assert rows_of(task, Run(method, rate, 0))[-1]["test_accuracy"] > 0.3, method
 
 
+def test_batch_norms_that_keep_their_statistics_are_no_reason_to_warn(own):
+    frozen = GRAFTED.replace("self, x, train):", "self, x):").replace("not train", "True").replace(", train=False", "")
+    (own / "own_frozen.py").write_text(frozen)
+    task = Task.of(Settings("wine", model="own_frozen:make", epochs=1, batch_size=32))
+    assert task.head_in_training.module.statistics == "running"
+    before = task.model.init(0, None)["batch_stats"]
+    assert rows_of(task, Run("cronos-ft", None, 0))[-1]["test_accuracy"] > 0.3
+    assert jax.tree.all(jax.tree.map(np.array_equal, task.model.init(0, None)["batch_stats"], before))
+
+
 def test_what_comes_before_training_counts_in_its_seconds(monkeypatch):
     task = Task.of(Settings("wine", model="two-layer", budget=1e-6, batch_size=32))
     for method, rate in (("lp-ft", 1e-3), ("cronos-ft", None)):  # the time is over before the first step

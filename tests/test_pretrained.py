@@ -41,6 +41,18 @@ def test_the_image_model_agrees_with_its_reference():
     assert images.largest_difference(model, variables, directory / "reference.npz") < 1e-3
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("width", [7, 8])
+def test_shifted_images_are_a_depthwise_convolution(width, size, stride):
+    images = page("pretrained", "images")
+    keys = jax.random.split(jax.random.key(0))
+    x, kernel = jax.random.normal(keys[0], (2, width, width, 6)), jax.random.normal(keys[1], (size, size, 1, 6))
+    dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 6}
+    expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **dimensions)
+    np.testing.assert_allclose(images.by_shifts(x, kernel, (stride, stride), "SAME"), expected, atol=1e-5)
+
+
 def text_file(text, path):
     """Random weights of a small encoder under the names of the file, and the encoder."""
     encoder = text.Encoder(text.SMALL, nnx.Rngs(1))

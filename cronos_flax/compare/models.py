@@ -127,7 +127,12 @@ class _LinenModel:
         )
 
     def head(self, x: Any) -> Head:
-        return linen.find_head(self.module, self.init(0, x), x, **self.eval_kwargs)
+        variables = self.init(0, x)
+        head = linen.find_head(self.module, variables, x, **self.eval_kwargs)
+        if "batch_stats" in variables and not self.train_kwargs:  # a training step takes the running ones too
+            with contextlib.suppress(ValueError):  # there is no batch norm
+                return linen.find_head(self.module, variables, x, statistics="running", **self.eval_kwargs)
+        return head
 
     def head_in_training(self, x: Any) -> Head | None:
         variables = self.init(0, x)

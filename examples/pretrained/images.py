@@ -16,6 +16,8 @@ against time.
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ import cronos_flax as cf
 from cronos_flax.compare.data import load_tfds
 
 BATCH = 32
+ON_CPU = jax.default_backend() == "cpu"
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -62,10 +65,30 @@ class Block(nn.Module):
         size, stride = (self.kernel,) * 2, (self.stride,) * 2
         if self.expansion > 1:
             y = nn.relu6(norm("expand_norm", train)(nn.Conv(wide, (1, 1), use_bias=False, name="expand")(y)))
-        depthwise = nn.Conv(wide, size, stride, feature_group_count=wide, use_bias=False, name="depthwise")
+        each = {"feature_group_count": wide, "conv_general_dilated": by_shifts if ON_CPU else None}
+        depthwise = nn.Conv(wide, size, stride, use_bias=False, name="depthwise", **each)
         y = nn.relu6(norm("depthwise_norm", train)(depthwise(y)))
         y = norm("project_norm", train)(nn.Conv(self.channels, (1, 1), use_bias=False, name="project")(y))
         return x + y if x.shape == y.shape else y
+
+
+def by_shifts(x: jax.Array, kernel: jax.Array, strides: tuple, padding: str, **_: Any) -> jax.Array:
+    """A convolution of each channel by itself, as a sum of shifted images: on a CPU faster than XLA's convolution.
+
+    Args:
+        x: images ``(n, height, width, channels)``.
+        kernel: of shape ``(rows, columns, 1, channels)``.
+        strides: for rows and columns.
+        padding: "SAME" or "VALID".
+    """
+    rows, columns = kernel.shape[:2]
+    down, right = strides
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (rows, columns), strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    places = itertools.product(range(rows), range(columns))
+    shifted = (x[:, i : i + height : down, j : j + width : right] * kernel[i, j, 0] for i, j in places)
+    return functools.reduce(jnp.add, shifted)
 
 
 def norm(name: str, train: bool) -> nn.BatchNorm:
