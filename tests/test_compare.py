@@ -111,9 +111,10 @@ def test_methods_that_solve_learn_and_say_what_they_did(task):
         assert rows_of(task, run)[-1]["test_loss"] == rows[-1]["test_loss"]
 
 
-def test_seeds_share_what_is_compiled(task):
+@pytest.mark.parametrize("method", ["cronos-am:adam", "adamw", "schedule_free_adamw", "sgd+cosine"])
+def test_seeds_and_rates_share_what_is_compiled(method, task):
     for seed in (1, 3):  # a step that revives neurons is compiled when one is needed
-        rows_of(task, Run("cronos-am", None, seed))
+        rows_of(task, Run(method, 1e-3, seed))
     compiled = []
 
     def listen(event, _, **kwargs):
@@ -122,7 +123,7 @@ def test_seeds_share_what_is_compiled(task):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        rows_of(task, Run("cronos-am", None, 2))
+        rows_of(task, Run(method, 3e-3, 2))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 0

@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
+from jax import Array
 
 from cronos_flax._alternation.backbone import rated
 from cronos_flax._alternation.defaults import DECAYS
+from cronos_flax._solver.transfer import on_device
 
 ALTERNATION, STRICT, FROZEN, PROBE = "cronos-am", "cronos-am-strict", "cronos", "linear-probe"
 SOLVED_FIRST, PROBED_FIRST = "cronos-ft", "lp-ft"
@@ -32,7 +35,7 @@ class Baseline(NamedTuple):
     the parameters to evaluate, where these are not the ones trained.
     """
 
-    make: Callable[[float], optax.GradientTransformation]
+    make: Callable[[float | Array], optax.GradientTransformation]
     low: float
     high: float
     usual: float | None = None
@@ -139,11 +142,27 @@ def grid(method: str, rates: int, span: tuple[float, float] | None = None, rando
     return [float(f"{10**exponent:.3g}") for exponent in exponents]
 
 
-@functools.lru_cache(maxsize=64)
-def optimizer(name: str, rate: float, decays: bool = False) -> optax.GradientTransformation:
-    """The optimizer of this name; the same object each time, so that its step is compiled once."""
-    tx = BASELINES[name].make(rate)
+@functools.cache
+def optimizer(name: str, decays: bool = False) -> optax.GradientTransformation:
+    """The optimizer of this name, its rate in its state: one object for all rates, so its step is compiled once."""
+
+    def make(rate: float | Array) -> optax.GradientTransformation:
+        return BASELINES[name].make(rate)
+
+    tx = optax.inject_hyperparams(make)(rate=1.0)
     return rated(tx) if decays else tx
+
+
+def at_rate(state: TrainState, rate: float) -> Any:
+    """A state of an :func:`optimizer` before its first step, at this rate."""
+    return state.replace(opt_state=optax.tree.set(state.opt_state, rate=on_device(rate, jnp.float32)))
+
+
+@functools.cache
+def evaluated(name: str) -> Callable[[Any, Any], Any] | None:
+    """What gives the parameters to evaluate from the state of an :func:`optimizer` and those that are trained."""
+    evaluate = BASELINES[name].evaluate
+    return None if evaluate is None else lambda opt_state, params: evaluate(opt_state.inner_state, params)
 
 
 class BaselineState(TrainState):

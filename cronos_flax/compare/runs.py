@@ -15,13 +15,14 @@ from cronos_flax.compare.frozen import Start, probe_first, probed, scored, solve
 from cronos_flax.compare.methods import (
     BACKBONE,
     BACKBONE_RATE,
-    BASELINES,
     FROZEN,
     PROBE,
     PROBED_FIRST,
     SOLVED_FIRST,
     STRICT,
     BaselineState,
+    at_rate,
+    evaluated,
     optimizer,
     parts_of,
 )
@@ -106,17 +107,18 @@ def _started(task: Task, run: Run) -> tuple[Any, Start | None]:
     common = {"apply_fn": model.apply, "params": variables["params"], "model_state": collections}
     if not parts.alternates:
         assert parts.optimizer is not None
-        tx = optimizer(parts.optimizer, run.rate, parts.decay is not None)
-        evaluate = BASELINES[parts.optimizer].evaluate
-        return BaselineState.create(**common, tx=tx, evaluate=evaluate, run_decay=parts.decay), start
-    tx = optimizer(BACKBONE, BACKBONE_RATE) if parts.optimizer is None else optimizer(parts.optimizer, run.rate)
+        assert run.rate is not None
+        tx, evaluate = optimizer(parts.optimizer, parts.decay is not None), evaluated(parts.optimizer)
+        baseline = BaselineState.create(**common, tx=tx, evaluate=evaluate, run_decay=parts.decay)
+        return at_rate(baseline, run.rate), start
     state = CronosTrainState.create(
         **common,
-        tx=tx,
+        tx=optimizer(parts.optimizer or BACKBONE),
         head=task.head_in_training,
         solver=Cronos(loss=task.loss),
         alternation=_PAPER if parts.kind == STRICT else Alternation(),
     )
+    state = at_rate(state, BACKBONE_RATE if run.rate is None else run.rate)
     if parts.kind == SOLVED_FIRST:
 
         def solved() -> Any:

@@ -23,12 +23,13 @@ import numpy as np
 from resnet import MEAN, STD, ResNet, read_safetensors, variables_of
 from rows import Row, kept, missing, parser
 from sklearn.linear_model import LogisticRegressionCV
+from suite import optimizer
 
 import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.frozen import Linear, in_head
-from cronos_flax.compare.methods import BaselineState, optimizer
+from cronos_flax.compare.methods import BaselineState
 
 ROWS, SCORED, BATCH, HIDDEN, CLASSES = 1000, 1000, 50, 64, 10
 EPOCHS, OURS_EPOCHS = 10, 9  # of about the same CPU time

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from rows import Row, kept, missing, parser
 from suite_tasks import DECAYS, DEVELOPMENT, GRID, LIMIT, REPORTED, TASKS, Places, Rows
 
@@ -32,7 +33,7 @@ import cronos_flax as cf
 from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare import style
 from cronos_flax.compare.budget import expected_best
-from cronos_flax.compare.methods import BASELINES, BaselineState, optimizer
+from cronos_flax.compare.methods import BASELINES, BaselineState
 from cronos_flax.compare.task import targets_for
 
 PARTS = {
@@ -145,6 +146,13 @@ DECAYED = (OURS, EARLY, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "
 TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer in ("adam", "sgd", "prodigy"))
 USUAL = {"reported": CHOSEN, "tuned": (OURS, *TUNED), "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | UNCHOSEN_RATED | FREE_RATED
+
+
+@functools.cache
+def optimizer(name: str, rate: float, decays: bool = False) -> optax.GradientTransformation:
+    """The same object each time, so that its step is compiled once."""
+    tx = BASELINES[name].make(rate)
+    return rated(tx) if decays else tx
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class Block(nn.Module):
         size, stride = (self.kernel,) * 2, (self.stride,) * 2
         if self.expansion > 1:
             y = nn.relu6(norm("expand_norm", train)(nn.Conv(wide, (1, 1), use_bias=False, name="expand")(y)))
-        each = {"feature_group_count": wide, "conv_general_dilated": by_shifts if ON_CPU else None}
+        each: dict[str, Any] = {"feature_group_count": wide, "conv_general_dilated": by_shifts if ON_CPU else None}
         depthwise = nn.Conv(wide, size, stride, use_bias=False, name="depthwise", **each)
         y = nn.relu6(norm("depthwise_norm", train)(depthwise(y)))
         y = norm("project_norm", train)(nn.Conv(self.channels, (1, 1), use_bias=False, name="project")(y))
