@@ -358,8 +358,8 @@ def test_the_line_search_takes_the_least_estimate_and_shortens_until_the_loss_fa
         return lambda length: jnp.asarray(values, float)[jnp.argmin(jnp.abs(jnp.asarray(LENGTHS) - length))]
 
     tried = cf.Refreshed(step_lengths=LENGTHS, damping_factors=(0.25, 1.0, 2.0, 4.0))
-    found = refreshed.search(at(losses), at(estimates), jnp.asarray(5.0), tried)
-    assert (int(found[0]), float(found[1])) == (index, value)
+    found = refreshed.search(lambda length: (at(losses)(length), length), at(estimates), (jnp.asarray(5.0), 0.0), tried)
+    assert (int(found[0]), float(found[1]), float(found[2])) == (index, value, LENGTHS[index])
 
 
 def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
@@ -379,6 +379,7 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
             np.testing.assert_allclose(programs.norms(after.A.T), 1, rtol=1e-12)
             np.testing.assert_allclose(after.Z, rows.X @ after.U, atol=1e-9)
             again = refreshed.init(rows, after.U, after.A, after.b, beta, after.damping, after.last)
+            np.testing.assert_allclose(after.outputs, again.outputs, atol=1e-9)
             assert float(after.objective) == pytest.approx(float(again.objective), rel=1e-9)
             assert float(after.objective) < float(before.objective)
             factors = [np.clip(f * float(before.damping), 1e-3, 10.0) for f in tried.damping_factors]

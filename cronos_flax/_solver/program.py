@@ -100,8 +100,12 @@ def network_objective(
     rows: Rows, A: Directions, b: Bias, beta: Scalar, U: Neurons, Z: Activations, D: Gates | None = None
 ) -> Scalar:
     """Regularised loss of the network with neurons U and directions A of any length."""
-    penalty = jnp.sum(norms(U) * jnp.linalg.norm(A, axis=1))
-    return rows.value(network_outputs(rows, A, b, Z, D)) + beta * penalty
+    return objective_of(rows, network_outputs(rows, A, b, Z, D), A, beta, U)
+
+
+def objective_of(rows: Rows, outputs: Outputs, A: Directions, beta: Scalar, U: Neurons) -> Scalar:
+    """The same of a network with these outputs."""
+    return rows.value(outputs) + beta * jnp.sum(norms(U) * jnp.linalg.norm(A, axis=1))
 
 
 def group_prox(U: Neurons, threshold: Scalar) -> Neurons:

@@ -23,30 +23,39 @@ from cronos_flax._solver.gauss_newton import (
     floored,
     gradient,
 )
-from cronos_flax._solver.program import dead, network_objective, network_outputs, norms, random_neurons, unit_rows
+from cronos_flax._solver.program import (
+    dead,
+    network_objective,
+    network_outputs,
+    norms,
+    objective_of,
+    random_neurons,
+    unit_rows,
+)
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Program
-from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Scalar
+from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Outputs, Scalar
 
 _QUARTERED = 30  # how often outputs that are too large may be divided by four
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["U", "A", "b", "Z", "objective", "has_dead", "damping", "cg_steps", "last"],
+    data_fields=["U", "A", "b", "Z", "outputs", "objective", "has_dead", "damping", "cg_steps", "last"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Iterate:
     """What one step hands to the next.
 
-    Network, ``Z = X U``, objective, whether there are dead neurons, damping μ, CG steps so far, and the last step.
+    Network, ``Z = X U``, outputs, objective, whether there are dead neurons, damping μ, CG steps so far, last step.
     """
 
     U: Neurons
     A: Directions
     b: Bias
     Z: Activations
+    outputs: Outputs
     objective: Scalar
     has_dead: Bool[Array, ""]
     damping: Scalar
@@ -63,8 +72,9 @@ def unmoved(U: Neurons, A: Directions, b: Bias) -> Step:
 def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: Scalar, last: Step) -> Iterate:
     """The iterate for a start from the network (U, A, b), after this last step."""
     Z = rows.X @ U
-    objective = network_objective(rows, A, b, beta, U, Z)
-    return Iterate(U, A, b, Z, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32), last)
+    outputs = network_outputs(rows, A, b, Z)
+    objective = objective_of(rows, outputs, A, beta, U)
+    return Iterate(U, A, b, Z, outputs, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32), last)
 
 
 def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
@@ -87,7 +97,10 @@ def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
     values = jax.lax.map(objective, shares)
     best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     U, b, Z = at(shares[best])
-    return dataclasses.replace(iterate, U=U, b=b, Z=Z, objective=values[best], has_dead=jnp.any(dead(U)))
+    outputs = network_outputs(rows, iterate.A, b, Z)
+    return dataclasses.replace(
+        iterate, U=U, b=b, Z=Z, outputs=outputs, objective=values[best], has_dead=jnp.any(dead(U))
+    )
 
 
 shrunk = Program(_shrunk, few=ONCE)
@@ -103,7 +116,7 @@ def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:
     lives = norms(U) > 0
     outputs = network_outputs(rows, iterate.A, iterate.b, jnp.where(lives[None, :], Z, 0))
     lower = unit_rows(-adjoint(jax.nn.relu(Z), rows.center(rows.gradient(outputs))), iterate.A)
-    return dataclasses.replace(iterate, U=U, Z=Z, A=jnp.where(lives[:, None], iterate.A, lower))
+    return dataclasses.replace(iterate, U=U, Z=Z, A=jnp.where(lives[:, None], iterate.A, lower), outputs=outputs)
 
 
 def _revived(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
@@ -115,32 +128,34 @@ revived = Program(_revived, few=ONCE)
 
 
 def search(
-    objective: Callable[[Scalar], Scalar],
+    reached: Callable[[Scalar], tuple[Scalar, Outputs]],
     estimate: Callable[[Scalar], Scalar] | None,
-    now: Scalar,
+    now: tuple[Scalar, Outputs],
     settings: Refreshed,
-) -> tuple[Array, Scalar]:
+) -> tuple[Array, Scalar, Outputs]:
     """The step length of least estimated objective, or the next shorter one that lowers the objective.
 
-    Without an estimate the objective itself is tried at every length, and the least taken. Returns the index of the
-    length in their list, whose last is 0, and the objective there.
+    Without an estimate the objective itself is tried at every length, and the least taken. ``reached`` gives the
+    objective and the outputs at a length; ``now`` are those at 0. Returns the index of the length in their list, whose
+    last is 0, and these.
     """
-    lengths = jnp.asarray(settings.step_lengths, now.dtype)
-    values = jax.lax.map(objective if estimate is None else estimate, lengths)
+    objective, outputs = now
+    lengths = jnp.asarray(settings.step_lengths, objective.dtype)
+    values = jax.lax.map((lambda length: reached(length)[0]) if estimate is None else estimate, lengths)
     first = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     if estimate is None:  # what no length lowers, a shorter one does not
-        chosen = jnp.where(values[first] < now, first, len(lengths) - 1)
-        return chosen, values[chosen]
+        chosen = jnp.where(values[first] < objective, first, len(lengths) - 1)
+        return chosen, values[chosen], reached(lengths[chosen])[1]
 
     def rises(carry: tuple) -> Array:
-        index, value = carry
-        return ~(value < now) & (index < len(lengths) - 1)
+        index, value, _ = carry
+        return ~(value < objective) & (index < len(lengths) - 1)
 
     def shorten(carry: tuple) -> tuple:
-        index, _ = carry
-        return index + 1, objective(lengths[index + 1])
+        index, _, _ = carry
+        return index + 1, *reached(lengths[index + 1])
 
-    return jax.lax.while_loop(rises, shorten, (first - 1, jnp.full_like(now, jnp.inf)))
+    return jax.lax.while_loop(rises, shorten, (first - 1, jnp.full_like(objective, jnp.inf), outputs))
 
 
 def step(
@@ -174,7 +189,7 @@ def step(
     D, Z = alive.Z > 0, jnp.where((norms(U) > 0)[None, :], alive.Z, 0)
     size = floored(U, settings)
     H = jnp.where(D, Z, 0) / size[None, :] if A.shape[1] > 1 else None
-    model = LocalModel(rows, D, H, A, network_outputs(rows, A, b, Z), 1.0)
+    model = LocalModel(rows, D, H, A, alive.outputs, 1.0)
     sampled = model if index is None else model.take(index)
     g = gradient(model, beta, U)
     decided = known if precise is None else precise
@@ -191,9 +206,10 @@ def step(
             None if b is None or delta.b is None else b + length * delta.b,
         )
 
-    def objective(length: Scalar) -> Scalar:
+    def reached(length: Scalar) -> tuple[Scalar, Outputs]:
         U, A, b = moved(length)
-        return network_objective(rows, A, b, beta, U, Z + length * Z_delta)
+        outputs = network_outputs(rows, A, b, Z + length * Z_delta)
+        return objective_of(rows, outputs, A, beta, U), outputs
 
     estimate = None
     if tried is not None:
@@ -205,7 +221,7 @@ def step(
             U, A, b = moved(length)
             return network_objective(some, A, b, share, U, Z_some + length * Z_delta_some)
 
-    chosen, value = search(objective, estimate, iterate.objective, settings)
+    chosen, value, outputs = search(reached, estimate, (iterate.objective, iterate.outputs), settings)
     length = jnp.asarray(settings.step_lengths, U.dtype)[chosen]
     damping = iterate.damping * jnp.asarray(settings.damping_factors, U.dtype)[chosen]
     U, A, b = moved(length)
@@ -216,6 +232,7 @@ def step(
         A=A / growth[:, None],
         b=b,
         Z=(Z + length * Z_delta) * growth[None, :],
+        outputs=outputs,
         objective=value,
         has_dead=jnp.any(dead(U)),
         damping=jnp.clip(damping, *settings.damping_range),
