@@ -1,8 +1,9 @@
 """β chosen anew in the middle of a run, by the loss on rows that the run has not seen.
 
-How strong a weight decay should be depends on the data and on their number: on pictures the best falls as rows are
-added, on others it stays (docs/benchmarks/suite.md). Gradient steps have the weight decay of the solves, so a wrong one
-bounds what the whole run can reach. Rows that were held back from the first part of a run show it.
+How strong the weight decay should be depends on the data and on the number of rows: on pictures the best one falls as
+rows are added, on other data it stays (docs/benchmarks/suite-choices.md). Gradient steps have the weight decay of the
+solves, so a wrong one bounds what the whole run can reach. Rows that were held back from the first part of a run show
+which one is right.
 """
 
 import dataclasses

@@ -231,6 +231,12 @@ def share(runs: list[Row]) -> float:
     return sum(row["solving"] for row in runs) / sum(row["seconds"] for row in runs)
 
 
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
 class Scores(NamedTuple):
     """What methods reach on tasks: those that have been run on all of them, with the same seeds."""
 
@@ -264,25 +270,33 @@ class Scores(NamedTuple):
         return mean_ranks(self.means)
 
     def table(self) -> str:
-        """Mean rank, of each seed alone too; mean accuracies; the most under the best of a task; pairs; accuracies."""
+        """Mean rank, of each seed alone too; mean accuracy; the most under the best of a task; pairs. Then by task."""
         means, before = self.means, self.ends("before").mean(axis=(1, 2))
         each = np.stack([mean_ranks(ends) for ends in np.moveaxis(self.ends(), 2, 0)], axis=1)
         under = np.max(means.max(axis=0) - means, axis=1)
         mine = next((name for name in (OURS, FREE) if name in self.methods), self.methods[0])
         first = means[self.methods.index(mine)]
-        columns = "mean rank", "of each seed", "mean", "mean an epoch before", "furthest under", f"{mine} ahead on"
-        lines = [f"| method | {' | '.join((*columns, *self.tasks))} | rejected | solving |"]
-        lines.append("|---" * (len(self.tasks) + 9) + "|")
-        for i in np.lexsort((-means.mean(axis=1), self.ranks)):
+        order = np.lexsort((-means.mean(axis=1), self.ranks))
+        rows = []
+        for i in order:
             cells = [self.methods[i], f"{self.ranks[i]:.2f}", ", ".join(f"{rank:.2f}" for rank in each[i])]
             cells += [f"{means[i].mean():.2f}", f"{before[i]:.2f}", f"{under[i]:.2f}"]
             cells += [f"{np.sum(first > means[i])}" if self.methods[i] != mine else ""]
-            cells += [f"{value:.2f}" for value in means[i]]
             cells += [f"{sum(row['rejections'] for runs in self.runs[i] for row in runs):.0f}"]
             most = max(map(share, self.runs[i]))
-            cells += [f"{100 * most:.0f} %" if most else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+            rows.append([*cells, f"{100 * most:.0f} %" if most else ""])
+        columns = ["method", "mean rank", "of each seed", "mean", "mean an epoch before", "furthest under"]
+        summary = markdown([*columns, f"{mine} ahead on", "rejected", "solving"], rows)
+        return f"{summary}\n\n{self.by_task([int(i) for i in order])}"
+
+    def by_task(self, order: list[int]) -> str:
+        """Accuracies in %, of methods in this order: tasks are the rows, unless there are more methods than tasks."""
+        methods = [self.methods[i] for i in order]
+        cells = [[f"{value:.2f}" for value in self.means[i]] for i in order]
+        if len(methods) > len(self.tasks):
+            return markdown(["method", *self.tasks], [[name, *own] for name, own in zip(methods, cells, strict=True)])
+        turned = zip(*cells, strict=True)
+        return markdown(["task", *methods], [[task, *own] for task, own in zip(self.tasks, turned, strict=True)])
 
     def pair(self) -> str:
         """The first of two methods less the second, paired by seed, ± standard error, by task and of the mean."""
@@ -315,7 +329,7 @@ def rates_table(rows: list[Row], seeds: int) -> str:
     """Accuracy at the end by rate, and what a run must not do: end below its first solve, or far under its grid."""
     of = {(row["task"], row["method"], row["seed"]): row for row in rows}
     columns = "the seven rates", "below the first solve", "furthest under the median", "lowest rate", "below .01, told"
-    lines = [f"| task | optimizer | steps | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    lines: list[list[str]] = []
     kinds = {"limited": RATED, "limited, β not chosen": UNCHOSEN_RATED, "not limited": FREE_RATED}
     for task, name, kind in itertools.product(GRID, LOWEST, kinds):
         methods = [method for method, setting in kinds[kind].items() if setting.optimizer == name]
@@ -330,19 +344,20 @@ def rates_table(rows: list[Row], seeds: int) -> str:
         cells += [f"{len(below)}, by {min(below):.1f} to {max(below):.1f}" if below else "0"]
         cells += [f"{np.max(np.median(ends, axis=1, keepdims=True) - ends):.1f}"]
         cells += [f"{min(row['rate'] for row in runs):.2g}", f"{len(low)}, {sum(bool(r['warned']) for r in low)}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["task", "optimizer", "steps", *columns], lines)
 
 
 def tuned_table(scores: Scores) -> str:
     """CRONOS-AM less the best setting of each optimizer on each task; and what random search finds of its settings."""
-    ours, lines = scores.ends()[scores.methods.index(OURS)], []
+    ours = scores.ends()[scores.methods.index(OURS)]
     counts = (1, 2, 4, 8)
-    head = ["optimizer", "settings", "mean of the best", "ahead on", "furthest behind", *scores.tasks]
+    head = ["optimizer", "settings", "mean of the best", "ahead on", "furthest behind"]
     drawn = ["optimizer", *(f"best of {count}" for count in counts), "of all", f"draws to match {OURS}"]
     drawn.append(f"chosen with the other seeds, less {OURS}")
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    searches = [f"{OURS}, one setting: {ours.mean():.2f}", "", f"| {' | '.join(drawn)} |", "|---" * len(drawn) + "|"]
+    summary: list[list[str]] = []
+    searches: list[list[str]] = []
+    gaps: dict[str, list[str]] = {}
     groups = {name: [name] for name in dict.fromkeys(METHODS[m].optimizer for m in scores.methods if m != OURS)}
     for group, names in (groups | {"all": list(groups)}).items():
         own = [i for i, m in enumerate(scores.methods) if m != OURS and METHODS[m].optimizer in names]
@@ -352,9 +367,8 @@ def tuned_table(scores: Scores) -> str:
         best = np.argmax(means, axis=0)
         apart = ours.mean(axis=1) - means.max(axis=0)
         cells = [group, f"{len(own)}", f"{means.max(axis=0).mean():.2f}", f"{np.sum(apart > 0)}", f"{-apart.min():.2f}"]
-        for gap, i in zip(apart, best, strict=True):
-            cells.append(f"{gap:+.2f} ({scores.methods[own[i]]})")
-        lines.append(f"| {' | '.join(cells)} |")
+        summary.append(cells)
+        gaps[group] = [f"{gap:+.2f} ({scores.methods[own[i]]})" for gap, i in zip(apart, best, strict=True)]
         expected = np.mean([expected_best(of, of) for of in means.T], axis=0)  # of each task, by its own scores
         enough = np.flatnonzero(expected >= ours.mean())
         found = [f"{expected[count - 1]:.2f}" if count <= len(own) else "" for count in counts]
@@ -365,8 +379,11 @@ def tuned_table(scores: Scores) -> str:
             others = np.delete(each, seed, axis=2).mean(axis=2)
             there = each[np.argmax(others, axis=0), np.arange(len(scores.tasks)), seed]
             fair.append(f"{there.mean() - ours[:, seed].mean():+.2f}")
-        searches.append(f"| {' | '.join([group, *found, f'{expected[-1]:.2f}', matched, ', '.join(fair)])} |")
-    return "\n".join([*lines, "", *searches])
+        searches.append([group, *found, f"{expected[-1]:.2f}", matched, ", ".join(fair)])
+    turned = zip(*gaps.values(), strict=True)
+    by_task = markdown(["task", *gaps], [[task, *own] for task, own in zip(scores.tasks, turned, strict=True)])
+    one = f"{OURS}, one setting: {ours.mean():.2f}"
+    return "\n\n".join([markdown(head, summary), by_task, one, markdown(drawn, searches)])
 
 
 def main() -> None:
