@@ -66,8 +66,8 @@ class Cronos:
         loss: ``"squared"`` (``½‖f − y‖²``), ``"softmax"`` (labels, or probabilities), ``"logistic"`` (y in [0, 1]),
             ``"huber"``, ``"hinge"`` (y = ±1), or a :class:`cronos_flax.Loss`.
         beta: weight decay, ``≥ 0``. None takes the fraction ``beta_ratio`` of β_max, the smallest weight decay at which
-            the best network is constant. ``"path"`` tries seven values from β_max/10 to β_max/10,000, chooses the one of
-            least loss on held-out rows, and fits all rows with it.
+            the best network is constant. ``"path"`` tries seven values from β_max/10 to β_max/10,000, chooses the one
+            of least loss on held-out rows, and fits all rows with it.
         rho: ADMM's first penalty, or the first damping of the refreshed path, ``> 0``; None takes 1. The solver adapts
             it, except with ``cf.NystromPCG``.
         gates: ``"refreshed"`` renews the ReLU gates at every iteration and lowers the loss of the network itself. The
