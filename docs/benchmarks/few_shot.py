@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rows import kept, parser
+from rows import Row, kept, parser
 from sentences import example as text
 from sentences import texts_of
 from suite_features import example as images
@@ -151,9 +151,35 @@ def main() -> None:
         cli.main(["compare", *data.split(), *runs.split(), *how.split()])
         args.out.write_text("".join(path.read_text() for path in sorted(where.glob("shots-*/results.jsonl"))))
     sweeps: dict[int, list[Any]] = {}
-    for row in kept(args.out):
+    for row in whole(kept(args.out)):
         sweeps.setdefault(row["shots"], []).append(row)
     print(shots.table(sweeps))
+    for rows in sweeps.values():
+        by_rate(rows)
+
+
+def whole(rows: list[Row]) -> list[Row]:
+    """The rows of the seeds that all methods and rates have been run with."""
+    cells = {(row["method"], row["rate"]) for row in rows}
+    done = {(row["method"], row["rate"], row["seed"]) for row in rows}
+    return [row for row in rows if all((*cell, row["seed"]) in done for cell in cells)]
+
+
+def by_rate(rows: list[Row]) -> None:
+    """Print the test accuracy at the end of the run for each rate, mean over seeds, and the range over rates."""
+    last = {
+        (row["method"], row["rate"], row["seed"]): row for row in rows
+    }  # later checks take the place of earlier ones
+    rates = sorted({rate for method, rate, _ in last if ":adam" in method})
+    print("At the end of the run, whatever validation says, by rate:\n")
+    print(f"| method | {' | '.join(f'{rate:g}' for rate in rates)} | highest less lowest |")
+    print("|---" * (len(rates) + 2) + "|")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ends = [[100 * r["test_accuracy"] for k, r in last.items() if k[:2] == (method, rate)] for rate in rates]
+        if all(ends):
+            means = [float(np.mean(end)) for end in ends]
+            cells = [method, *(f"{mean:.1f}" for mean in means), f"{max(means) - min(means):.1f}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
