@@ -616,6 +616,18 @@ def test_features_that_float32_hardly_tells_apart_are_told_of(mean, told):
     assert (stats.objective > 0.9 * stats.null_loss) == told
 
 
+def test_a_state_goes_on_with_its_own_gates_only():
+    """One of "paired" went on under "fixed", with its random gates, without a word."""
+    X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")
+    solvers = {g: cf.Cronos(gates=g, beta=1e-3, max_iters=2) for g in ("refreshed", "fixed", "paired", "gated")}
+    states = {gates: solver.solve(X, X[:, 0], hidden=8).state for gates, solver in solvers.items()}
+    for gates, solver in solvers.items():
+        for others in solvers.keys() - {gates}:
+            got = "a RefreshedState" if others == "refreshed" else f"a HeldState of gates='{others}'"
+            with pytest.raises(ValueError, match=f"of a solve with gates='{gates}', got {got}"):
+                solver.solve(X, X[:, 0], state=states[others])
+
+
 def test_a_network_whose_hidden_neurons_are_off_in_all_rows_is_left():
     """No gradient reaches such neurons: it ended at the best constant, as "stationary"."""
     X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")

@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_refused():
         GATED.solve(X * np.nan, y, hidden=3)
     fixed = dataclasses.replace(GATED, gates="fixed", max_iters=2)
     gated_state, fixed_state = GATED.solve(X, y, init=init).state, fixed.solve(X, y, init=relu).state
-    with pytest.raises(ValueError, match=r"with gates='fixed', got a HeldState of a gated network\. Set gates="):
+    with pytest.raises(ValueError, match=r"with gates='fixed', got a HeldState of gates='gated'\. Set gates="):
         fixed.solve(X, y, state=gated_state)
     with pytest.raises(ValueError, match="with gates='gated', got a HeldState"):
         GATED.solve(X, y, state=fixed_state)

@@ -299,12 +299,13 @@ def start(
             either = "a cf.GatedTwoLayer or a cf.TwoLayer" if gates == "gated" else "a cf.TwoLayer"
             raise ValueError(f"solve: `init` must be {either}, got {type(init).__name__}.")
         return _network("init", init, shape, y), init.kernel2.shape[0]
-    is_gated = isinstance(getattr(state, "params", None), GatedTwoLayer)
-    if not isinstance(state, RefreshedState if gates == "refreshed" else HeldState) or is_gated != (gates == "gated"):
-        advice = 'Set gates="gated".' if is_gated else "To start from a network alone pass init=solution.params."
+    of_gates = state.gates if isinstance(state, HeldState) else "refreshed" * isinstance(state, RefreshedState)
+    if of_gates != gates:
+        init = "To start from a network alone pass init=solution.params."
+        advice = {"gated": 'Set gates="gated".', "": init}.get(of_gates, f'Set gates="{of_gates}". {init}')
         raise ValueError(
-            f"solve: `state` must be the state of a solve with gates={gates!r}, got a "
-            f"{type(state).__name__}{' of a gated network' * is_gated}. {advice}"
+            f"solve: `state` must be the state of a solve with gates={gates!r}, got a {type(state).__name__}"
+            f"{f' of gates={of_gates!r}' if of_gates else ''}. {advice}"
         )
     if isinstance(state, HeldState) and state.D.shape[0] != shape[0]:
         raise ValueError(

@@ -333,5 +333,6 @@ def held(
             last.iteration,
             last.kappa_of_split,
             mark,
+            problem.gates,
         ),
     )

@@ -294,14 +294,14 @@ class RefreshedState:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "hidden_plus_dual", "D", "A", "S_plus_dual", "Z_plus_dual", "z", "rho", "iteration", "mark"],
-    meta_fields=["kappa"],
+    meta_fields=["kappa", "gates"],
 )
 @dataclasses.dataclass(frozen=True)
 class HeldState:
     """Where a solve with held gates stands between calls, in the user's units.
 
-    With other rows of the same number, told by ``mark``, the gates are those that its network has on these; for
-    ``gates="paired"`` random ones.
+    It is continued with the same ``gates`` only. With other rows of the same number, told by ``mark``, the gates are
+    those that its network has on these; for ``gates="paired"`` random ones.
     """
 
     params: Network
@@ -315,3 +315,4 @@ class HeldState:
     iteration: Array
     kappa: float
     mark: Array
+    gates: str
