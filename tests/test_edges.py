@@ -616,6 +616,31 @@ def test_features_that_float32_hardly_tells_apart_are_told_of(mean, told):
     assert (stats.objective > 0.9 * stats.null_loss) == told
 
 
+@pytest.mark.parametrize(("times", "told"), [(1.0, False), (1e6, True)])
+def test_rows_beside_which_all_others_are_next_to_nothing_are_told_of(times, told):
+    """The default weight decay was that of two rows, and all others got the best constant, without a word."""
+    X = np.random.default_rng(0).normal(size=(500, 5)).astype("float32")
+    y = np.abs(X[:, 0])
+    X[7:9] *= np.float32(times)
+    with pytest.warns(UserWarning, match="rows of about one size") if told else contextlib.nullcontext():
+        stats = cf.Cronos().solve(X, y, hidden=16).stats
+        assert (stats.objective > 0.5 * stats.null_loss) == told
+    if told:  # what the warning says
+        stats = cf.Cronos().solve(X, y, hidden=16, sample_weight=(np.abs(X).max(axis=1) < 1e3).astype("float32")).stats
+        assert stats.objective < 0.2 * stats.null_loss
+
+
+def test_residuals_at_which_the_huber_loss_is_flat_are_told_of():
+    """With targets of 1e9 the solve ended at the best constant, as "stationary", without a word."""
+    X = np.random.default_rng(0).normal(size=(500, 5)).astype("float32")
+    y = np.float32(1e9) * np.abs(X[:, 0])
+    with pytest.warns(UserWarning, match="`delta` of cf.Huber should be in the units of y"):
+        stats = cf.Cronos(loss="huber").solve(X, y, hidden=16).stats
+    assert stats.objective > 0.9 * stats.null_loss
+    stats = cf.Cronos(loss=cf.Huber(1e9)).solve(X, y, hidden=16).stats
+    assert stats.objective < 0.2 * stats.null_loss
+
+
 def test_a_state_goes_on_with_its_own_gates_only():
     """One of "paired" went on under "fixed", with its random gates, without a word."""
     X = np.random.default_rng(0).normal(size=(200, 5)).astype("float32")

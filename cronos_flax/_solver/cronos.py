@@ -278,7 +278,7 @@ class Cronos:
             first: Any = getattr(start, "params", start)
             rows = betas.choosable(features, targets, weight, order)
             solution = self._solve_on_path(rows, first, m, key, callback, validation)
-            doubts.warn_if_far_from_zero(features, solution)
+            doubts.warn_of_units(features, weight, loss_of(self.loss), solution)
             return solution
         is_weighted = sample_weight is not None and checks.concrete(weight)
         if self.gates == "refreshed" and is_weighted and isinstance(features, Array) and order is None:
@@ -288,7 +288,7 @@ class Cronos:
             elif not counts.all():  # rows stay on their devices
                 order = on_device(np.flatnonzero(counts), np.int32)
         solution = self._solve_checked(features, targets, weight, start, m, key, callback, order)
-        doubts.warn_if_far_from_zero(features, solution)
+        doubts.warn_of_units(features, weight, loss_of(self.loss), solution)
         return solution
 
     def _solve_checked(

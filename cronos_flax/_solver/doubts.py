@@ -8,14 +8,18 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.losses import Huber
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, Status, TwoLayer
 from cronos_flax._solver.transfer import on_host
-from cronos_flax._solver.types import Scalar
+from cronos_flax._solver.types import RowVector, Scalar
 from cronos_flax._solver.user_warnings import warn
 
 _NOTHING = 0.999  # of the loss of the best constant: what explains less is no more than the constant
 _LITTLE = 0.2  # of it left: then the features are looked at
+_SMALL = 1e-3  # of the root mean squared norm of rows: where the median is below, a few rows set it
+_FLAT = 1e6  # residuals, in deltas of Huber's loss, from which on its curvature is lost
 _ROUNDED = 1e-4  # rounding of the features, relative to how much they vary, from which on solves end early
 
 
@@ -32,17 +36,34 @@ def is_lost(solution: Solution) -> bool:
     return _ended_above(_NOTHING, solution)
 
 
-def warn_if_far_from_zero(X: Any, solution: Solution) -> None:
-    """Warn if a solve explains little, and the features are so far from zero that float32 hardly tells rows apart."""
+def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None:
+    """Warn if a solve explains little, and the units of features or targets are such that it could not explain more.
+
+    Features may be so far from zero that float32 hardly tells rows apart, or next to nothing beside a few rows.
+    Residuals may be so large that Huber's loss has next to no curvature.
+    """
     if not isinstance(X, Array) or not concrete(X) or not _ended_above(_LITTLE, solution):
         return
-    ratio, reached, null = map(float, on_host((automatically(_distance, X), *_losses(solution))))
+    figures = automatically(_distance, X), automatically(_typical, X, weight), *_losses(solution)
+    ratio, typical, reached, null = map(float, on_host(figures))
+    explained = f"the loss is {reached:.4g}, where the best constant has {null:.4g}"
     if ratio * float(jnp.finfo(X.dtype).eps) > _ROUNDED:
         warn(
             f"solve: `X` should vary around zero, got columns that lie {ratio:.2g} times as far from zero as they "
-            f"vary: in {X.dtype} rounding hides what tells the rows apart, and the loss is "
-            f"{reached:.4g}, where the best constant has {null:.4g}. "
+            f"vary: in {X.dtype} rounding hides what tells the rows apart, and {explained}. "
             "Subtract the mean of each column, as scikit-learn's StandardScaler does."
+        )
+    if typical < _SMALL:
+        warn(
+            f"solve: `X` should have rows of about one size, got a median norm of {typical:.2g} of the root mean "
+            f"square: a few rows set the units and the weight decay, and {explained}. Remove these rows, give them a "
+            "weight of zero, or bring their features into the range of the others, by numpy.clip."
+        )
+    if isinstance(loss, Huber) and null > _FLAT * loss.delta**2:
+        warn(
+            f"solve: `delta` of cf.Huber should be in the units of y, got {loss.delta:.4g} for residuals of about "
+            f"{null / loss.delta:.2g}: there the loss has no curvature, and {explained}. Give "
+            "cf.Cronos(loss=cf.Huber(delta=...)) the size of residuals that are no outliers, or divide y by its size."
         )
 
 
@@ -64,3 +85,12 @@ def _distance(X: Float[Array, "n p"]) -> Scalar:
     """How far the mean of the rows is from zero, in root mean squared distances of rows from it."""
     mean = jnp.mean(X, axis=0)
     return jnp.linalg.norm(mean) / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(X - mean), axis=1)))
+
+
+@jax.jit
+def _typical(X: Float[Array, "n p"], weight: RowVector) -> Scalar:
+    """The median norm of the rows that are not zero, relative to the root mean square of all norms."""
+    largest = jnp.max(jnp.abs(X))
+    squares = jnp.sum(jnp.square(X / jnp.where(largest > 0, largest, 1)), axis=1)
+    median = jnp.nanmedian(jnp.where((squares > 0) & (weight > 0), squares, jnp.nan))
+    return jnp.sqrt(median / (weight @ squares / jnp.sum(weight)))
