@@ -192,6 +192,64 @@ def test_an_nnx_model_with_dropout_is_found_to_have_a_mask_too():
         cf.nnx.fit_head(head, model, (TOKENS[SECOND], LABELS[SECOND]), solver=SOLVER)
 
 
+class TimeFirst(nn.Module):
+    """Means over time of ``(time, batch, features)``, where a mask ``(time, batch)`` lets them through."""
+
+    @nn.compact
+    def __call__(self, tokens, mask=None, table=None):
+        x = nn.tanh(nn.Dense(D)(tokens if table is None else tokens + table[:, None]))
+        counts = jnp.ones(tokens.shape[:2]) if mask is None else mask.astype(x.dtype)
+        x = jnp.sum(x * counts[..., None], axis=0) / jnp.maximum(jnp.sum(counts, axis=0), 1)[:, None]
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(x)))
+
+
+@pytest.mark.parametrize("length", [3, L, N])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_mask_with_time_first_is_found(length, full):
+    """All other rows got it: only the first axis was looked at."""
+    tokens = rng.normal(size=(length, N, D)).astype("float32")
+    mask = np.ones((length, N), bool) if full else np.arange(length)[:, None] < rng.integers(1, length + 1, N)
+    table = rng.normal(size=(length, D)).astype("float32")
+    variables = drawn(TimeFirst(), jax.random.key(0), tokens, mask, table)
+    head = cf.find_head(TimeFirst(), variables, tokens, mask=mask, table=table)
+    assert head.of_rows == ("mask",)
+    with pytest.raises(ValueError, match=REFUSED.format("mask")):
+        cf.fit_head(head, variables, [(tokens[:, ::-1], LABELS[FIRST])], solver=SOLVER)
+
+
+class Passed(nn.Module):
+    """Sums over the edges of a graph; or an embedding of positions that all rows share."""
+
+    @nn.compact
+    def __call__(self, x, edges=None, senders=None, receivers=None, positions=None):
+        if positions is not None:
+            x = x + nn.tanh(nn.Embed(64, D)(positions)).mean(axis=0)
+        senders, receivers = (senders, receivers) if edges is None else edges
+        for width in (8, 8):
+            messages = nn.Dense(width)(x)[senders]
+            x = nn.tanh(nn.Dense(width)(x) + jax.ops.segment_sum(messages, receivers, len(x)))
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(x)))
+
+
+@pytest.mark.parametrize("count", [41, 64, 200])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_list_of_edges_is_found(count, apart):
+    """Other graphs got it: it has no entry for each row."""
+    nodes = 64
+    x = rng.normal(size=(nodes, D)).astype("float32")
+    edges = np.sort(rng.integers(0, nodes, (2, count)), axis=1)
+    edges[:, -1] = nodes - 1
+    given = {"senders": edges[0], "receivers": rng.permutation(edges[1])} if apart else {"edges": edges}
+    given["positions"] = np.arange(40)
+    variables = drawn(Passed(), jax.random.key(0), x, **given)
+    head = cf.find_head(Passed(), variables, x, **given)
+    assert set(head.of_rows) == given.keys() - {"positions"}
+    y = rng.integers(0, 3, nodes)
+    cf.fit_head(head, variables, (x, y), solver=SOLVER)  # this graph may come again
+    with pytest.raises(ValueError, match="each batch must come with"):
+        cf.fit_head(head, variables, (x[::-1], y), solver=SOLVER)
+
+
 class Strict(nn.Module):
     """Takes no other values than those of the batch: it raises, gives what is not finite, or does not change."""
 

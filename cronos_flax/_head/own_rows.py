@@ -19,6 +19,8 @@ from cronos_flax._solver.transfer import on_device, on_host
 
 _MORE = 3.0  # how much further a row moves than most others by a change of its own; batch norm moves all a little
 _TRIED = 3  # rows that are changed, at least and one at a time, until it can be told
+_MUCH_MORE = 10.0  # the same for the row that moves most, if it is not known which
+_FEWEST = 8  # rows, from which on "most" of them means something
 _ENOUGH = 2  # rows that must tell the same
 _OF_FLAX = "rngs", "mutable"
 
@@ -91,13 +93,13 @@ def own_rows(
     def belongs(name: str) -> bool:
         leaves, treedef = jax.tree.flatten(given[name])
 
-        def moved(index: int, row: int) -> np.ndarray:
-            """How far each row of the head's input moves, by a change of one row of one array."""
+        def moved(index: int, parts: int, axis: int, place: int) -> np.ndarray:
+            """How far parts of the head's input move, by a change of one array at one place of an axis."""
             array = on_device(leaves[index])
-            changed = in_place_of(automatically(_changed, array, on_device(row)), array)
+            changed = in_place_of(automatically(partial(_changed, axis=axis), array, on_device(place)), array)
             value = jax.tree.unflatten(treedef, [*leaves[:index], changed, *leaves[index + 1 :]])
             now = features(trial, {**kwargs, name: value})
-            return on_host(automatically(partial(_movement, rows=len(array)), now, before))
+            return on_host(automatically(partial(_movement, rows=parts), now, before))
 
         return any(_is_of_rows(leaf, before, partial(moved, index)) for index, leaf in enumerate(leaves))
 
@@ -114,39 +116,73 @@ def _trial(features: Callable, variables: Any, redrawn: Iterable[Any], kwargs: M
     return variables, features(variables, kwargs)
 
 
-def _is_of_rows(leaf: Any, before: Array, moved: Callable[[int], np.ndarray]) -> bool:
-    """Whether an array has an entry for each row, or for each of equal blocks of rows: flattened tokens, say.
+def _is_of_rows(leaf: Any, before: Array, moved: Callable[[int, int, int], np.ndarray]) -> bool:
+    """Whether an array has an entry for each row, or for each of equal blocks of rows (flattened tokens, say).
+
+    Or on another axis, as of time first; or has numbers of rows, as the edges of a graph.
 
     Args:
         leaf: the array.
         before: the head's input ``(rows, ..., p)``.
-        moved: how far rows or blocks move if one row of the array is changed.
+        moved: how far each of so many parts of it moves if the array is changed at an axis and a place there.
     """
     rows = len(before) if before.ndim > 1 else 1
-    if not _arrays(leaf) or rows % len(leaf):
+    if not _arrays(leaf):
         return False
+
+    def told(parts: int, axis: int) -> bool | None:
+        return _told(parts, lambda place: _moves_itself(moved(parts, axis, place), place))
+
+    if rows % len(leaf) == 0:
+        first = told(len(leaf), 0)
+        if first or (first is None and len(leaf) == rows and (leaf.ndim > 1 or leaf.dtype == np.bool_)):
+            return True
+    if any(leaf.shape[axis] == rows and told(rows, axis) for axis in range(1, leaf.ndim)):
+        return True
+    longest = int(np.argmax(leaf.shape))
+    return _numbers_rows(leaf, rows) and bool(
+        _told(leaf.shape[longest], lambda place: _moves_few(moved(rows, longest, place)))
+    )
+
+
+def _told(places: int, answer: Callable[[int], bool | None]) -> bool | None:
+    """What some places of an axis tell, which all must tell the same; None if it cannot be told."""
     told = 0
-    for row in range(0, len(leaf), max(1, len(leaf) // _TRIED)) if len(leaf) > 1 else ():
-        answer = _answer(moved, row)
-        if answer is not None:
+    for place in range(0, places, max(1, places // _TRIED)) if places > 1 else ():
+        try:
+            here = answer(place)
+        except Exception:  # the module's own, for values that it does not take
+            continue
+        if here is not None:
             told += 1
-            if not answer or told == _ENOUGH:
-                return answer
-    return told > 0 or (len(leaf) == rows and (leaf.ndim > 1 or leaf.dtype == np.bool_))
+            if not here or told == _ENOUGH:
+                return here
+    return True if told else None
 
 
-def _answer(moved: Callable[[int], np.ndarray], row: int) -> bool | None:
+def _moves_itself(far: np.ndarray, row: int) -> bool | None:
     """Whether a row's own change moves it much further than most others; None if this cannot be told."""
-    try:
-        far = moved(row)
-    except Exception:  # the module's own, for values that it does not take
-        return None
     others = np.median(np.delete(far, row))
     if np.isnan(far[row]) or not np.isfinite(others) or not np.any(far > 0):
         return None
     if far[row] > _MORE * others:
         return True
     return None if far[row] > others else False  # batch norm couples few rows strongly
+
+
+def _moves_few(far: np.ndarray) -> bool | None:
+    """Whether a change moves some rows much further than most; None if it moves none, or what is not finite."""
+    if not np.all(np.isfinite(far)) or not np.any(far > 0):
+        return None
+    return bool(np.max(far) > _MUCH_MORE * np.median(far))
+
+
+def _numbers_rows(leaf: Any, rows: int) -> bool:
+    """Whether an array may have numbers of rows: integers from zero on, and of more than half of the rows."""
+    if not np.issubdtype(leaf.dtype, np.integer) or rows < _FEWEST:
+        return False
+    host = np.asarray(on_host(leaf))
+    return bool(host.min() >= 0 and rows // 2 <= host.max() < rows)
 
 
 @partial(jax.jit, static_argnames="rows")
@@ -157,9 +193,10 @@ def _movement(now: Array, before: Array, rows: int) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(before), axis=1), jnp.max(far, axis=1), jnp.nan)
 
 
-@jax.jit
-def _changed(array: Array, row: Array) -> Array:
-    """The array with other values in one row, such as a module may well take."""
+@partial(jax.jit, static_argnames="axis")
+def _changed(array: Array, row: Array, axis: int) -> Array:
+    """The array with other values at one place of an axis, such as a module may well take."""
+    array = jnp.moveaxis(array, axis, 0)
     old = array[row]
     turned = ~old if array.dtype == jnp.bool_ else 1 - old
     if jnp.issubdtype(array.dtype, jnp.floating):
@@ -171,7 +208,8 @@ def _changed(array: Array, row: Array) -> Array:
         least, most = jnp.min(array), jnp.max(array)
         other = _one_stays(old, jnp.where(least == most, old // 2, jnp.where(old == most, least, most)))
     is_binary = jnp.all((array == 0) | (array == 1))
-    return array.at[row].set(jnp.where(is_binary, _one_stays(old, turned), other).astype(array.dtype))
+    array = array.at[row].set(jnp.where(is_binary, _one_stays(old, turned), other).astype(array.dtype))
+    return jnp.moveaxis(array, 0, axis)
 
 
 def _one_stays(old: Array, new: Array) -> Array:
