@@ -53,6 +53,57 @@ def made(seed=0, **kwargs):
     )
 
 
+BENT = cf.Cronos(loss="softmax")
+
+
+class Bent(nn.Module):
+    """Its parameters are those of ``MLP``."""
+
+    turns: str = "tanh"
+
+    @nn.compact
+    def __call__(self, x):
+        x = getattr(nn, self.turns)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+
+class BentNnx(nnx.Module):
+    def __init__(self, turns):
+        rngs = nnx.Rngs(0)
+        self.turns, self.first = turns, nnx.Linear(5, 8, rngs=rngs)
+        self.hidden, self.out = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.hidden(self.turns(self.first(x)))))
+
+
+def bent(turns, rows=X):
+    model = Bent(turns)
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
+    head = cf.find_head(model, {"params": params}, rows)
+    return cf.CronosTrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1), head=head, solver=BENT)
+
+
+def bent_nnx(turns, rows=X):
+    model = BentNnx(getattr(nnx, turns))
+    head = cf.nnx.find_head(model, rows)
+    return cf.nnx.CronosTrainState.create(model=model, tx=optax.sgd(0.1), head=head, solver=BENT)
+
+
+@pytest.mark.parametrize("make", [bent, bent_nnx])
+def test_another_function_of_the_same_parameters_is_told_of(tmp_path, make):
+    """It went on with the parameters of the other one, without a word."""
+    cf.save_checkpoint(tmp_path / "own", make("tanh"), 0)
+    cf.restore_checkpoint(tmp_path / "own", make("tanh", X[:1]))  # the same, whatever the head was found on
+    with pytest.warns(UserWarning, match=r"another function of the same parameters .* add 5 \(saved: 3\)"):
+        cf.restore_checkpoint(tmp_path / "own", make("gelu").replace(step=1))
+    y = np.arange(len(X)) % 2
+    run = {"epochs": 1, "batch_size": 16, "directory": tmp_path / "run"}
+    cf.train(make("tanh"), (X, y), **run)
+    with pytest.warns(UserWarning, match="restore_checkpoint: the module of `state`"):
+        cf.train(make("swish"), (X, y), **run)
+
+
 def few(seed=0):
     """A leaf of each kind: what is restored some hundred times."""
     weights = np.random.default_rng(seed).normal(size=(8, 6)).astype("float32")

@@ -27,6 +27,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from cronos_flax._head.files import held_by_all, named
+from cronos_flax._head.head import Head
+from cronos_flax._head.operations import other_operations, with_versions
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
@@ -91,7 +93,8 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     if not leaves:
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
     try:
-        body = json.dumps({"leaves": {name: _described(leaf) for name, leaf in leaves.items()}, "extra": extra})
+        listed = {name: _described(leaf) for name, leaf in leaves.items()}
+        body = json.dumps({"leaves": listed, "extra": extra, "function": _function_of(state)})
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
@@ -206,7 +209,7 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
     damage = []
     for candidate in steps:
         try:
-            leaves, extra = _read(directory, candidate, _named(state))
+            leaves, said = _read(directory, candidate, _named(state))
         except _DamagedError as error:
             damage.append(f"step {candidate}: {error}")
             continue
@@ -215,7 +218,13 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
                 f"restore_checkpoint: restored step {candidate} of {directory}; passed over what is damaged: "
                 + "; ".join(damage)
             )
-        return _filled(state, leaves), candidate, extra
+        if other := other_operations(said.get("function"), _function_of(state)):
+            warn(
+                "restore_checkpoint: the module of `state` should be the one that was saved, got another function of "
+                f"the same parameters than that of step {candidate} of {directory}. Its operations: {other}. Make the "
+                "state by the same module, called in the same way by find_head; for another one use another directory."
+            )
+        return _filled(state, leaves), candidate, said["extra"]
     if damage:
         raise ValueError(
             f"restore_checkpoint: none of the checkpoints in {directory} can be read: {'; '.join(damage)}."
@@ -287,13 +296,19 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
+def _function_of(state: Any) -> dict[str, Any] | None:
+    """What the module of a state is made of; None for other trees."""
+    head = getattr(state, "head", None)
+    return with_versions(head.operations) if isinstance(head, Head) else None
+
+
 def _described(leaf: Any) -> dict[str, Any]:
     value = np.asarray(on_host(leaf))
     return {"shape": list(value.shape), "dtype": str(value.dtype), "checksum": zlib.crc32(value.tobytes())}
 
 
-def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], Any]:
-    """Leaves and ``extra`` of a checkpoint.
+def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Leaves of a checkpoint, and what is said of them, with ``extra``.
 
     Raises:
         _DamagedError: if it differs from what was saved.
@@ -306,7 +321,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
     wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
     if wrong:
         raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")
-    return leaves, described["extra"]
+    return leaves, described
 
 
 def _by_orbax(directory: Path, step: int, like: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], str]:

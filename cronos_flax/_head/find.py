@@ -151,7 +151,8 @@ def find(
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
                 own = own_rows(partial(features_of, pair[0]), variables, others, args, kwargs)
-                return dataclasses.replace(head, recalibrate=recalibrate, own_rows=own)
+                made_of = run.operations(variables, args, kwargs)
+                return dataclasses.replace(head, recalibrate=recalibrate, own_rows=own, operations=made_of)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = called_again(module, variables, calls, out)

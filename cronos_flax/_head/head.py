@@ -60,6 +60,7 @@ class Head:
         kwargs: the keyword arguments that the module was called with; feature passes use them again.
         recalibrate: whether a solve writes the statistics of batch norms in its pass in place of the running ones.
         own_rows: the keyword arguments that belong to the rows of the batch, such as a mask.
+        operations: what the module is made of, by name: how a checkpoint knows it again.
     """
 
     hidden_path: Path
@@ -76,6 +77,7 @@ class Head:
     kwargs: Mapping[str, Any]
     recalibrate: bool = True
     own_rows: OwnRows = NO_OWN_ROWS
+    operations: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[Path, Path]:

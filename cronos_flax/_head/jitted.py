@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 
 from cronos_flax._head.data import as_arrays
+from cronos_flax._head.operations import Operations, operations
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device
@@ -34,14 +35,34 @@ class _Static:
         return jax.tree.unflatten(self.treedef, [next(remaining) if r is None else r[0] for r in self.rest])
 
 
-def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Callable[[Any, tuple, Mapping], Any]:
-    """``jax.jit`` of a function of variables, positional and keyword arguments; only arrays are traced."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Jitted:
+    """A function of variables, positional and keyword arguments; only arrays are traced.
+
+    Args:
+        run: compiled, of variables, arrays and what else there is.
+    """
+
+    run: Any
+
+    def __call__(self, variables: Any, args: tuple, kwargs: Mapping) -> Any:
+        """Its value."""
+        return automatically(self.run, variables, *_Static.split((args, dict(kwargs))))
+
+    def operations(self, variables: Any, args: tuple, kwargs: Mapping) -> Operations:
+        """What it is made of; traced only if it has not been called with such arguments."""
+
+        def traced(*arguments: Any) -> Operations:
+            return operations(self.run.trace(*arguments).jaxpr)
+
+        return automatically(traced, variables, *_Static.split((args, dict(kwargs))))
+
+
+def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Jitted:
+    """``jax.jit`` of a function of variables, positional and keyword arguments."""
 
     @jax.jit
     def run(variables: Any, arrays: list[Any], static: _Static) -> Any:
         return call(variables, *static.join(arrays))
 
-    def split(variables: Any, args: tuple, kwargs: Mapping) -> Any:
-        return automatically(run, variables, *_Static.split((args, dict(kwargs))))
-
-    return split
+    return Jitted(run)
