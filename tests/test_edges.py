@@ -630,6 +630,29 @@ def test_rows_beside_which_all_others_are_next_to_nothing_are_told_of(times, tol
         assert stats.objective < 0.2 * stats.null_loss
 
 
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_features_that_are_the_same_in_all_rows_are_told_of(value):
+    """Those of a backbone whose neurons are all off ended at the best constant, as "stationary", without a word."""
+
+    class Off(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8, bias_init=nn.initializers.constant(-1e6))(x)) + value
+            return nn.Dense(1)(nn.relu(nn.Dense(6)(x)))
+
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
+    variables = drawn(Off(), jax.random.key(0), x)
+    variables["params"]["Dense_0"]["bias"] = jnp.full(8, -1e6)
+    head = cf.find_head(Off(), variables, x)
+    with pytest.warns(UserWarning, match="`X` must differ from row to row, got 64 times the same"):
+        cf.fit_head(head, variables, (x, x[:, :1]), solver=cf.Cronos())
+    state = cf.CronosTrainState.create(
+        apply_fn=Off().apply, params=variables["params"], tx=optax.sgd(0.1), head=head, solver=cf.Cronos()
+    )
+    with pytest.warns(UserWarning, match="`X` must differ from row to row"):
+        state.solve_head((x, x[:, :1]))
+
+
 def test_residuals_at_which_the_huber_loss_is_flat_are_told_of():
     """With targets of 1e9 the solve ended at the best constant, as "stationary", without a word."""
     X = np.random.default_rng(0).normal(size=(500, 5)).astype("float32")

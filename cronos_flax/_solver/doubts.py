@@ -40,12 +40,21 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
     """Warn if a solve explains little, and the units of features or targets are such that it could not explain more.
 
     Features may be so far from zero that float32 hardly tells rows apart, or next to nothing beside a few rows.
-    Residuals may be so large that Huber's loss has next to no curvature.
+    Residuals may be so large that Huber's loss has next to no curvature. And rows that are all the same tell nothing.
     """
-    if not isinstance(X, Array) or not concrete(X) or not _ended_above(_LITTLE, solution):
+    if not isinstance(X, Array) or not concrete(X) or not concrete(solution.status_code):
         return
-    figures = automatically(_distance, X), automatically(_typical, X, weight), *_losses(solution)
-    ratio, typical, reached, null = map(float, on_host(figures))
+    reached, null = map(float, on_host(_losses(solution)))
+    if reached > _NOTHING * null > 0 and on_host(automatically(_all_alike, X)):
+        warn(
+            f"solve: `X` must differ from row to row, got {len(X)} times the same: the best that there is are constant "
+            "outputs. If these are the features of a module, its neurons may be off for all inputs, or its inputs be "
+            "all the same."
+        )
+        return
+    if not _ended_above(_LITTLE, solution):
+        return
+    ratio, typical = map(float, on_host((automatically(_distance, X), automatically(_typical, X, weight))))
     explained = f"the loss is {reached:.4g}, where the best constant has {null:.4g}"
     if ratio * float(jnp.finfo(X.dtype).eps) > _ROUNDED:
         warn(
@@ -85,6 +94,11 @@ def _distance(X: Float[Array, "n p"]) -> Scalar:
     """How far the mean of the rows is from zero, in root mean squared distances of rows from it."""
     mean = jnp.mean(X, axis=0)
     return jnp.linalg.norm(mean) / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(X - mean), axis=1)))
+
+
+@jax.jit
+def _all_alike(X: Float[Array, "n p"]) -> Array:
+    return jnp.all(X[:1] == X)
 
 
 @jax.jit
