@@ -95,12 +95,12 @@ def test_another_function_of_the_same_parameters_is_told_of(tmp_path, make):
     """It went on with the parameters of the other one, without a word."""
     cf.save_checkpoint(tmp_path / "own", make("tanh"), 0)
     cf.restore_checkpoint(tmp_path / "own", make("tanh", X[:1]))  # the same, whatever the head was found on
-    with pytest.warns(UserWarning, match=r"another function of the same parameters .* add 5 \(saved: 3\)"):
+    with pytest.warns(UserWarning, match=r"another function of the same parameters .* add 3 \(before: 1\)"):
         cf.restore_checkpoint(tmp_path / "own", make("gelu").replace(step=1))
     y = np.arange(len(X)) % 2
     run = {"epochs": 1, "batch_size": 16, "directory": tmp_path / "run"}
     cf.train(make("tanh"), (X, y), **run)
-    with pytest.warns(UserWarning, match="restore_checkpoint: the module of `state`"):
+    with pytest.warns(UserWarning, match="restore_checkpoint: the backbone of `state`"):
         cf.train(make("swish"), (X, y), **run)
 
 

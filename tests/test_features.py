@@ -252,6 +252,28 @@ def test_features_of_another_backbone_are_refused_by_a_fit():
         cf.fit_head(HEAD, VARIABLES, features, solver=SOLVER, unpack=lambda batch: batch)
 
 
+def test_features_of_other_code_are_refused_by_a_fit():
+    """The head was fitted to features that its backbone does not give, without a word."""
+    features = gather()
+    other = nn.Sequential([nn.Dense(8), nn.sigmoid, nn.Dense(6), nn.relu, nn.Dense(2)])
+    with pytest.raises(
+        ValueError, match=r"features of this backbone, .* operations are others, logistic 1 \(before: 0"
+    ):
+        cf.fit_head(cf.find_head(other, VARIABLES, X[:64]), VARIABLES, features, solver=SOLVER)
+
+    class WithoutBiases(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.jit(nn.Dense)(8, name="layers_0")(x)
+            x = nn.relu(nn.Dense(7, use_bias=False)(jax.jit(nn.tanh)(x)))
+            return nn.Dense(2, use_bias=False)(x)
+
+    variables = jax.jit(WithoutBiases().init)(jax.random.key(0), X)
+    variables["params"]["layers_0"] = PARAMS["layers_0"]
+    head = cf.find_head(WithoutBiases(), variables, X[:1])  # the same backbone, whatever comes after it
+    same(head.gather(variables, features)[0].X, features.X)
+
+
 def test_what_cannot_be_cached_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "X.npy").write_bytes(b"mine")

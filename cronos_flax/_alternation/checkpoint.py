@@ -28,7 +28,7 @@ from jax import Array
 
 from cronos_flax._head.files import held_by_all, named
 from cronos_flax._head.head import Head
-from cronos_flax._head.operations import other_operations, with_versions
+from cronos_flax._head.operations import others_than_saved, with_versions
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
@@ -218,9 +218,9 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
                 f"restore_checkpoint: restored step {candidate} of {directory}; passed over what is damaged: "
                 + "; ".join(damage)
             )
-        if other := other_operations(said.get("function"), _function_of(state)):
+        if other := others_than_saved(said.get("function"), _function_of(state)):
             warn(
-                "restore_checkpoint: the module of `state` should be the one that was saved, got another function of "
+                "restore_checkpoint: the backbone of `state` should be the one that was saved, got another function of "
                 f"the same parameters than that of step {candidate} of {directory}. Its operations: {other}. Make the "
                 "state by the same module, called in the same way by find_head; for another one use another directory."
             )
@@ -297,7 +297,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _function_of(state: Any) -> dict[str, Any] | None:
-    """What the module of a state is made of; None for other trees."""
+    """What the backbone of a state is made of; None for other trees."""
     head = getattr(state, "head", None)
     return with_versions(head.operations) if isinstance(head, Head) else None
 

@@ -40,7 +40,8 @@ class Features:
 
     It stands for ``data`` wherever a head is solved for: in ``fit_head`` and in ``solve_head``, of linen and NNX. Such
     a fit costs the solve only. It is refused for a backbone with other parameters than that of the features; the head
-    may be another. Other code with the same parameters is not noticed here; ``gather_features`` with a ``cache`` does.
+    may be another. Other code with the same parameters is noticed by the names of its operations, such as tanh;
+    ``gather_features`` with a ``cache`` compares numbers.
 
     Attributes:
         X: features, shape ``(n, p)``; a ``np.memmap``, which is read as it is used, if there is a cache.
@@ -51,6 +52,7 @@ class Features:
         finite: whether all features are finite.
         backbone: what tells the backbone from others.
         moments: mean and variance of batch norms over all rows, by path, for features of batch statistics.
+        operations: what the backbone is made of, by name.
 
     Example:
         See :func:`cronos_flax.gather_features`.
@@ -63,6 +65,7 @@ class Features:
     finite: bool
     backbone: Fingerprint
     moments: Mapping[tuple, tuple[np.ndarray, np.ndarray]]
+    operations: Mapping[str, int]
 
     @property
     def rows(self) -> GatheredRows:

@@ -151,7 +151,8 @@ def find(
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
                 own = own_rows(partial(features_of, pair[0]), variables, others, args, kwargs)
-                made_of = run.operations(variables, args, kwargs)
+                wanted = [leaf is seen.features for leaf in jax.tree.leaves(watched)]
+                made_of = run.operations(variables, args, kwargs, wanted)
                 return dataclasses.replace(head, recalibrate=recalibrate, own_rows=own, operations=made_of)
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]

@@ -81,4 +81,4 @@ def gather_features(
         rows, order, moments = from_cache(
             Path(cache), renew, lambda store: head.passed(variables, data, unpack, callback, where, store), backbone
         )
-    return Features(rows.X, rows.y, rows.weight, order, rows.finite, backbone, moments)
+    return Features(rows.X, rows.y, rows.weight, order, rows.finite, backbone, moments, head.operations)

@@ -21,6 +21,7 @@ from cronos_flax._head.fingerprint import Fingerprint, checksum, described, diff
 from cronos_flax._head.functional import Functional, Kind, Tap
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
+from cronos_flax._head.operations import other_operations
 from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
@@ -60,7 +61,7 @@ class Head:
         kwargs: the keyword arguments that the module was called with; feature passes use them again.
         recalibrate: whether a solve writes the statistics of batch norms in its pass in place of the running ones.
         own_rows: the keyword arguments that belong to the rows of the batch, such as a mask.
-        operations: what the module is made of, by name: how a checkpoint knows it again.
+        operations: what the head's input is made of, by name: how a checkpoint knows the backbone again.
     """
 
     hidden_path: Path
@@ -176,7 +177,10 @@ class Head:
             return rows, moments
         if unpack is not None:
             raise ValueError(f"{where}: `unpack` must be None for features, which are not in batches.")
-        if changed := difference(data.backbone, self.backbone(variables, where)):
+        changed = difference(data.backbone, self.backbone(variables, where))
+        if changed is None and (other := other_operations(data.operations, self.operations)):
+            changed = f"its operations are others, {other}"
+        if changed is not None:
             raise ValueError(
                 f"{where}: `{name}` must be features of this backbone, got those of another: {changed}. Gather them "
                 "again, with the variables of now: cf.gather_features(head, variables, …)."

@@ -1,6 +1,7 @@
 """Calls of a module, compiled: arrays are traced, and all other arguments are part of the program."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -49,11 +50,12 @@ class Jitted:
         """Its value."""
         return automatically(self.run, variables, *_Static.split((args, dict(kwargs))))
 
-    def operations(self, variables: Any, args: tuple, kwargs: Mapping) -> Operations:
-        """What it is made of; traced only if it has not been called with such arguments."""
+    def operations(self, variables: Any, args: tuple, kwargs: Mapping, wanted: list[bool]) -> Operations:
+        """What those of its outputs that are wanted are made of; traced only if it has not been called so."""
 
         def traced(*arguments: Any) -> Operations:
-            return operations(self.run.trace(*arguments).jaxpr)
+            jaxpr = self.run.trace(*arguments).jaxpr.jaxpr
+            return operations(jaxpr, itertools.compress(jaxpr.outvars, wanted))
 
         return automatically(traced, variables, *_Static.split((args, dict(kwargs))))
 

@@ -1,7 +1,7 @@
 """What a function computes, as far as the names of its operations tell: parameters alone do not tell relu from tanh."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -15,14 +15,18 @@ _LAYOUT |= {"reshape", "slice", "squeeze", "transpose"}
 _SHOWN = 5  # operations of which a difference is told
 
 
-def operations(jaxpr: Any) -> Operations:
-    """The operations of a jaxpr, those of its inner functions too."""
+def operations(jaxpr: Any, outputs: Iterable[Any]) -> Operations:
+    """The operations that some outputs of a jaxpr are made of, those of its inner functions too."""
     found: Counter[str] = Counter()
-    for equation in jaxpr.eqns:
+    needed = {variable for variable in outputs if not hasattr(variable, "val")}  # those that are no literals
+    for equation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(equation.outvars):
+            continue
+        needed.update(variable for variable in equation.invars if not hasattr(variable, "val"))
         values = (value if isinstance(value, tuple | list) else (value,) for value in equation.params.values())
         inner = [one for value in values for one in value if hasattr(one, "eqns")]
         for one in inner:
-            found.update(operations(one))
+            found.update(operations(one, (one.jaxpr if hasattr(one, "jaxpr") else one).outvars))
         if not inner and equation.primitive.name not in _LAYOUT:
             found[equation.primitive.name] += 1
     return dict(sorted(found.items()))
@@ -33,8 +37,14 @@ def with_versions(found: Mapping[str, int]) -> dict[str, Any]:
     return {"versions": [jax.__version__, flax.__version__], "operations": dict(found)}
 
 
-def other_operations(before: Any, now: Any) -> str:
-    """In words, how a function differs from that of before; empty if it does not, or if this is not known.
+def other_operations(then: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """In words, how operations differ from those of before; empty if they do not."""
+    differ = [name for name in sorted({*then, *now}) if then.get(name, 0) != now.get(name, 0)]
+    return ", ".join(f"{name} {now.get(name, 0)} (before: {then.get(name, 0)})" for name in differ[:_SHOWN])
+
+
+def others_than_saved(before: Any, now: Any) -> str:
+    """The same of what was saved; empty, too, where it is not known.
 
     Args:
         before: what :func:`with_versions` gave then, or None.
@@ -42,6 +52,4 @@ def other_operations(before: Any, now: Any) -> str:
     """
     if not before or not now or before["versions"] != now["versions"]:
         return ""
-    then, there = before["operations"], now["operations"]
-    differ = [name for name in sorted({*then, *there}) if then.get(name, 0) != there.get(name, 0)]
-    return ", ".join(f"{name} {there.get(name, 0)} (saved: {then.get(name, 0)})" for name in differ[:_SHOWN])
+    return other_operations(before["operations"], now["operations"])
