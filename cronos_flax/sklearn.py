@@ -48,7 +48,8 @@ class _TwoLayer(BaseEstimator):
         checks.positive_integer(where, "max_iter", self.max_iter)
         if self.folds is not None:
             checks.positive_integer(where, "folds", self.folds, least=2)
-        solver = Cronos(loss=self.loss, beta=self.beta, max_iters=self.max_iter, tol=self.tol, folds=self.folds)
+        folds = self.folds if isinstance(self.beta, str) else None  # a search over β may have both
+        solver = Cronos(loss=self.loss, beta=self.beta, max_iters=self.max_iter, tol=self.tol, folds=folds)
         mean, scale = self._units(X, weight)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         dtype = jax.dtypes.canonicalize_dtype(float)

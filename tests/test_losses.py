@@ -399,6 +399,9 @@ def test_a_path_over_folds_chooses_by_the_mean_over_rows_that_are_each_held_out_
     assert not np.array_equal(one.stats.path_losses, losses)
     with pytest.raises(ValueError, match="`validation` takes the place of folds, got both, and folds=3"):
         solver.solve(X, y, hidden=8, validation=(X, y))
+    for beta in (None, 1e-3):  # they were passed over, without a word
+        with pytest.raises(ValueError, match=r'`folds` are for beta="path" only, got folds=3'):
+            dataclasses.replace(solver, beta=beta).solve(X, y, hidden=8)
     with pytest.raises(ValueError, match=r"`folds` must not exceed the number of rows .*, got folds=61 for 60 rows"):
         dataclasses.replace(solver, folds=61).solve(X, y, hidden=8)
     for bad in (1, 0, 2.5):

@@ -13,7 +13,7 @@ from jax import Array
 from cronos_flax._head.features import source_of
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import GatheredRows
-from cronos_flax._solver.checks import all_finite, relu_only
+from cronos_flax._solver.checks import all_finite, folds_of_path, relu_only
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.memory import most_bytes
 from cronos_flax._solver.meshes import on_automatic_axes_of
@@ -173,6 +173,7 @@ def solver_or_default(where: str, solver: Cronos | None) -> Cronos:
     if not isinstance(solver, Cronos):
         raise ValueError(f"{where}: `solver` must be a cf.Cronos, got {type(solver).__name__}.")
     relu_only(where, solver.gates)
+    folds_of_path(where, solver.folds, solver.beta)
     return solver
 
 

@@ -45,6 +45,15 @@ def relu_only(where: str, gates: str) -> None:
         )
 
 
+def folds_of_path(where: str, folds: int | None, beta: Any) -> None:
+    """Refuse folds that nothing is chosen by."""
+    if folds is not None and not isinstance(beta, str):
+        raise ValueError(
+            f'{where}: `folds` are for beta="path" only, got folds={folds} with another beta. Give beta="path", or '
+            "folds=None."
+        )
+
+
 def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
     bad_type = isinstance(value, (str, bytes, bool, list, tuple))

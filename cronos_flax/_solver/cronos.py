@@ -210,6 +210,7 @@ class Cronos:
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
+        checks.folds_of_path("solve", self.folds, self.beta)
         return self._solve(
             X, y, hidden, num_classes, sample_weight, init, state, key, callback, validation, known_finite=False
         )
