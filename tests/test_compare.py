@@ -294,6 +294,12 @@ class Net(nn.Module):
 
 def nothing(outputs):
     return jnp.tanh
+
+def ready():
+    return Net(2)
+
+def wider(outputs):
+    return Net(outputs + 1)
 """
 
 
@@ -338,7 +344,7 @@ def test_heads_to_alternate_on_are_found_with_the_statistics_of_the_batch(monkey
     assert own.head_in_training.in_training
 
 
-def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monkeypatch):
+def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_model.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -355,6 +361,12 @@ def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monke
         model_of("own_model:nothing", 2)
     with pytest.raises(ValueError, match="cannot be imported"):
         model_of("own_model:Nothing", 2)
+    with pytest.raises(ValueError, match=r"must be a function of the number of outputs, got .* too many positional"):
+        model_of("own_model:ready", 2)  # it was a TypeError with its traceback
+    wider = ["compare", "--dataset", "own.npz", "--model", "own_model:wider", "--methods", "cronos", "--out", "other"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*wider, "--quiet"])
+    assert "must have the 2 outputs that it is asked for, got 3" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_leaves_rows_tables_and_pictures(tmp_path, capsys):
@@ -473,6 +485,10 @@ BAD = {
     "no shard": (["compare", "--shard", "/8", "--out", "OUT"], "must be K/N with 1 ≤ K ≤ N, such as 2/8, got '/8'"),
     "rows": (["compare", "--rows", "99999", "--out", "OUT"], "must leave rows to fit"),
     "too many shots": (["compare", "--shots", "2,999", "--out", "OUT"], "`shots` must be at most"),
+    "parts of rows": (
+        ["compare", "--validation", "1.5", "--out", "OUT"],
+        "must be a number of rows, or a fraction below 1",
+    ),
     "no shots": (["compare", "--shots", "2,0", "--out", "OUT"], "must be an integer ≥ 1, got '0'"),
     "shots and rows": (["compare", "--shots", "2", "--rows", "9", "--out", "OUT"], "leave `--rows` out"),
     "no augmentation": (["compare", "--augment", "nothere:flip", "--out", "OUT"], "`augment` 'nothere:flip' cannot"),

@@ -218,6 +218,12 @@ def model_of(name: str, outputs: int) -> Model:
         return _of(name, _named(name, outputs))
     said = "a function of the number of outputs"
     factory = function("model", name, said, f"one of {', '.join(MODELS)}, or ")
+    try:
+        inspect.signature(factory).bind(outputs, **({"rngs": None} if _takes_rngs(factory) else {}))
+    except TypeError as error:
+        raise ValueError(f"`model` {name!r} must be {said}, got one that cannot be called with it: {error}.") from None
+    except ValueError:  # of a function that is not written in Python
+        pass
     if not _takes_rngs(factory):
         return _of(name, factory(outputs))
 

@@ -71,7 +71,7 @@ def _task() -> Parser:
     data.add_argument("--scaling", choices=SCALINGS, default="standardise", help="of the inputs")
     data.add_argument("--rows", type=_positive, metavar="N", help="fit on N rows only")
     data.add_argument(
-        "--validation", type=_positive_float, default=0.2, metavar="N",
+        "--validation", type=_rows_or_share, default=0.2, metavar="N",
         help="rows of the training split held back for validation; below 1, a fraction",
     )  # fmt: skip
     data.add_argument(
@@ -228,6 +228,13 @@ def _positive(text: str) -> int:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(sorted(dict.fromkeys(_positive(part.strip()) for part in text.split(","))))
+
+
+def _rows_or_share(text: str) -> float:
+    value = _positive_float(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"must be a number of rows, or a fraction below 1, got {text!r}")
+    return value
 
 
 def _positive_float(text: str) -> float:

@@ -194,9 +194,17 @@ class Task:
         """The head of the model as it is evaluated; found once, so that all seeds share its compiled programs.
 
         Raises:
-            ValueError: if the model has no head; the message says why and what to do.
+            ValueError: if the model has no head, or one of another number of outputs; the message says why and what to
+                do.
         """
-        return self.model.head(self.split(0).x[:_SAMPLE])
+        head = self.model.head(self.split(0).x[:_SAMPLE])
+        _, outputs = targets_for(self.loss, self.dataset.y, self.dataset.num_classes)
+        if head.outputs != outputs:
+            raise ValueError(
+                f"`model` {self.settings.model!r} must have the {outputs} outputs that it is asked for, got "
+                f"{head.outputs}."
+            )
+        return head
 
     @functools.cached_property
     def head_in_training(self) -> Head:
