@@ -461,3 +461,16 @@ def test_inside_jit_what_would_be_refused_is_not_finite(case):
 def test_inside_jit_signs_of_labels_out_of_range_are_not_finite():
     signs = jax.jit(lambda labels: cf.signed_targets(labels, 3))(np.array([0, 2, 3]))
     np.testing.assert_array_equal(np.isnan(signs), [[False] * 3, [False] * 3, [True] * 3])
+
+
+@pytest.mark.parametrize("few", [losses._FEW, 0])
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_labels_of_few_bits_are_those_of_many(kind, few, monkeypatch):
+    """With more classes than the type of the labels has numbers, a row had several classes, or NaN inside jit."""
+    monkeypatch.setattr(losses, "_FEW", few)
+    labels = np.array([3, 44, 100, 127])
+    for of in (lambda y: losses.Softmax().targets(jnp.asarray(y), 300), lambda y: cf.signed_targets(y, 300)):
+        expected = of(labels.astype("int32"))
+        np.testing.assert_array_equal(jnp.argmax(expected, axis=1), labels)
+        for made in (of, jax.jit(of)):
+            np.testing.assert_array_equal(made(labels.astype(kind)), expected)

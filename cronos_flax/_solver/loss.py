@@ -225,6 +225,11 @@ def where_taken(taken: Bool[Array, "..."], targets: Array) -> Array:
     return jnp.where(taken, targets, jnp.asarray(jnp.nan, targets.dtype))
 
 
+def wide(labels: Array) -> Array:
+    """Labels of less than 32 bits as int32: in their own type the numbers of further classes would wrap around."""
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+
+
 def _check_floating(y: Array | np.ndarray) -> None:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(
@@ -271,6 +276,7 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
         raise ValueError(f"signed_targets: `labels` must be integers, got dtype {labels.dtype}.")
     labels = on_device(labels)
     if isinstance(labels, jax.core.Tracer):
+        labels = wide(labels)
         within = (labels >= 0) & (labels < num_classes)
         return where_taken(within[..., None], _signed(labels, num_classes))
     if labels.size:
@@ -284,5 +290,6 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
 
 @partial(jax.jit, static_argnums=1)
 def _signed(labels: Array, num_classes: int) -> Array:
+    labels = wide(labels)
     classes = jnp.arange(1 if num_classes == 2 else 0, num_classes, dtype=labels.dtype)
     return jnp.where(labels[..., None] == jnp.broadcast_to(classes, (*labels.shape, len(classes))), 1.0, -1.0)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver.arrays import native
-from cronos_flax._solver.loss import Loss, where_taken
+from cronos_flax._solver.loss import Loss, where_taken, wide
 from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
@@ -99,8 +99,10 @@ class Softmax(Loss):
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
         if num_classes is None:
             num_classes = max(_range(y)[1] + 1, 2) if y.size else 2
-        rows = _one_hot(y, num_classes)
-        return rows if known else where_taken(((y >= 0) & (y < num_classes))[:, None], rows)
+        if known:
+            return _one_hot(y, num_classes)
+        y = wide(y)
+        return where_taken(((y >= 0) & (y < num_classes))[:, None], _one_hot(y, num_classes))
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jax.nn.logsumexp(outputs, axis=1) - jnp.sum(outputs * targets, axis=1)
@@ -316,7 +318,7 @@ def _one_hot(labels: Array, num_classes: int) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def _one_hot_on_device(labels: Array, num_classes: int) -> Array:
-    return jax.nn.one_hot(labels, num_classes)
+    return jax.nn.one_hot(wide(labels), num_classes)
 
 
 def _entropy(p: Array) -> Array:
