@@ -519,3 +519,33 @@ def test_a_program_of_few_entries_is_compiled_without_optimisation_and_gives_the
     assert quick is not optimised
     assert program.compiled((many[1:],)) is quick
     np.testing.assert_allclose(quick((few,), ()), optimised((few,), ()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        cf.Refreshed(damping_range=(np.float64(1e-8), 1e8), cg_tol=np.float64(0.1), cg_steps=np.int64(3)),
+        cf.Held(kappa=np.float64(4), step_lengths=(np.float32(1), 0)),
+        cf.Huber(np.float64(1)),
+        cf.Structured(np.int8(50)),
+        cf.NystromPCG(np.uint8(20)),
+        cf.Cronos(max_iters=np.int8(127), folds=np.int64(3)),
+        cf.Guard(tolerance=np.float64(0.1)),
+        cf.Alternation(largest_step=np.float64(0.02)),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_settings_are_numbers_of_python(settings):
+    """NumPy's are equal to them, so what was compiled for them is taken for these, and they promote."""
+    values = [getattr(settings, field.name) for field in dataclasses.fields(settings)]
+    values += [number for value in values if isinstance(value, tuple) for number in value]
+    assert not [value for value in values if isinstance(value, np.generic)]
+
+
+def test_settings_in_double_precision_leave_features_in_single_precision(strict_promotion):
+    """A `damping_range` of np.float64 was a TypeError, in this solve and in all later ones with default settings."""
+    X, y = random_problem(1)
+    with jax.enable_x64(True):
+        for refreshed in (cf.Refreshed(damping_range=(np.float64(1e-8), np.float64(1e8))), cf.Refreshed()):
+            solution = cf.Cronos(max_iters=2, refreshed=refreshed).solve(X, y, hidden=4)
+            assert solution.stats.objective.dtype == np.float32

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cronos_flax._head.head import Head
-from cronos_flax._solver.checks import choice, positive_integer
+from cronos_flax._solver.checks import choice, in_python, positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.user_warnings import warn
 
@@ -111,6 +111,7 @@ class Alternation:
             limit: Any = getattr(self, name)
             if limit is not None and (not isinstance(limit, numbers.Real) or not float(limit) > 0):
                 raise ValueError(f"Alternation: `{name}` must be a number > 0 or None, got {limit!r}.")
+        in_python(self, *(field.name for field in dataclasses.fields(self)))
 
     def moves(self, head: Head) -> bool:
         """Whether gradient steps move this head; one without a backbone is only solved for."""

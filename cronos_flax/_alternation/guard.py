@@ -29,7 +29,7 @@ from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._head.fit import fit_rows, nonfinite_solution
 from cronos_flax._head.rows import GatheredRows
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import in_python, positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.processes import agreed, on_first
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
@@ -94,6 +94,7 @@ class Guard:
         _check("highest_rate", self.highest_rate, "> 0 and finite", lambda v: 0 < v < math.inf)
         _check("drift_factor", self.drift_factor, "≥ 1 and finite", lambda v: 1 <= v < math.inf)
         positive_integer("Guard", "drift_tries", self.drift_tries, least=0)
+        in_python(self, *(field.name for field in dataclasses.fields(self)))
 
 
 def _check(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:

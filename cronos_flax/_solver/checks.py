@@ -91,6 +91,23 @@ def positive_integer(where: str, name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{where}: `{name}` must be an integer ≥ {least}, got {value!r}.")
 
 
+def in_python(settings: Any, *names: str) -> None:
+    """Make numbers of NumPy, among these fields of a frozen dataclass, Python's.
+
+    The two are equal, and so share what is compiled; but NumPy's change the types of what is computed with them.
+    """
+    for name in names:
+        object.__setattr__(settings, name, _in_python(getattr(settings, name)))
+
+
+def _in_python(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_in_python, value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def concrete(value: Any) -> bool:
     """Whether a value can be looked at, or is being traced."""
     return not isinstance(value, jax.core.Tracer)

@@ -159,6 +159,7 @@ class Cronos:
         checks.number("beta_ratio", self.beta_ratio, "a number ≥ 0, or None for the default", lambda v: v >= 0)
         checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
         checks.number("tol", self.tol, "a number ≥ 0, or None for the default", lambda v: v >= 0)
+        checks.in_python(self, "max_iters", "max_bytes", "certify_iters", "folds")
 
     def solve(
         self,

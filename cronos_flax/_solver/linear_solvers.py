@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, adjoint
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import in_python, positive_integer
 from cronos_flax._solver.numerics import Sketch, conjugate_gradient, sketch, test_matrix
 from cronos_flax._solver.program import Program
 from cronos_flax._solver.types import Activations, Neurons, Outputs, Scalar
@@ -108,6 +108,7 @@ class Structured:
 
     def __post_init__(self) -> None:
         positive_integer("Structured", "max_steps", self.max_steps)
+        in_python(self, "max_steps")
 
     def plan(self, n: int, d: int, m: int, C: int) -> str:
         """``"dense"``, ``"preconditioned"`` or ``"plain"``: the cheapest by floating-point operations."""
@@ -252,6 +253,7 @@ class NystromPCG:
     def __post_init__(self) -> None:
         positive_integer("NystromPCG", "rank", self.rank)
         positive_integer("NystromPCG", "max_steps", self.max_steps)
+        in_python(self, "rank", "max_steps")
 
     def prepare(self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array) -> Sketch:
         """The sketch of ``G*G + κ⁻¹ F*F``."""

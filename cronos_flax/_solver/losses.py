@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver.arrays import native
+from cronos_flax._solver.checks import in_python
 from cronos_flax._solver.loss import Loss, where_taken, wide
 from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
@@ -215,6 +216,7 @@ class Huber(Loss):
             or not 0 < self.delta < float("inf")
         ):
             raise ValueError(f"Huber: `delta` must be a finite number > 0, got {self.delta!r}.")
+        in_python(self, "delta")
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         size = jnp.abs(outputs - targets)

@@ -5,11 +5,11 @@ import math
 import numbers
 from typing import Any
 
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import in_python, positive_integer
 
 
 class _Settings:
-    """Numbers are checked; only what differs from the defaults is printed."""
+    """Numbers are checked, and made Python's; only what differs from the defaults is printed."""
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -27,6 +27,7 @@ class _Settings:
                 continue
             if not fits:
                 raise ValueError(f"{where}: `{field.name}` must be {expected}, got {value!r}.")
+        in_python(self, *(field.name for field in dataclasses.fields(self)))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         each = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
