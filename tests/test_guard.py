@@ -667,6 +667,16 @@ def judged(objectives, settings=GUARD, drifts=False, null_loss=1.0, rounding=0.0
     return guard, decisions
 
 
+def test_targets_in_half_precision_do_not_switch_the_guard_off():
+    """Their squares were infinite, and so the rounding that explains a rise of the loss."""
+    state = made().replace(solver=cf.Cronos(max_iters=2))
+    state = state.replace(params={**state.params, "Dense_0": jax.tree.map(jnp.zeros_like, state.params["Dense_0"])})
+    y = np.where(Y[:, None] == np.arange(2), 1e3, -1e3).astype("float16")
+    state, _ = state.solve_head((X, y))
+    with pytest.warns(UserWarning, match="explains next to nothing"):
+        state.solve_head((X, y))
+
+
 def test_small_rises_do_not_add_up():
     guard, decisions = judged([0.5, 0.505, 0.513])  # each within a hundredth of the one before
     assert decisions == [True, True, False]

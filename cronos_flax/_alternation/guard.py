@@ -354,8 +354,8 @@ def _rounding(rows: GatheredRows) -> float:
     """Rounding of a mean loss: of the loss at zero outputs, which is about the square of real targets, or one."""
     if not jnp.issubdtype(rows.y.dtype, jnp.floating):
         return _ROUNDING
-    y = on_host(rows.y)
-    return _ROUNDING * float(np.mean(np.square(y if rows.order is None else y[rows.order]), dtype=float))
+    y = on_host(rows.y).astype(float)  # in float16 the square of 256 is infinite
+    return _ROUNDING * float(np.mean(np.square(y if rows.order is None else y[rows.order])))
 
 
 def copied(tree: Any) -> Any:
