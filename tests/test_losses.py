@@ -458,6 +458,23 @@ def test_inside_jit_what_would_be_refused_is_not_finite(case):
     assert np.isnan(null_loss(bad, ones if case != "weights" else np.where(np.arange(8) == 3, -1, ones)))
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+def test_probabilities_of_few_bits_sum_to_one_as_well_as_their_type_can(kind):
+    """They were summed in their own type, and held to 1e-3: bfloat16 was refused."""
+    p = np.asarray(jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (500, 10))))
+    y, loss = jnp.asarray(p, kind), losses.Softmax()
+    assert np.max(np.abs(np.asarray(y, "float32").sum(axis=1) - 1)) > {"bfloat16": 1e-3}.get(kind, 0)
+    X = np.ones((500, 2), "float32")
+    for taken in (checks.data(X, y, None, None, loss)[1], jax.jit(lambda y: loss.targets(y, 10))(y)):
+        np.testing.assert_array_equal(taken, y.astype("float32"))
+    few = 0.9 * p  # in any type
+    with pytest.raises(ValueError, match=r"solve: `y` .* sum to one; got a row that sums to 0\.\d+"):
+        checks.data(X, jnp.asarray(few, kind), None, None, loss)
+    assert np.all(np.isnan(jax.jit(lambda y: loss.targets(y, 10))(jnp.asarray(few, kind))))
+    with pytest.raises(ValueError, match="got a negative entry"):
+        checks.data(X, jnp.asarray(p - 0.5, kind), None, None, loss)
+
+
 def test_inside_jit_signs_of_labels_out_of_range_are_not_finite():
     signs = jax.jit(lambda labels: cf.signed_targets(labels, 3))(np.array([0, 2, 3]))
     np.testing.assert_array_equal(np.isnan(signs), [[False] * 3, [False] * 3, [True] * 3])

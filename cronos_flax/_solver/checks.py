@@ -138,6 +138,7 @@ def _floats(
     value = native(value, f"solve: `{name}`")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"solve: `{name}` must be a floating array, got dtype {value.dtype}. {remedy}")
+    value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
     return _finite(name, value, shapes, ndims, known_finite)
 
 
@@ -149,8 +150,6 @@ def _finite(
     if jnp.issubdtype(value.dtype, jnp.floating):
         if isinstance(value, np.ndarray):
             value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
-        if value.dtype.itemsize < 4:
-            value = value.astype(jnp.float32)
         # What is on the host is looked at there, for on the device every shape would be a program.
         if not known_finite and concrete(value) and not all_finite(value):
             raise ValueError(

@@ -21,6 +21,7 @@ from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 _FEW = 4_000_000  # numbers up to which targets are made of labels on the host
 _MOST_CLASSES = 1_000_000  # more are taken for labels that are not numbered from 0 on
+_MOST_OFF = 1e-3  # how far from one the sum of a row of probabilities may be
 _HINGE_FLOOR = 0.1  # distance to the kink below which the hinge's parabola gets no narrower
 
 
@@ -72,8 +73,11 @@ class Softmax(Loss):
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
             p = np.asarray(on_host(y))
-            if not (np.all(p >= 0) and np.all(np.abs(np.sum(p, axis=1) - 1) < 1e-3)):
-                raise ValueError("`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got others.")
+            sums = np.sum(p, axis=1, dtype=jnp.promote_types(p.dtype, np.float32))
+            worst = float(sums[np.argmax(np.abs(sums - 1))]) if sums.size else 1.0  # the first NaN, if there is one
+            if not (np.all(p >= 0) and abs(worst - 1) < _most_off(p.dtype)):
+                got = "a negative entry" if np.any(p < 0) else f"a row that sums to {worst:.6g}"
+                raise ValueError(f"`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got {got}.")
         elif y.size and y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
             low, high = _range(y)
             if low < 0 or high >= (high + 1 if num_classes is None else num_classes):
@@ -90,8 +94,9 @@ class Softmax(Loss):
         if known:
             self.check_targets(y, num_classes)
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
-            sums = jnp.sum(y, axis=1, keepdims=True)
-            return y if known else where_taken(jnp.all(y >= 0, axis=1, keepdims=True) & (jnp.abs(sums - 1) < 2e-3), y)
+            sums = jnp.sum(y, axis=1, keepdims=True, dtype=jnp.promote_types(y.dtype, jnp.float32))
+            are_one = jnp.abs(sums - 1) < _most_off(y.dtype)
+            return y if known else where_taken(jnp.all(y >= 0, axis=1, keepdims=True) & are_one, y)
         if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(
                 f"`y` must be integer labels (n,) or probabilities (n, C), got {y.dtype} of shape {y.shape}."
@@ -302,6 +307,11 @@ LOSSES = {
 def loss_of(loss: str | Loss) -> Loss:
     """The loss of this name, or the loss itself."""
     return loss if isinstance(loss, Loss) else LOSSES[loss]
+
+
+def _most_off(dtype: np.dtype) -> float:
+    """How far from one the sum of probabilities may be that were rounded to this type."""
+    return max(_MOST_OFF, 8 * float(jnp.finfo(dtype).eps))
 
 
 def _range(y: Array | np.ndarray) -> tuple[int, int]:
