@@ -95,6 +95,28 @@ def test_a_callback_is_told_every_check(gates, dtype):
     np.testing.assert_allclose([row[loss] for row in told], traced, rtol=1e-6)
 
 
+@pytest.mark.parametrize("within", [jax.jit, jax.vmap])
+@pytest.mark.parametrize("traced", ["X", "y", "sample_weight", "beta", "nothing"])
+def test_inside_jit_and_vmap_what_needs_the_host_is_refused(traced, within):
+    """A KeyError in an error of XLA, as the host had gone on when it was called."""
+    X, y = random_problem(0)
+    given = {"X": X, "y": y, "sample_weight": np.ones(len(X), "float32"), "beta": np.float32(0.1), "nothing": 0.0}
+
+    def solve(value, **others):
+        arguments = {**given, traced: value}
+        solver = cf.Cronos(max_iters=2, beta=arguments.pop("beta"))
+        del arguments["nothing"]
+        return solver.solve(**{**arguments, **others}, hidden=4).status_code
+
+    value = given[traced] if within is jax.jit else np.asarray(given[traced])[None]
+    if (traced, within) != ("nothing", jax.vmap):  # there nothing is traced
+        with pytest.raises(ValueError, match=r"solve: `callback` needs the host, .*Call solve outside"):
+            within(lambda value: solve(value, callback=dict))(value)
+        if traced != "X":
+            with pytest.raises(ValueError, match="solve: `X` in blocks needs the host"):
+                within(lambda value: solve(value, X=[X]))(value)
+
+
 def test_what_a_callback_raises_ends_the_solve():
     X, y = random_problem(0)
 

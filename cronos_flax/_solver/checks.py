@@ -113,6 +113,21 @@ def concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def on_the_host(what: str, values: Any) -> None:
+    """Raise a ValueError inside ``jit`` and ``vmap``, for what a solve calls on the host.
+
+    Args:
+        what: how the error names it.
+        values: all that the solve takes, a pytree.
+    """
+    here = on_device(0)  # inside jit it is traced, whatever else is
+    if not all(map(concrete, jax.tree.leaves((here, values)))):
+        raise ValueError(
+            f"solve: {what} needs the host, which cannot be called inside jit or vmap, got traced values. Call solve "
+            "outside of them."
+        )
+
+
 @jax.jit
 def _are_finite(tree: Any) -> Array:
     so_far: Any = np.True_  # a constant of JAX would be sent to the device
@@ -194,10 +209,6 @@ def data(
     in_blocks = not is_array(X) and not isinstance(X, (str, bytes)) and isinstance(X, Iterable)
     if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
         X = _blocks(X)
-        if not concrete(y):
-            raise ValueError(
-                "solve: `X` in blocks cannot be read inside jit or vmap, got a traced `y`. Call it outside."
-            )
     elif not isinstance(X, Source):
         X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').", known_finite)
     if num_classes is not None:

@@ -178,7 +178,8 @@ class Cronos:
         """Train a two-layer network on arrays.
 
         Exactly one of ``hidden``, ``init`` and ``state`` says where to start. Can be called inside ``jit`` and
-        ``vmap``; targets and weights whose values would be refused then give ``Status.nonfinite``.
+        ``vmap``, unless ``callback`` or blocks of X need the host; targets and weights whose values would be refused
+        then give ``Status.nonfinite``.
 
         Args:
             X: features, floating, shape ``(n, p)`` with ``n ≥ 2``, finite, any units. Or, for features that do not fit
@@ -265,6 +266,9 @@ class Cronos:
         features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
+        if callback is not None or isinstance(features, Source):
+            what = "`X` in blocks" if callback is None else "`callback`"
+            checks.on_the_host(what, (self, features, targets, weight, init, state, key))
         callback = on_first(callback)
         if key is not None:
             checks.random_key(key)
