@@ -129,6 +129,28 @@ def test_weights_and_variables_of_another_module_are_refused():
         cf.fit_head(head, variables["params"], (X, X[:, :4]))
     with pytest.raises(ValueError, match="`network` must be"):
         head.write(variables, dataclasses.replace(head.read(variables), bias1=None))
+
+
+WRONG = [
+    {"kernel1": (2, 20)},  # other features
+    {"kernel2": (20, 9), "bias2": (9,)},  # other outputs
+    {"bias2": (1,)},
+    {"bias1": (5,)},  # several widths
+    {"kernel1": (6, 7), "bias1": (7,)},
+    {"kernel1": (120,)},
+]
+
+
+@pytest.mark.parametrize("shapes", WRONG, ids=str)
+def test_only_a_network_between_the_same_layers_is_written(shapes):
+    """Variables were broken, without a word."""
+    variables = init(Lie())
+    head = cf.find_head(Lie(), variables, X)
+    wide = cf.TwoLayer(*(np.ones(shape, "float32") for shape in ((6, 12), (12,), (12, 4), (4,))))
+    assert head.read(head.write(variables, wide)).kernel1.shape == (6, 12)
+    network = dataclasses.replace(head.read(variables), **{name: np.ones(shape) for name, shape in shapes.items()})
+    with pytest.raises(ValueError, match=r"`network` must have the widths of the head: kernel1 \(6, m\)"):
+        head.write(variables, network)
     with pytest.raises(ValueError, match="`output` must be a key"):
         cf.find_head(Lie(), variables, X, output="logits")
 

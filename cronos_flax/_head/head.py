@@ -111,10 +111,24 @@ class Head:
             The variables with these weights: a copy for linen, the same model for NNX.
 
         Raises:
-            ValueError: if ``network`` is not a network with the head's biases, or, in NNX, has other widths.
+            ValueError: if ``network`` is not a network with the head's biases, features and outputs, or, in NNX, has
+                another width.
         """
         _check_network(network, self.read(variables))
+        self._check_widths(network)
         return self.module.store(variables, self.paths, network)
+
+    def _check_widths(self, network: TwoLayer) -> None:
+        """Raise a ValueError unless ``network`` has the head's features and outputs, and one width."""
+        got = {name: jnp.shape(value) for name, value in vars(network).items() if value is not None}
+        p, C, m = self.features, self.outputs, (*got["kernel1"], None)[1]
+        fits = {"kernel1": (p, m), "bias1": (m,), "kernel2": (m, C), "bias2": (C,)}
+        if any(fits[name] != shape for name, shape in got.items()):
+            shapes = ", ".join(f"{name} {shape}" for name, shape in got.items())
+            raise ValueError(
+                f"write: `network` must have the widths of the head: kernel1 ({p}, m), bias1 (m,), kernel2 (m, {C}), "
+                f"bias2 ({C},), with one m; got {shapes}."
+            )
 
     def inputs(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """The head's input for a batch, by one jitted pass through the backbone.
