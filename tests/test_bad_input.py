@@ -175,8 +175,32 @@ CASES = {
         ),
         "`solver`",
     ),
+    "predict: a solution": (
+        lambda: cf.predict(solve(), X),
+        "predict: `params` must be a cf.TwoLayer .*got a Solution.*solution.params",
+    ),
+    "predict: no network": (lambda: cf.predict(VARIABLES, X), "predict: `params` must be a cf.TwoLayer .*got a dict.$"),
+    "predict: text": (lambda: cf.predict(NET, [["a"] * 5]), "predict: `X` must be numbers"),
+    "objective: a solution": (
+        lambda: cf.Cronos().objective(solve(), X, Y, 0.1),
+        "objective: `params` must be a cf.TwoLayer .*got a Solution.*solution.params",
+    ),
     "no such data set": (lambda: load_tfds("mnist", "train", "/nonexistent"), "Prepare it"),
 }
+
+
+class Table:
+    """An array of another library, as pandas has them."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(X, dtype)
+
+
+@pytest.mark.parametrize("given", [X.tolist(), Table(), X.astype(">f4")])
+@pytest.mark.parametrize("gates", ["refreshed", "gated"])
+def test_what_a_solve_takes_predict_takes(given, gates):
+    solution = cf.Cronos(max_iters=2, gates=gates).solve(X, Y, hidden=4)
+    np.testing.assert_array_equal(cf.predict(solution.params, given), cf.predict(solution.params, X))
 
 
 @pytest.mark.parametrize(("call", "match"), CASES.values(), ids=CASES)

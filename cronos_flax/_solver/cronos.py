@@ -23,7 +23,7 @@ from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import Network, Solution, TwoLayer
+from cronos_flax._solver.solution import Network, Solution, TwoLayer, check_network
 from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
@@ -415,6 +415,7 @@ class Cronos:
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
+        check_network("objective", params)
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
         rest = y, weight, on_device(beta, y.dtype), loss_of(self.loss)
         if not isinstance(features, Source):

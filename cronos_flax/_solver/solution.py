@@ -7,9 +7,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._solver.arrays import numbers
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.types import Activations, Directions, Gates, Scalar
@@ -115,7 +118,17 @@ class GatedTwoLayer:
 Network: TypeAlias = TwoLayer | GatedTwoLayer
 
 
-def gates_on(params: GatedTwoLayer, X: Float[Array, "n p"] | Blocks) -> Gates:
+def check_network(where: str, params: Any) -> None:
+    """Raise a ValueError for what is no network, such as a whole solution."""
+    if not isinstance(params, Network):
+        has_one = isinstance(getattr(params, "params", None), Network)
+        raise ValueError(
+            f"{where}: `params` must be a cf.TwoLayer or a cf.GatedTwoLayer, got a {type(params).__name__}."
+            f"{' Give its .params, as solution.params.' if has_one else ''}"
+        )
+
+
+def gates_on(params: GatedTwoLayer, X: Array | np.ndarray | Blocks) -> Gates:
     """Where the neurons of a gated network are on.
 
     In full precision wherever it is called, for what a rounding turns on is not small.
@@ -145,18 +158,18 @@ def _where_on(D: Gates, Z: Activations) -> Activations:
     return jnp.where(D, Z, 0)
 
 
-def predict(params: Network, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n C"]:
+def predict(params: Network, X: ArrayLike | Blocks) -> Float[Array, "n C"]:
     """Outputs of a two-layer ReLU network, ``relu(X kernel1 + bias1) kernel2 + bias2``, or of a gated one.
 
     Args:
         params: a :class:`TwoLayer`, or a :class:`GatedTwoLayer`.
-        X: features, shape ``(n, p)``.
+        X: features, shape ``(n, p)``, as :meth:`cronos_flax.Cronos.solve` takes them.
 
     Returns:
         Outputs, shape ``(n, C)``. For ``"softmax"`` and ``"logistic"`` these are logits.
 
     Raises:
-        ValueError: if the features are not as many as the network's.
+        ValueError: for what is no network, or no array, and if the features are not as many as the network's.
 
     Example:
         >>> import jax.numpy as jnp, cronos_flax as cf
@@ -164,8 +177,9 @@ def predict(params: Network, X: Float[Array, "n p"] | Blocks) -> Float[Array, "n
         >>> cf.predict(network, jnp.array([[-2.0], [3.0]])).tolist()  # |x|
         [[2.0], [3.0]]
     """
+    check_network("predict", params)
     if not isinstance(X, Blocks):
-        X = jnp.asarray(X) if isinstance(X, list | tuple) else X
+        X = numbers(X, "predict: `X`")
         if X.shape[-1:] != params.kernel1.shape[:1]:
             raise ValueError(
                 f"predict: `X` must have the {params.kernel1.shape[0]} features of the network as its last axis, "
