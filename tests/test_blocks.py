@@ -57,6 +57,19 @@ def test_a_solve_in_blocks_is_the_solve_in_memory(gates, monkeypatch):
     np.testing.assert_allclose(in_memory.stats.objective_trace, in_blocks.stats.objective_trace, rtol=1e-8)
 
 
+@pytest.mark.parametrize("on", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_blocks_in_half_precision_are_taken_as_a_whole_array_is(kind, on):
+    """Those of bfloat16 were refused, as no floating arrays."""
+    X, y = random_problem(0)
+    X, solver = X.astype(jnp.dtype(kind)), cf.Cronos(max_iters=2)
+    in_memory = solver.solve(on(X), y, hidden=4)
+    in_blocks = solver.solve([on(X[:9]), X[9:].astype("float32")], y, hidden=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), in_memory.params, in_blocks.params)
+    with pytest.raises(ValueError, match="`X` must be finite"):
+        solver.solve([on(X * np.asarray(np.inf, X.dtype))], y, hidden=4)
+
+
 class Failing:
     """Blocks that can be read a few times only."""
 

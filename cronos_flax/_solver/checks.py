@@ -180,7 +180,7 @@ def _blocks(X: Iterable[Any]) -> Source:
     shape, dtype = None, np.dtype("float32")
     for block in X:
         block = native(block, "solve: the blocks of `X`")
-        if block.ndim != 2 or not np.issubdtype(block.dtype, np.floating):
+        if block.ndim != 2 or not jnp.issubdtype(block.dtype, jnp.floating):
             raise ValueError(
                 f"solve: the blocks of `X` must be floating arrays (n, p), got {block.dtype} of shape {block.shape}."
             )
