@@ -21,7 +21,7 @@ from cronos_flax.compare import models, programs, summaries, tables
 from cronos_flax.compare.cli import main
 from cronos_flax.compare.data import EMBEDDED, Split, load
 from cronos_flax.compare.frozen import linear_probe
-from cronos_flax.compare.methods import BASELINES, check_method, grid, has_head
+from cronos_flax.compare.methods import BASELINES, BaselineState, at_rate, check_method, grid, has_head, optimizer
 from cronos_flax.compare.models import MODELS, model_of
 from cronos_flax.compare.results import kept
 from cronos_flax.compare.runs import rows_of
@@ -134,6 +134,17 @@ def test_regression_is_scored_by_its_loss(tmp_path):
     rows = sweep(settings, [Run("cronos-am", None, 0), Run("adam", 1e-2, 0), Run("linear-probe", 1.0, 0)], tmp_path)
     assert all(row["test_loss"] > 0 and "test_accuracy" not in row for row in rows)
     assert "minus the loss" in tables.table(rows)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_the_rate_is_not_that_of_a_parameter_of_this_name(decays):
+    """Moments of a parameter "rate" were replaced by the rate."""
+    params = {"rate": np.ones((2, 3), "float32"), "hyperparams": {"rate": np.ones(3, "float32")}}
+    made = optimizer("adam", decays)
+    state = at_rate(BaselineState.create(apply_fn=None, params=params, tx=made), 0.25)
+    step = state.apply_gradients(grads=params).params
+    for leaf in jax.tree.leaves(step):  # Adam's first step moves each entry by its rate
+        np.testing.assert_allclose(leaf, 0.75, rtol=1e-5)
 
 
 def test_grids():

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -155,7 +156,16 @@ def optimizer(name: str, decays: bool = False) -> optax.GradientTransformation:
 
 def at_rate(state: TrainState, rate: float) -> Any:
     """A state of an :func:`optimizer` before its first step, at this rate."""
-    return state.replace(opt_state=optax.tree.set(state.opt_state, rate=on_device(rate, jnp.float32)))
+    new = {"rate": on_device(rate, jnp.float32)}
+
+    def replaced(part: Any) -> Any:  # by name alone, moments of a parameter "rate" would be replaced too
+        return part._replace(hyperparams=part.hyperparams | new) if _has_rate(part) else part
+
+    return state.replace(opt_state=jax.tree.map(replaced, state.opt_state, is_leaf=_has_rate))
+
+
+def _has_rate(part: Any) -> bool:
+    return isinstance(part, optax.InjectStatefulHyperparamsState)
 
 
 @functools.cache
