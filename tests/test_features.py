@@ -257,7 +257,7 @@ def test_features_of_other_code_are_refused_by_a_fit():
     features = gather()
     other = nn.Sequential([nn.Dense(8), nn.sigmoid, nn.Dense(6), nn.relu, nn.Dense(2)])
     with pytest.raises(
-        ValueError, match=r"features of this backbone, .* operations are others, logistic 1 \(before: 0"
+        ValueError, match=r"features of this backbone, .* only one of the two has the operations logistic"
     ):
         cf.fit_head(cf.find_head(other, VARIABLES, X[:64]), VARIABLES, features, solver=SOLVER)
 

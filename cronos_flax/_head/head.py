@@ -21,7 +21,7 @@ from cronos_flax._head.fingerprint import Fingerprint, checksum, described, diff
 from cronos_flax._head.functional import Functional, Kind, Tap
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
-from cronos_flax._head.operations import other_operations
+from cronos_flax._head.operations import other_names
 from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
@@ -192,8 +192,8 @@ class Head:
         if unpack is not None:
             raise ValueError(f"{where}: `unpack` must be None for features, which are not in batches.")
         changed = difference(data.backbone, self.backbone(variables, where))
-        if changed is None and (other := other_operations(data.operations, self.operations)):
-            changed = f"its operations are others, {other}"
+        if changed is None and (other := other_names(data.operations, self.operations)):
+            changed = f"only one of the two has the operations {other}"
         if changed is not None:
             raise ValueError(
                 f"{where}: `{name}` must be features of this backbone, got those of another: {changed}. Gather them "

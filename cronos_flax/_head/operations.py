@@ -37,6 +37,11 @@ def with_versions(found: Mapping[str, int]) -> dict[str, Any]:
     return {"versions": [jax.__version__, flax.__version__], "operations": dict(found)}
 
 
+def other_names(then: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """The operations that are only in one of two functions; how often may depend on the number of rows."""
+    return ", ".join(sorted(then.keys() ^ now.keys())[:_SHOWN])
+
+
 def other_operations(then: Mapping[str, int], now: Mapping[str, int]) -> str:
     """In words, how operations differ from those of before; empty if they do not."""
     differ = [name for name in sorted({*then, *now}) if then.get(name, 0) != now.get(name, 0)]
