@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -445,6 +446,32 @@ def test_runs_side_by_side_have_the_same_figures_and_no_times(task, tmp_path):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
     text = tables.table(beside)
     assert "| – |" in text
+
+
+def killed_after_the_first(job):
+    """A run that the system kills, as when memory runs out; the first ends before."""
+    run, ended = job[1], Path(os.environ["ENDED"])
+    while run.seed > 0 and not ended.exists():
+        time.sleep(0.01)
+    if run.seed > 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run, [{**run._asdict(), "epoch": 0, "end": True}]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_the_sweep_and_keeps_what_is_done(task, tmp_path, monkeypatch):
+    """It waited for ever."""
+    monkeypatch.setenv("ENDED", str(tmp_path / "ended"))
+    monkeypatch.setattr(sys.modules[sweep.__module__], "_worked", killed_after_the_first)
+    runs, others = [Run("adam", 1e-3, seed) for seed in range(3)], multiprocessing.active_children()
+
+    def watch(event, run, rows):
+        (tmp_path / "ended").touch()
+
+    with pytest.raises(ChildProcessError, match=r"`--jobs` must be fewer .* got 2\. What is done is kept"):
+        sweep(task.settings, runs, tmp_path / "out", jobs=2, task=task, watch=watch)
+    assert [row["seed"] for row in kept(tmp_path / "out" / "results.jsonl")] == [0]
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_the_folder_of_compiled_programs_does_not_grow_for_ever(tmp_path):

@@ -5,11 +5,12 @@ A sweep that was interrupted resumes with the runs whose rows are missing.
 
 import functools
 import importlib.metadata
-import itertools
 import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def sweep(
         ValueError: if the directory holds rows of other settings or other data, a part of another sweep, or damaged
             rows.
         BlockingIOError: if another sweep writes into the directory; the message says which process does.
+        ChildProcessError: if a run side by side with others was killed, as when memory runs out.
         OSError: if the directory cannot be written to.
     """
     out = shard.directory(out) if shard else out
@@ -103,10 +105,30 @@ def _done(
         for run in runs:
             yield run, _finished(task, run, functools.partial(watch, "check", run))
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, _one_core, (context.Value("i", 0),)) as pool:
-        for run, rows in pool.imap_unordered(_worked, zip(itertools.repeat(settings), runs, strict=False)):
+    lost = False
+    for future in _beside(jobs, [(settings, run) for run in runs]):
+        if isinstance(future.exception(), BrokenProcessPool):
+            lost = True  # others may have ended before
+        else:
+            run, rows = future.result()
             yield run, [{**row, "seconds": None, "compile_seconds": None} for row in rows]
+    if lost:
+        raise ChildProcessError(
+            "`--jobs` must be fewer than memory has room for: the system has ended a run, as it does when memory runs "
+            f"out, got {jobs}. What is done is kept; the same command with fewer goes on from there."
+        )
+
+
+def _beside(jobs: int, work: list[tuple[Settings, Run]]) -> Iterator[Future]:
+    """Each job as it ends, in so many processes, which end with the caller's loop."""
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    pool = ProcessPoolExecutor(jobs, context, _one_core, (context.Value("i", 0),))
+    try:
+        yield from as_completed([pool.submit(_worked, job) for job in work])
+    finally:
+        for worker in set(multiprocessing.active_children()).difference(others):
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def _finished(task: Task, run: Run, watch: Callable[[Row], Any] = lambda _: None) -> list[Row]:
