@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -21,6 +22,7 @@ from flax import nnx
 
 import cronos_flax as cf
 from cronos_flax._alternation import checkpoint as _checkpoint
+from cronos_flax._alternation import silence as _silence
 
 ROOT = Path(__file__).resolve().parents[1]
 X = jax.random.normal(jax.random.key(0), (32, 5))
@@ -271,8 +273,8 @@ def test_a_save_may_be_killed_at_any_moment(tmp_path):
 
 def test_what_other_threads_say_of_damage_is_not_heard_for_a_while_and_the_hook_is_put_back(tmp_path, monkeypatch):
     """It stayed another one for the rest of the process."""
-    monkeypatch.setattr(_checkpoint, "_LATEST", 0.5)
-    monkeypatch.setattr(_checkpoint, "_late_answers", _checkpoint._LateAnswers())  # those before may not be over
+    monkeypatch.setattr(_silence, "_LATEST", 0.5)
+    monkeypatch.setattr(_checkpoint, "silence", _silence.Silence())  # those before may not be over
     said = []
     monkeypatch.setattr(sys, "unraisablehook", hook := lambda unraisable: said.append(str(unraisable.exc_value)))
     cf.save_checkpoint(tmp_path, {"weights": np.zeros(3)}, 1)
@@ -290,6 +292,41 @@ def test_what_other_threads_say_of_damage_is_not_heard_for_a_while_and_the_hook_
     while sys.unraisablehook is not hook and time.monotonic() < until:
         time.sleep(0.05)
     assert sys.unraisablehook is hook
+
+
+def test_checkpoints_that_are_read_side_by_side_leave_what_they_found(tmp_path, monkeypatch):
+    """The second to begin put back the silence of the first, for the rest of the process."""
+    monkeypatch.setattr(_silence, "_LATEST", 0.1)
+    monkeypatch.setattr(_checkpoint, "silence", _silence.Silence())
+    both = threading.Event()
+
+    def manager(directory):
+        if directory.name == "second":
+            both.set()
+            first.join()
+        assert both.wait(60)
+        raise OSError("damaged")
+
+    def read(name):
+        (tmp_path / name / "1").mkdir(parents=True)
+        with pytest.raises(ValueError, match="none of the checkpoints"):
+            cf.restore_checkpoint(tmp_path / name, {})
+
+    def now():
+        return sys.unraisablehook, logging.getLogger("absl").level, warnings.filters[:]
+
+    monkeypatch.setattr(_checkpoint, "_manager", manager)
+    before = now()
+    first, second = (threading.Thread(target=read, args=(name,)) for name in ("first", "second"))
+    first.start()
+    while now() == before:
+        time.sleep(0.01)
+    second.start()
+    second.join()
+    until = time.monotonic() + 20
+    while sys.unraisablehook is not before[0] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert now() == before
 
 
 def test_a_file_cut_short_or_gone_is_noticed(tmp_path):

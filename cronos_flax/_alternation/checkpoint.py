@@ -6,17 +6,12 @@ leaves, with the name, shape, dtype and checksum of each; and the list has a che
 
 import contextlib
 import errno
-import functools
 import gc
 import json
-import logging
 import os
 import re
-import sys
-import threading
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
+from cronos_flax._alternation.silence import silence
 from cronos_flax._head.files import held_by_all, named
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
@@ -39,7 +35,6 @@ State = TypeVar("State")
 _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
 _LONGEST = 200  # characters of what Orbax says
-_LATEST = 10.0  # seconds after which threads that Orbax has given up have answered
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
 
@@ -121,7 +116,7 @@ def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None
 def _system_errors(directory: Path) -> Iterator[None]:
     """An error of the operating system is an OSError that names the directory, whatever Orbax makes of it."""
     try:
-        with _late_answers.ignored(), named(directory):
+        with silence.of_late_answers(), named(directory):
             yield
     except ValueError as error:
         if not _STATUS.match(str(error)):
@@ -135,49 +130,6 @@ def _system_errors(directory: Path) -> Iterator[None]:
 def _first_of(error: BaseException) -> str:
     """The beginning of what an error says."""
     return f"{error!s} ".splitlines()[0][:_LONGEST].strip()
-
-
-class _LateAnswers:
-    """Threads of TensorStore answer Orbax also when it has given up and listens no more: nothing is said of these.
-
-    They are errors for ``sys.unraisablehook``, which is another one meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._before: Callable[[Any], Any] = sys.unraisablehook
-        self._hook: Callable[[Any], Any] | None = None
-
-    @contextlib.contextmanager
-    def ignored(self) -> Iterator[None]:
-        """In the block and, if it ends in an error, for some seconds more: it is then that answers come late."""
-        with self._lock:
-            self._users += 1
-            if sys.unraisablehook is not self._hook:
-                self._before = sys.unraisablehook
-                self._hook = sys.unraisablehook = functools.partial(_unless_late, self._before)
-        try:
-            yield
-        except BaseException:
-            timer = threading.Timer(_LATEST, self._end)
-            timer.daemon = True
-            timer.start()
-            raise
-        self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and sys.unraisablehook is self._hook:  # else somebody has put another one over it
-                sys.unraisablehook, self._hook = self._before, None
-
-
-_late_answers = _LateAnswers()
-
-
-def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    if "Event loop is closed" not in str(unraisable.exc_value):
-        hook(unraisable)
 
 
 def restore_checkpoint(directory: str | Path, state: State, *, step: int | None = None) -> State:
@@ -230,22 +182,6 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
             f"restore_checkpoint: none of the checkpoints in {directory} can be read: {'; '.join(damage)}."
         )
     return state, None, None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Orbax's many messages about a damaged checkpoint; one warning of this module replaces them."""
-    logger = logging.getLogger("absl")
-    level, hook = logger.level, sys.unraisablehook
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
@@ -314,7 +250,7 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         _DamagedError: if it differs from what was saved.
         ValueError: if it is sound, but its leaves are not those of ``like``.
     """
-    with _late_answers.ignored():
+    with silence.of_late_answers():
         leaves, described, damage = _by_orbax(directory, step, like)
         if not everywhere(not damage):
             raise _DamagedError(damage or "another process could not read it")
@@ -332,7 +268,7 @@ def _by_orbax(directory: Path, step: int, like: dict[str, Any] | None) -> tuple[
     leaves: dict[str, Any] = {}
     described: dict[str, Any] = {}
     damage = ""
-    with _quiet():
+    with silence.of_all():
         try:
             with _manager(directory) as manager:
                 meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
