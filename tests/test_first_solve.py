@@ -21,11 +21,11 @@ SMALL = nn.Sequential([nn.Dense(8), nn.tanh, lambda x: 1e-3 * x, nn.Dense(6), nn
 LARGEST = 16.0
 
 
-def small_state(alternation=None, **solver):
+def small_state(alternation=None, tx=None, loss="softmax", **solver):
     params = jax.jit(SMALL.init)(jax.random.key(1), X)["params"]
     head = cf.find_head(SMALL, {"params": params}, X[:64])
-    solver = cf.Cronos(loss="softmax", **solver)
-    common = {"apply_fn": SMALL.apply, "params": params, "tx": optax.adam(1e-2)}
+    solver = cf.Cronos(loss=loss, **solver)
+    common = {"apply_fn": SMALL.apply, "params": params, "tx": optax.adam(1e-2) if tx is None else tx}
     return cf.CronosTrainState.create(**common, head=head, solver=solver, alternation=alternation)
 
 
@@ -146,3 +146,15 @@ def test_a_largest_growth_that_is_no_positive_number_is_refused(value):
     with pytest.raises(ValueError, match="`largest_growth` must be a number > 0"):
         cf.Alternation(largest_growth=value)
     assert dataclasses.asdict(cf.Alternation(largest_growth=3))["largest_growth"] == 3
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_targets_in_half_precision_are_taken_without_a_promotion(kind, strict_promotion):
+    """A solve on arrays took them, `solve_head` and `train` raised a TypePromotionError."""
+    state = small_state(tx=optax.sgd(1e-3), loss="squared", max_iters=2)
+    data = DATA[0], DATA[0][:, :2].astype(jnp.dtype(kind))
+    wide, _ = state.solve_head((data[0], data[1].astype("float32")), key=KEY)
+    solved, _ = state.solve_head(data, key=KEY)
+    jax.tree.map(np.testing.assert_array_equal, solved.params, wide.params)
+    _, history = cf.train(state, data, epochs=1, batch_size=64, solve_data=data)
+    assert np.isfinite(history[-1]["loss"])

@@ -95,7 +95,7 @@ def gradient_growth(before: TwoLayer, after: TwoLayer, rows: GatheredRows, loss:
 
 
 def _gradient_growth(before: TwoLayer, after: TwoLayer, X: Array, y: Array, weight: Array, *, loss: Loss) -> Array:
-    targets, weight = loss.targets(y, before.kernel2.shape[1]), weight / jnp.max(weight)
+    targets, weight = loss.targets(y, before.kernel2.shape[1]).astype(X.dtype), weight / jnp.max(weight)
 
     def size(gradient: Array) -> Array:
         squares = jnp.sum(jnp.square(gradient), axis=1)
