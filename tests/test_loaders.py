@@ -236,6 +236,17 @@ def test_a_directory_knows_a_loader_by_its_first_batch(saved):
         train(data=Shuffled(X.astype("float16")), directory=saved / "shuffled")
 
 
+def test_a_directory_costs_two_readings_of_a_loader_for_each_that_is_given(tmp_path, unsolved):
+    """Without `solve_data` there were four."""
+    opened = []
+    for arguments in ({}, {"directory": tmp_path / "one"}, {"directory": tmp_path / "two", "solve_data": Endless(4)}):
+        loader = Endless(4)
+        train(alternating(), data=loader, epochs=1, **arguments)
+        opened.append(loader.started)
+    assert opened[1] == opened[0] + 2
+    assert arguments["solve_data"].started >= 2
+
+
 def test_of_large_arrays_some_rows_are_read(monkeypatch):
     monkeypatch.setattr(sources, "_READ_BYTES", 100)
     monkeypatch.setattr(sources, "_READ_ROWS", 10)

@@ -201,7 +201,10 @@ def train(
             between = schedule * batch_size if isinstance(schedule, int) else None
             solve_rows = to_solve.affordable(between, state.head)
 
-    marks = {} if directory is None else {"data": source.fingerprint(), "solve_data": to_solve.fingerprint()}
+    marks = {}
+    if directory is not None:
+        marks["data"] = source.fingerprint()
+        marks["solve_data"] = marks["data"] if to_solve is source else to_solve.fingerprint()
     start = {} if directory is None else some_entries(module_params(state.params))
     checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.held():
