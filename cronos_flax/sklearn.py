@@ -296,12 +296,13 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
                 f"CronosRegressor: `loss` must be 'squared', 'huber' or a cf.Loss of real targets, got {self.loss!r}. "
                 "For classes use CronosClassifier."
             )
-        self._is_vector = values.ndim == 1
+        is_vector = values.ndim == 1
         rows, values, weight = _merged(rows, values.reshape(len(values), -1).astype(float), weight)
         mean, scale = self._units(values, weight)
         targets = (values - mean) / np.where(scale > 0, scale, 1)
         self._solve(rows, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
         self.kernel2_, self.bias2_ = self.kernel2_ * scale, self.bias2_ * scale + mean
+        self._is_vector = is_vector  # last, so that after an error predictions are still those of the network
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:

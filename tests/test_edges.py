@@ -553,7 +553,9 @@ def test_a_batch_of_settings_is_for_vmap(name):
 
 
 @pytest.mark.parametrize(
-    "key", [3, "a", jax.random.split(jax.random.key(0)), np.zeros(3)], ids=["int", "str", "keys", "floats"]
+    "key",
+    [3, "a", jax.random.split(jax.random.key(0)), np.zeros(3), np.zeros(3, "uint32")],
+    ids=["int", "str", "keys", "floats", "three"],
 )
 def test_what_is_no_key_is_refused(key):
     """It was JAX's message, about the data of a key or an abstract array."""

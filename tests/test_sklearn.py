@@ -144,6 +144,18 @@ def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(iris):
     np.testing.assert_array_equal(fitted.predict(X), before)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_regression_that_is_refused_leaves_the_shape_of_predictions(iris, columns):
+    """Those of a vector had two axes after it."""
+    X = iris[0]
+    vector, matrix = X[:, 0], X[:, :columns]
+    for good, bad in ((vector, matrix), (matrix, vector)):
+        fitted = regressor().fit(X, good)
+        with pytest.raises(ValueError, match="beta"):
+            fitted.set_params(beta=-1.0).fit(X, bad)
+        assert fitted.predict(X).shape == good.shape
+
+
 def test_too_few_iterations_are_said(iris):
     with pytest.warns(ConvergenceWarning, match=r"max_iter=1\."):
         classifier(max_iter=1).fit(*iris)

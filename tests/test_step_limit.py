@@ -103,6 +103,13 @@ def test_a_kernel_of_zeros_moves_and_an_update_of_zeros_does_not(dtype):
     np.testing.assert_array_equal(limited(zeros, ones, 0.1), zeros)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)])
+def test_a_parameter_without_entries_has_no_steps(shape):
+    """It was a ZeroDivisionError."""
+    empty = jnp.zeros(shape)
+    assert limited({"k": empty}, {"k": empty}, 0.1)["k"].shape == shape
+
+
 def test_an_update_that_is_not_finite_stays_so():
     update = jnp.ones((30, 20)).at[3, 4].set(jnp.nan)
     assert not np.isfinite(limited(update, jnp.ones((30, 20)), 0.1)[3, 4])
@@ -136,7 +143,7 @@ def test_parameters_must_be_given():
         state.tx.update(state.params, state.opt_state)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, "much", float("nan")])
+@pytest.mark.parametrize("value", [0, -1.0, "much", float("nan"), True])
 def test_a_largest_step_that_is_no_positive_number_is_refused(value):
     with pytest.raises(ValueError, match="`largest_step` must be a number > 0"):
         cf.Alternation(largest_step=value)

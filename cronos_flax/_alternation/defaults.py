@@ -109,7 +109,8 @@ class Alternation:
             choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
         for name in ("largest_step", "largest_growth", "choose_beta"):
             limit: Any = getattr(self, name)
-            if limit is not None and (not isinstance(limit, numbers.Real) or not float(limit) > 0):
+            is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+            if limit is not None and (not is_number or not float(limit) > 0):
                 raise ValueError(f"Alternation: `{name}` must be a number > 0 or None, got {limit!r}.")
         in_python(self, *(field.name for field in dataclasses.fields(self)))
 

@@ -37,7 +37,7 @@ def limited(updates: Any, params: Any, largest: float) -> Any:
     """
 
     def limit(update: Array, param: Array) -> Array:
-        if jnp.ndim(update) < 2:
+        if jnp.ndim(update) < 2 or jnp.size(update) == 0:
             return update
         step, kernel = (array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in (update, param))
         factor = jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))

@@ -80,9 +80,18 @@ def random_key(key: Any) -> None:
     """Raise a ValueError unless ``key`` is one key of JAX, new or old style."""
     is_new = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_old = isinstance(key, Array | np.ndarray) and key.dtype == np.uint32
-    if not (is_new or is_old) or np.ndim(key) != (0 if is_new else 1):
+    if not (is_new or (is_old and _is_key_data(key))) or np.ndim(key) != (0 if is_new else 1):
         got = f"an array of shape {np.shape(key)} of {key.dtype}" if isinstance(key, Array | np.ndarray) else repr(key)
         raise ValueError(f"solve: `key` must be one key, such as jax.random.key(0), got {got}.")
+
+
+def _is_key_data(data: Array | np.ndarray) -> bool:
+    """Whether the generator that JAX uses has keys of so many numbers."""
+    try:
+        jax.eval_shape(jax.random.wrap_key_data, data)
+    except TypeError:
+        return False
+    return True
 
 
 def positive_integer(where: str, name: str, value: Any, least: int = 1) -> None:
