@@ -17,6 +17,8 @@ from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
 from cronos_flax._alternation import sources as _sources
+from cronos_flax._alternation.steps import gradient_step
+from cronos_flax._solver.losses import loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -350,6 +352,31 @@ def test_bad_input_is_refused(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_compiled_step_is_of_keyword_arguments_of_the_same_types():
+    """That of True was taken for 1, as the two are equal."""
+
+    def step(**kwargs):
+        return gradient_step(loss_of("softmax"), kwargs)
+
+    assert step(k=1, of={"a": "b"}) is step(of={"a": "b"}, k=1)
+    others = [step(k=k) for k in (1, True, 1.0, [1], [True], {"k": 1}, "1", None)]
+    assert len(set(map(id, others))) == len(others)
+    array = np.zeros(2)  # it may be changed in its place
+    assert step(k=array) is not step(k=array)
+    seen = []
+
+    def apply_fn(variables, x, k, kind, rngs=None):
+        seen.append((k, kind))
+        return MODEL.apply(variables, x)
+
+    state = TrainState.create(apply_fn=apply_fn, params=PARAMS, tx=optax.sgd(1e-2))
+    for k in (1, True):
+        given = {"train_kwargs": {"k": k, "kind": {"of": [k]}}, "eval_kwargs": {"k": k, "kind": None}}
+        train(state, loss="softmax", epochs=1, validation=(X[:64], Y[:64]), **given)
+    assert {type(k) for k, kind in seen if kind} == {type(k) for k, kind in seen if not kind} == {int, bool}
+    assert all(type(k) is type(kind["of"][0]) for k, kind in seen if kind)
 
 
 @pytest.mark.slow

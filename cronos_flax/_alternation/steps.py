@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import flax.linen as nn
@@ -17,30 +17,31 @@ from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
 from cronos_flax._head.data import Batch, at, batches
 from cronos_flax._head.functional import selected
+from cronos_flax._head.jitted import Static
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import Places, at_places, automatically, evaluated, mesh_of, places_of, shapes_of
 from cronos_flax._solver.transfer import batch_on_device, on_device, on_host
 
+Made = TypeVar("Made")
+
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
 
 
-class _Keywords(dict):
-    """Keyword arguments that hash: by value if all values do, else by identity."""
+def _kept(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Make the same once, so that a sweep compiles once. Of what does not hash, as it may change, all is made anew."""
+    kept = functools.lru_cache(maxsize=_KEPT_COMPILED)(make)
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    @functools.wraps(make)
+    def made(*of: Any) -> Made:
         try:
-            return hash(frozenset(self.items()))
+            hash(of)
         except TypeError:
-            return id(self)
+            return make(*of)
+        return kept(*of)
 
-    def __eq__(self, other: object) -> bool:
-        try:
-            hash(frozenset(self.items()))
-        except TypeError:
-            return self is other
-        return dict.__eq__(self, other)
+    return made
 
 
 class Door:
@@ -139,11 +140,13 @@ def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
         loss: the loss of a row.
         kwargs: keyword arguments of ``apply_fn``.
     """
-    return _gradient_step(loss, _Keywords(kwargs or {}))
+    return _gradient_step(loss, Static.of(dict(kwargs or {})))
 
 
-@functools.lru_cache(maxsize=_KEPT_COMPILED)  # so that a sweep compiles once
-def _gradient_step(loss: Loss, kwargs: _Keywords) -> Step:
+@_kept
+def _gradient_step(loss: Loss, static: Static) -> Step:
+    kwargs = static.join()
+
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=5)
     def jitted(
         state: Any,
@@ -223,8 +226,7 @@ def scoring(
     if kwargs is None:
         kwargs = {} if head is None else head.kwargs
     kwargs = with_method(state.apply_fn, head, {name: value for name, value in kwargs.items() if name != "mutable"})
-    kwargs = _Keywords(kwargs)
-    sums = _sums(state.apply_fn, _output_of(state), loss, kwargs)
+    sums = _sums(state.apply_fn, _output_of(state), loss, Static.of(dict(kwargs)))
     door = Door(state, loss, kwargs)
 
     def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
@@ -253,9 +255,10 @@ def _params_to_score(state: TrainState) -> Any:
     return module_params(state.params) if given is None else given
 
 
-@functools.lru_cache(maxsize=_KEPT_COMPILED)
-def _sums(apply_fn: Callable, output: Any, loss: Loss, kwargs: _Keywords) -> Callable[..., tuple[Array, ...]]:
+@_kept
+def _sums(apply_fn: Callable, output: Any, loss: Loss, static: Static) -> Callable[..., tuple[Array, ...]]:
     """Gives sums over a batch: losses, their weights, correct rows, their weights; and whether all rows have labels."""
+    kwargs = static.join()
 
     @jax.jit
     def sums(params: Any, collections: Any, batch: Batch, class_weight: Array | None) -> tuple[Array, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
@@ -16,22 +16,28 @@ from cronos_flax._solver.transfer import on_device
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """The arguments of a call that are not arrays, and the places of those that are."""
+class Static:
+    """The arguments of a call that are part of a compiled program, and the places of those that are traced."""
 
     treedef: Any
-    rest: tuple
+    rest: tuple  # with the type of each: 1 and True are equal, but a module may tell them apart
+
+    @classmethod
+    def of(cls, arguments: Any) -> Self:
+        """Of all arguments, arrays too; with these it does not hash."""
+        leaves, treedef = jax.tree.flatten(arguments)
+        return cls(treedef, tuple((leaf, type(leaf)) for leaf in leaves))
 
     @classmethod
     def split(cls, arguments: Any) -> tuple[list[Any], Self]:
-        leaves, treedef = jax.tree.flatten(arguments)
-        traced = [is_array(leaf) for leaf in leaves]
-        # With the type: 1 and True are equal, but a module may tell them apart.
-        rest = tuple(None if is_one else (leaf, type(leaf)) for leaf, is_one in zip(leaves, traced, strict=True))
-        arrays = [leaf for leaf, is_one in zip(leaves, traced, strict=True) if is_one]
-        return [on_device(array) for array in as_arrays(arrays, "the module's arguments")], cls(treedef, rest)
+        """The arrays, which are traced, and what remains."""
+        whole = cls.of(arguments)
+        arrays = [leaf for leaf, _ in whole.rest if is_array(leaf)]
+        rest = tuple(None if is_array(leaf) else (leaf, kind) for leaf, kind in whole.rest)
+        return [on_device(array) for array in as_arrays(arrays, "the module's arguments")], cls(whole.treedef, rest)
 
-    def join(self, arrays: list[Any]) -> Any:
+    def join(self, arrays: Iterable[Any] = ()) -> Any:
+        """The arguments, with these arrays in their places."""
         remaining = iter(arrays)
         return jax.tree.unflatten(self.treedef, [next(remaining) if r is None else r[0] for r in self.rest])
 
@@ -48,7 +54,7 @@ class Jitted:
 
     def __call__(self, variables: Any, args: tuple, kwargs: Mapping) -> Any:
         """Its value."""
-        return automatically(self.run, variables, *_Static.split((args, dict(kwargs))))
+        return automatically(self.run, variables, *Static.split((args, dict(kwargs))))
 
     def operations(self, variables: Any, args: tuple, kwargs: Mapping, wanted: list[bool]) -> Operations:
         """What those of its outputs that are wanted are made of; traced only if it has not been called so."""
@@ -57,14 +63,14 @@ class Jitted:
             jaxpr = self.run.trace(*arguments).jaxpr.jaxpr
             return operations(jaxpr, itertools.compress(jaxpr.outvars, wanted))
 
-        return automatically(traced, variables, *_Static.split((args, dict(kwargs))))
+        return automatically(traced, variables, *Static.split((args, dict(kwargs))))
 
 
 def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Jitted:
     """``jax.jit`` of a function of variables, positional and keyword arguments."""
 
     @jax.jit
-    def run(variables: Any, arrays: list[Any], static: _Static) -> Any:
+    def run(variables: Any, arrays: list[Any], static: Static) -> Any:
         return call(variables, *static.join(arrays))
 
     return Jitted(run)
