@@ -124,15 +124,15 @@ def init(program: Program, U: Neurons, b: Bias, rho: Scalar, settings: Held) -> 
     return dataclasses.replace(first, Z_plus_dual=Z_plus_dual)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["image", "U", "GXU", "gap"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["image", "U", "GXU", "outputs"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """One iteration: where it led, the U it took, with ``G X U``, and the outputs' distance from Z."""
+    """One iteration: where it led, the U it took, with ``G X U``, and with a third split ``F U + 1bᵀ``."""
 
     image: Iterate
     U: Neurons
     GXU: Activations | Scalar
-    gap: Outputs
+    outputs: Outputs | None
 
 
 def step(
@@ -158,7 +158,7 @@ def step(
         iteration=iterate.iteration + 1,
     )
     if iterate.Z_plus_dual is None:
-        return Iteration(image, U, GXU, jnp.zeros_like(Z))
+        return Iteration(image, U, GXU, None)
     outputs = program.outputs(XU, program.rows.bias(Z - M))
     image = dataclasses.replace(image, Z_plus_dual=relax * outputs + (1 - relax) * Z + M)
-    return Iteration(image, U, GXU, outputs - image.split_outputs(program)[0])
+    return Iteration(image, U, GXU, outputs)

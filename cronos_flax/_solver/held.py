@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cronos_flax._solver import host
 from cronos_flax._solver.admm import Iterate, Iteration, init, step
@@ -58,8 +58,8 @@ class Check:
         return (gap <= tol * jnp.abs(self.program_objective)) & (self.cone_violation <= tol)
 
 
-def check(program: Program, before: Iterate, step: Iteration) -> Check:
-    """The certificate and the residuals of a step from ``before``."""
+def check(program: Program, before: Iterate, step: Iteration, is_start: Array) -> Check:
+    """The certificate and the residuals of a step from ``before``; of the start, where no step was taken."""
     X, U, GXU = program.rows.X, step.U, step.GXU
     V_old, _, S_old, _ = before.split(program.beta)
     V, Lambda, S, N = step.image.split(program.beta)
@@ -69,9 +69,10 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
     XV = X @ V
     GV = program.G(XV)
     dual = Lambda + adjoint(X, program.G(N)) if program.has_cones else Lambda
-    squared = step.image.Z_plus_dual is None
+    squared = step.outputs is None
     alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
     Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
+    gap = Z if squared else jnp.where(is_start, 0, step.outputs - Z)
     tiny = jnp.finfo(U.dtype).tiny
 
     def size(*parts: Array) -> Scalar:
@@ -83,7 +84,7 @@ def check(program: Program, before: Iterate, step: Iteration) -> Check:
         program_objective=program.objective(V, b, XV),
         lower_bound=lower_bound(program, alpha, -step.image.rho * N),
         cone_violation=jnp.linalg.norm(jnp.minimum(GV, 0)) / jnp.maximum(jnp.linalg.norm(GV), tiny),
-        primal_residual=size(U - V, GXU - S, step.gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
+        primal_residual=size(U - V, GXU - S, gap) / jnp.maximum(jnp.maximum(size(U, GXU), size(V, S, Z)), tiny),
         dual_residual=size(V - V_old + adjoint(X, program.G(S - S_old) + program.Ft(Z - Z_old) / step.image.kappa))
         / jnp.maximum(size(dual), tiny),
     )
@@ -101,101 +102,133 @@ def better_rho(check: Check, image: Iterate, settings: Held) -> tuple[Scalar, Ar
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["done", "iterate", "memory", "prepared", "check", "objectives", "bounds"],
+    data_fields=["done", "iterate", "memory", "prepared", "stale", "check", "objectives", "bounds"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class HeldLoop:
-    """The carry of the loop: iterations done, iterate, last check, and traces."""
+    """The carry of the loop.
+
+    Args:
+        done: iterations done; −1 before the start was checked.
+        iterate: the iterate.
+        memory: of the acceleration; None without.
+        prepared: what the linear solver has prepared.
+        stale: whether that is to be renewed before the next step.
+        check: the last check.
+        objectives: of the program at the start and after every iteration, as of the last check.
+        bounds: the lower bounds, likewise.
+    """
 
     done: Int[Array, ""]
     iterate: Iterate
     memory: Memory | None
     prepared: Any
+    stale: Bool[Array, ""]
     check: Check
     objectives: Float[Array, " k"]
     bounds: Float[Array, " k"]
 
 
-def begin(
-    program: Program,
-    linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"] | None,
-    iterate: Iterate,
-    key: Array,
-    *,
-    max_iters: int,
-) -> HeldLoop:
-    """A run that has done nothing yet."""
-    V, _, S, _ = iterate.split(program.beta)
-    first = check(program, iterate, Iteration(iterate, V, S, jnp.zeros_like(iterate.z)))
-    return HeldLoop(
-        done=jnp.zeros((), jnp.int32),
-        iterate=iterate,
-        memory=Memory.empty(iterate.flat()) if linear_solver.accelerated else None,
-        prepared=linear_solver.prepare(program, eigenvalues, iterate.kappa, key),
-        check=first,
-        objectives=jnp.full(max_iters + 1, first.program_objective),
-        bounds=jnp.full(max_iters + 1, first.lower_bound),
-    )
+def _blank(function: Callable[[], Any]) -> Any:
+    """Zeros in the place of what a function returns."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function))
 
 
 def run(
     program: Program,
     linear_solver: Structured | NystromPCG,
     eigenvalues: Float[Array, " d"] | None,
-    start: HeldLoop,
+    first: Iterate,
     key: Array,
     *,
     tol: Scalar,
     until: Int[Array, ""] | int,
+    length: int,
     settings: Held,
     tell: Callable[[Int[Array, ""], Check, Iterate], None],
 ) -> HeldLoop:
-    """Iterate until a check passes, or ``until`` iterations are done; ``tell`` is called with every check."""
+    """Iterate until a check passes, or ``until`` iterations are done; ``tell`` is called with every check.
 
-    def advance(prepared: Any, iterate: Iterate, memory: Memory | None) -> tuple[Iterate, Memory | None]:
-        image = step(program, linear_solver, eigenvalues, prepared, iterate, settings).image
-        if memory is None:
-            return image, None
-        # Never at a check, whose figures are of a plain step.
-        extrapolate = image.iteration % settings.extrapolate_every == settings.extrapolate_every // 2
-        point, memory = memory.advance(iterate.flat(), image.flat(), extrapolate)
-        return image.at(point), memory
+    What stands in the loop is compiled for every place where it stands. So step, check and preparation stand there
+    once: the loop first checks the start, after no step.
+
+    Args:
+        program: the program.
+        linear_solver: of the U-step.
+        eigenvalues: of the Gram matrix, on the eigenbasis.
+        first: the iterate to start from.
+        key: of the linear solver.
+        tol: of the checks.
+        until: most iterations.
+        length: of the traces, at least ``until + 1``.
+        settings: constants of the loop.
+        tell: takes iterations done, check and iterate, with 0 of the start.
+    """
+    renews = linear_solver.accelerated and first.Z_plus_dual is None  # else κ does not change
+
+    def prepare(iterate: Iterate) -> Any:
+        return linear_solver.prepare(program, eigenvalues, iterate.kappa, key)
+
+    def unmoved(iterate: Iterate) -> Iteration:
+        V, _, S, _ = iterate.split(program.beta)
+        return Iteration(iterate, V, S, iterate.Z_plus_dual)
 
     def unfinished(now: HeldLoop) -> Array:
-        return (now.done < until) & ~now.check.converged(tol) & jnp.isfinite(now.check.program_objective)
+        goes_on = (now.done < until) & ~now.check.converged(tol) & jnp.isfinite(now.check.program_objective)
+        return (now.done < 0) | goes_on
 
     def body(now: HeldLoop) -> HeldLoop:
-        count = jnp.minimum(settings.check_every, until - now.done)
-        before, memory = jax.lax.fori_loop(
-            0, count - 1, lambda _, c: advance(now.prepared, *c), (now.iterate, now.memory)
-        )
-        last = step(program, linear_solver, eigenvalues, now.prepared, before, settings)
-        figures = check(program, before, last)
-        image, prepared = last.image, now.prepared
+        prepared, is_start = now.prepared, now.done < 0
+        if renews:
+            prepared = jax.lax.cond(now.stale, lambda: prepare(now.iterate), lambda: now.prepared)
+        count = jnp.where(is_start, 0, jnp.minimum(settings.check_every, until - now.done))
+
+        def advance(i: Array, carry: tuple) -> tuple[Iterate, Iteration, Memory | None]:
+            _, last, memory = carry
+            before = last.image
+            last = step(program, linear_solver, eigenvalues, prepared, before, settings)
+            if memory is None:
+                return before, last, None
+            # Never at a check, whose figures are of a plain step.
+            image, to_check = last.image.flat(), i == count - 1
+            extrapolate = last.image.iteration % settings.extrapolate_every == settings.extrapolate_every // 2
+            point, memory = memory.advance(before.flat(), image, extrapolate & ~to_check)
+            moved = last.image.at(jnp.where(to_check, image, point))
+            return before, dataclasses.replace(last, image=moved), memory
+
+        before, last, memory = jax.lax.fori_loop(0, count, advance, (now.iterate, unmoved(now.iterate), now.memory))
+        figures, image, stale = check(program, before, last, is_start), last.image, jnp.zeros((), bool)
         if memory is not None:
-            _, memory = memory.advance(before.flat(), image.flat(), False)
             rho, change = better_rho(figures, image, settings)
-            rho = jnp.where(change, rho, image.rho)
-            image = image.with_rho(rho, program)
-            memory = dataclasses.replace(memory, count=jnp.where(change, 0, memory.count))
-            if image.Z_plus_dual is None:  # else κ has not changed
-                prepared = jax.lax.cond(
-                    change, lambda: linear_solver.prepare(program, eigenvalues, rho, key), lambda: prepared
-                )
-        tell(now.done + count, figures, image)
-        later = jnp.arange(len(now.objectives), dtype=jnp.int32) > now.done
+            stale = change & ~is_start
+            image = image.with_rho(jnp.where(stale, rho, image.rho), program)
+            memory = dataclasses.replace(memory, count=jnp.where(stale, 0, memory.count))
+        done = jnp.maximum(now.done, 0) + count
+        tell(done, figures, image)
+        later = jnp.arange(length, dtype=jnp.int32) > now.done
         return HeldLoop(
-            now.done + count,
+            done,
             image,
             memory,
             prepared,
+            stale,
             figures,
             objectives=jnp.where(later, figures.program_objective, now.objectives),
             bounds=jnp.where(later, figures.lower_bound, now.bounds),
         )
 
+    blank = jnp.zeros(length, first.rho.dtype)
+    start = HeldLoop(
+        done=jnp.asarray(-1, jnp.int32),
+        iterate=first,
+        memory=Memory.empty(first.flat()) if linear_solver.accelerated else None,
+        prepared=_blank(lambda: prepare(first)) if renews else prepare(first),
+        stale=jnp.ones((), bool),
+        check=_blank(lambda: check(program, first, unmoved(first), jnp.ones((), bool))),
+        objectives=blank,
+        bounds=blank,
+    )
     return jax.lax.while_loop(unfinished, body, start)
 
 
@@ -219,15 +252,16 @@ def _mark(problem: Problem) -> tuple[Scalar, Scalar]:
     return jnp.cos(jnp.arange(n, dtype=X.dtype)) @ each, jnp.sum(jnp.abs(each))
 
 
-def solve_program(problem: Problem, program: Program, first: Iterate, key: Array, max_iters: int) -> HeldLoop:
-    """ADMM to a certificate, or ``max_iters``."""
+def solve_program(
+    problem: Problem, program: Program, first: Iterate, key: Array, until: Int[Array, ""] | int, length: int
+) -> HeldLoop:
+    """ADMM to a certificate, or ``until`` iterations; traces have this length."""
     method = program, problem.linear_solver, problem.basis.eigenvalues
-    begun = begin(*method, first, key, max_iters=max_iters)
 
     def tell(done: Array, check: Check, iterate: Iterate) -> None:
         gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
         host.report(
-            problem.progress,
+            None if problem.progress is None else jnp.where(done > 0, problem.progress, host.NOBODY),
             iteration=done,
             program_objective=check.program_objective / problem.total_weight,
             lower_bound=check.lower_bound / problem.total_weight,
@@ -239,7 +273,7 @@ def solve_program(problem: Problem, program: Program, first: Iterate, key: Array
             active_neurons=jnp.sum(~dead(check.V)),
         )
 
-    return run(*method, begun, key, tol=problem.tol, until=max_iters, settings=problem.held, tell=tell)
+    return run(*method, first, key, tol=problem.tol, until=until, length=length, settings=problem.held, tell=tell)
 
 
 def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
@@ -261,7 +295,8 @@ def held(
     gated_by: Gates | None,
     start: Any,
     key: Array,
-    max_iters: int,
+    until: Int[Array, ""],
+    length: int,
 ) -> Ended:
     """Solve the convex program of held gates by ADMM, and go there as far as the network's loss falls.
 
@@ -271,7 +306,8 @@ def held(
         gated_by: the gates of a gated network, None for a ReLU network.
         start: the state to go on from, if there is one.
         key: of random gates and of the linear solver.
-        max_iters: most iterations.
+        until: most iterations.
+        length: of the traces, at least ``until + 1``.
     """
     rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
@@ -297,7 +333,7 @@ def held(
     else:
         program = Program(rows, D, A, beta, has_cones=gated_by is None)
         first = init(program, U, b, problem.rho, problem.held)
-    run = solve_program(problem, program, first, run_key, max_iters)
+    run = solve_program(problem, program, first, run_key, until, length)
     last = run.iterate
     # The program's iterate may break its cones, and its network then be worse than the start's.
     Z = rows.X @ U

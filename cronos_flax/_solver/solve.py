@@ -53,6 +53,7 @@ TOL = 1e-3
 
 _FIRST_SIZE = 0.01  # of neurons, as a share of those of a random start, where those of a network are far too small
 _FAR = 4.0  # times the loss of the best constant: above, a network to start from is first brought nearer to that
+_LEAST_TRACE = 4096  # entries of the traces of a solve with held gates, which are cut to those that are asked for
 
 State = RefreshedState | HeldState
 
@@ -240,7 +241,7 @@ def _end_refreshed(
         params = to_network(problem.rows, problem.basis, now.U, now.A, now.b, now.Z)
         other = problem.rotated() if problem.linear_solver.on_eigenbasis else problem
         program = program_of(other, *from_network(params, other.rows, other.basis), key)
-        shown |= figures(other, solve_program(other, *program, key, other.certify_iters))
+        shown |= figures(other, solve_program(other, *program, key, other.certify_iters, other.certify_iters + 1))
     W = jnp.zeros_like(now.A) if now.last.W is None else now.last.W
     last = TwoLayer(*problem.basis.lower(now.last.U), W, now.last.b)
     ended = Ended(
@@ -252,10 +253,10 @@ def _end_refreshed(
     return _end(begun, ended, *data)
 
 
-def _held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
-    """The whole solve with held gates."""
+def _held(asked: Asked, until: Int[Array, ""], *, hidden: int, length: int) -> Solution:
+    """The whole solve with held gates: at most ``until`` iterations, and traces of this length."""
     begun = _begin(asked, hidden=hidden)
-    ended = held(begun.problem, begun.network, begun.D, asked.start, begun.key, max_iters)
+    ended = held(begun.problem, begun.network, begun.D, asked.start, begun.key, until, length)
     return _end(begun, ended, asked.features, asked.targets, asked.weight)
 
 
@@ -267,6 +268,21 @@ def _figures(now: refreshed.Iterate, done: Array, total: Scalar) -> dict[str, Ar
 
 begin_refreshed, end_refreshed = Program(_begin_refreshed, few=ONCE), Program(_end_refreshed, few=ONCE)
 held_solve, figures_of = Program(_held), Program(_figures, few=ONCE)
+
+
+def _solve_held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
+    """Solve with held gates."""
+    control = control_of(asked)
+    shown = max_iters + 1
+    # Compiled for the length of its traces: for one that many numbers of iterations share.
+    length = max(_LEAST_TRACE, 1 << int(max_iters).bit_length()) if control is OnHost else shown
+    solution = control.run(held_solve, asked, control.back(np.int32(max_iters)), hidden=hidden, length=length)
+    if control is not OnHost:
+        return solution
+    stats = solution.stats
+    traces = {"objective_trace": stats.objective_trace, "lower_bound_trace": stats.lower_bound_trace}
+    cut = {name: control.beside(trace[:shown], stats.objective) for name, trace in control.seen(traces).items()}
+    return dataclasses.replace(solution, stats=dataclasses.replace(stats, **cut))
 
 
 def _padded(asked: Asked) -> Asked:
@@ -288,10 +304,10 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
         max_iters: most iterations.
         patience: of a refreshed solve without ``tol``, see :class:`Limits`; None for that of a problem of this size.
     """
+    if asked.solver.gates != "refreshed":
+        return _solve_held(asked, hidden=hidden, max_iters=max_iters)
     control, progress = control_of(asked), asked.progress
     n = len(asked.targets if asked.order is None else asked.order)
-    if asked.solver.gates != "refreshed":
-        return control.run(held_solve, asked, hidden=hidden, max_iters=max_iters)
     if control is OnHost and asked.order is None:
         asked = _padded(asked)
     if control is OnHost:
