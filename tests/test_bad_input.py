@@ -185,6 +185,21 @@ CASES = {
         lambda: cf.Cronos().objective(solve(), X, Y, 0.1),
         "objective: `params` must be a cf.TwoLayer .*got a Solution.*solution.params",
     ),
+    "objective: a path": (
+        lambda: cf.Cronos().objective(NET, X, Y, "path"),
+        "objective: `beta` must be a number ≥ 0, .*solution.stats.beta, got 'path'",
+    ),
+    "objective: no beta": (lambda: cf.Cronos().objective(NET, X, Y, None), "objective: `beta` must be a number ≥ 0"),
+    "objective: below zero": (lambda: cf.Cronos().objective(NET, X, Y, -1.0), "objective: `beta` .* got -1.0"),
+    "objective: several": (lambda: cf.Cronos().objective(NET, X, Y, np.ones(2)), "objective: `beta` must be one numb"),
+    "ragged blocks": (lambda: solve([[[1.0, 2.0], [3.0]], X]), "solve: the blocks of `X` must be an array of numbers"),
+    "restore: no directory": (lambda: cf.restore_checkpoint(None, NET), "restore_checkpoint: `directory` must be a p"),
+    "save: no directory": (lambda: cf.save_checkpoint(3, NET, 1), "save_checkpoint: `directory` must be a path"),
+    "save: text": (lambda: cf.save_checkpoint("/nonexistent", {"a": "b"}, 1), r"save_checkpoint: `state` .*at \['a'\]"),
+    "gather: no path": (
+        lambda: cf.gather_features(HEAD, VARIABLES, (X, T), cache=3),
+        "gather_features: `cache` must be a path",
+    ),
     "no such data set": (lambda: load_tfds("mnist", "train", "/nonexistent"), "Prepare it"),
 }
 

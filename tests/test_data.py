@@ -357,7 +357,12 @@ FORMS = {
     "one stream": ({"rngs": "dropout"}, "`rngs` must be names"),
     "streams of numbers": ({"rngs": {"dropout": 3}}, "`rngs` must be names"),
     "unpack": ({"unpack": 3}, "`unpack` must be a function"),
-    "a seed for a key": ({"key": 3}, "`key` must be a key of JAX"),
+    "a seed for a key": ({"key": 3}, "`key` must be one key"),
+    "several keys": ({"key": jax.random.split(jax.random.key(0))}, "`key` must be one key"),
+    "several keys of a stream": ({"rngs": {"dropout": jax.random.split(jax.random.key(0))}}, "`rngs` must be names"),
+    "a number for arguments": ({"train_kwargs": 3}, "`train_kwargs` must be a dict of keyword arguments"),
+    "a list of arguments to validate with": ({"eval_kwargs": ["train"]}, "`eval_kwargs` must be a dict of keyword arg"),
+    "a number for a path": ({"directory": 3}, "`directory` must be a path, .*got 3"),
     "no time": ({"seconds": np.float32(0)}, "`seconds` must be a positive number"),
 }
 

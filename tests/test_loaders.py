@@ -1,9 +1,13 @@
 """``cf.train`` on loaders as they are: endless, augmented, shuffled; and a directory that knows its data."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
+from conftest import drawn
 from flax.training.train_state import TrainState
 from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, plain, same, train
 
@@ -256,3 +260,24 @@ def test_of_large_arrays_some_rows_are_read(monkeypatch):
 
     assert mark(X) == mark(X.copy())
     assert sources.difference(mark(X), mark(X + 1)) == "x has other values"
+
+
+class BatchStatsState(TrainState):
+    """As in Flax's examples."""
+
+    batch_stats: Any
+
+
+def test_collections_in_a_field_of_another_name_are_told_of():
+    """The error was of the batch."""
+    model = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False), nn.relu, nn.Dense(2)])
+    variables = drawn(model, jax.random.key(0), X)
+    for given, got in (
+        (BatchStatsState.create, {"batch_stats": variables["batch_stats"]}),
+        (TrainState.create, {}),
+    ):
+        state = given(apply_fn=model.apply, params=variables["params"], tx=optax.sgd(0.1), **got)
+        with pytest.raises(
+            ValueError, match=r"train: `state` must have .* `model_state`, .*got none\. .*`batch_stats`"
+        ):
+            train(state)

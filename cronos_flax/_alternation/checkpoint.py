@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from cronos_flax._alternation.silence import silence
-from cronos_flax._head.files import held_by_all, named
+from cronos_flax._head.files import check_path, held_by_all, named
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
 from cronos_flax._solver.checks import positive_integer
@@ -68,6 +68,7 @@ def save_checkpoint(
         BlockingIOError: if another process, or a run of ``cf.train``, is writing into the directory.
         OSError: if the directory cannot be written to; the checkpoints there are as before.
     """
+    check_path("save_checkpoint", "directory", directory)
     content = _content(state, step, extra, keep)
     directory = Path(directory).absolute()
     with held_by_all(directory, "save_checkpoint: `directory`"):
@@ -87,6 +88,12 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     leaves = _named(state)
     if not leaves:
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
+    for name, leaf in leaves.items():
+        if not (leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.number)):
+            raise ValueError(
+                f"save_checkpoint: `state` must have arrays and numbers, got {leaf.dtype} at {name}. Leave it out, "
+                "or give it as `extra`."
+            )
     try:
         listed = {name: _described(leaf) for name, leaf in leaves.items()}
         body = json.dumps({"leaves": listed, "extra": extra, "function": _function_of(state)})
@@ -154,6 +161,7 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
 
 def restored(directory: str | Path, state: State, *, step: int | None = None) -> tuple[State, int | None, Any]:
     """As :func:`restore_checkpoint`, with the checkpoint's step and ``extra``; None for both if there is none."""
+    check_path("restore_checkpoint", "directory", directory)
     directory = Path(directory).absolute()
     steps = [s for s in _steps(directory) if step is None or s <= step]
     if step is not None and step not in steps:

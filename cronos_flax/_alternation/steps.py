@@ -61,6 +61,7 @@ class Door:
         self._known: dict[Any, tuple[int, ...]] = {}
         collections = _collections(state)
         variables = {"params": module_params(state.params), **collections}
+        self._collections = f"one with {list(collections)}" if collections else "none"
         self._variables, self._mesh = shapes_of(variables), mesh_of(variables)
         mutable = list(collections) if streams is not None else []
         apply_fn = state.apply_fn  # the state itself must not be kept alive
@@ -91,6 +92,12 @@ class Door:
         if key not in self._known:
             try:
                 self._known[key] = evaluated(self._outputs, self._mesh, self._variables, *given).shape
+            except flax.errors.ScopeCollectionNotFound as error:
+                raise ValueError(
+                    f"{where}: `state` must have the module's collections in a field `model_state`, as "
+                    f'model_state={{"batch_stats": …}}, got {self._collections}. A field of another name, such as '
+                    f"`batch_stats`, is not looked at. {error}"
+                ) from error
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 shapes = jax.tree.map(np.shape, given[0] or given[1])
                 raise ValueError(

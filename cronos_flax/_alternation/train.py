@@ -1,6 +1,7 @@
 """``cf.train``: the loop around a train state, with head solves, validation, callbacks and checkpoints."""
 
 import functools
+import itertools
 import numbers
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -25,9 +26,10 @@ from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import at, batches, check_repeatable
+from cronos_flax._head.files import check_path
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
-from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.checks import positive_integer, random_key
 from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.processes import on_first
@@ -168,6 +170,11 @@ def train(
         solve_rows=solve_rows,
         steps_per_epoch=steps_per_epoch,
     )
+    for name, given in {"train_kwargs": train_kwargs, "eval_kwargs": eval_kwargs}.items():
+        if given is not None and not (isinstance(given, Mapping) and all(isinstance(each, str) for each in given)):
+            raise ValueError(f"train: `{name}` must be a dict of keyword arguments by name, got {given!r}.")
+    if directory is not None:
+        check_path("train", "directory", directory)
     head = state.head if isinstance(state, CronosTrainState) else None
     train_kwargs = with_method(state.apply_fn, head, train_kwargs or {})
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
@@ -176,8 +183,8 @@ def train(
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
     if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
         raise ValueError(f"train: `callbacks` must be a list of functions, got {callbacks!r}.")
-    if key is not None and not isinstance(key, Array):
-        raise ValueError(f"train: `key` must be a key of JAX, such as jax.random.key(0), got {key!r}.")
+    if key is not None:
+        random_key("train", key)
     key = default_key() if key is None else key
     streams = _streams_of(state, rngs, key)
     source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
@@ -330,9 +337,9 @@ def _streams_of(state: Any, rngs: Any, key: Array) -> dict[str, Array]:
         return {}
     try:
         if isinstance(rngs, Mapping):
-            _described(rngs)  # they are keys
-            return dict(rngs)
-        if not isinstance(rngs, str):
+            if not any(map(np.ndim, itertools.chain(*_described(rngs).values()))):  # they are keys, each a single one
+                return dict(rngs)
+        elif not isinstance(rngs, str):
             return {name: folded(key, np.uint32(zlib.crc32(name.encode()))) for name in rngs}
     except (TypeError, AttributeError):
         pass

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from cronos_flax._solver.processes import by_first, is_first
 
@@ -17,6 +18,12 @@ except ImportError:  # not Unix
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def check_path(where: str, name: str, value: Any) -> None:
+    """Raise a ValueError unless an argument is the path of a file or of a directory."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{where}: `{name}` must be a path, as a str or a pathlib.Path, got {value!r}.")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import jax
 from cronos_flax._head.cache import from_cache
 from cronos_flax._head.data import check_repeatable
 from cronos_flax._head.features import Features
+from cronos_flax._head.files import check_path
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import InMemory
 
@@ -73,6 +74,8 @@ def gather_features(
             f"{where}: there must be one process, which keeps the features, got {jax.process_count()}. Give the data "
             "to fit_head or solve_head, where each process keeps the rows of its own devices."
         )
+    if cache is not None:
+        check_path(where, "cache", cache)
     backbone = head.backbone(variables, where)
     if cache is None:
         rows, order, moments = head.passed(variables, data, unpack, callback, where, InMemory())

@@ -54,7 +54,7 @@ def folds_of_path(where: str, folds: int | None, beta: Any) -> None:
         )
 
 
-def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool], where: str = "Cronos") -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
     bad_type = isinstance(value, (str, bytes, bool, list, tuple))
     if isinstance(value, (np.ndarray, Array)) and concrete(value):
@@ -64,25 +64,25 @@ def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) ->
     else:
         ok = not isinstance(value, (numbers.Real, np.number)) or (math.isfinite(value) and fits(value))
     if bad_type or not ok:
-        raise ValueError(f"Cronos: `{name}` must be {expected}, got {value!r}.")
+        raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
 
 
-def single(name: str, value: Any) -> None:
+def single(name: str, value: Any, where: str = "solve") -> None:
     """Raise a ValueError for a batch of numbers where a solve takes one: that is what ``vmap`` is for."""
     if not isinstance(value, str) and np.ndim(value) > 0:
         raise ValueError(
-            f"solve: `{name}` must be one number, got an array of shape {np.shape(value)}. Solve for several in "
-            "jax.vmap, or in a loop."
+            f"{where}: `{name}` must be one number, got an array of shape {np.shape(value)}. For several of them use "
+            "jax.vmap, or a loop."
         )
 
 
-def random_key(key: Any) -> None:
+def random_key(where: str, key: Any) -> None:
     """Raise a ValueError unless ``key`` is one key of JAX, new or old style."""
     is_new = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_old = isinstance(key, Array | np.ndarray) and key.dtype == np.uint32
     if not (is_new or (is_old and _is_key_data(key))) or np.ndim(key) != (0 if is_new else 1):
         got = f"an array of shape {np.shape(key)} of {key.dtype}" if isinstance(key, Array | np.ndarray) else repr(key)
-        raise ValueError(f"solve: `key` must be one key, such as jax.random.key(0), got {got}.")
+        raise ValueError(f"{where}: `key` must be one key, such as jax.random.key(0), got {got}.")
 
 
 def _is_key_data(data: Array | np.ndarray) -> bool:
@@ -182,6 +182,14 @@ def _finite(
     return on_device(value)
 
 
+def _is_block(rows: Any) -> bool:
+    """Whether the first of the things that X consists of is a block of rows; a ragged one is, for it is refused so."""
+    try:
+        return np.ndim(rows) == 2
+    except ValueError:
+        return True
+
+
 def _blocks(X: Iterable[Any]) -> Source:
     """Features that come in blocks, checked in one pass."""
     if iter(X) is X:
@@ -216,7 +224,7 @@ def data(
         known_finite: whether the caller has looked at the values of X already.
     """
     in_blocks = not is_array(X) and not isinstance(X, (str, bytes)) and isinstance(X, Iterable)
-    if in_blocks and all(np.ndim(block) == 2 for block in itertools.islice(X, 1)):
+    if in_blocks and all(map(_is_block, itertools.islice(X, 1))):
         X = _blocks(X)
     elif not isinstance(X, Source):
         X = _floats("X", X, "(n, p)", (2,), "Convert it, e.g. X.astype('float32').", known_finite)

@@ -271,7 +271,7 @@ class Cronos:
             checks.on_the_host(what, (self, features, targets, weight, init, state, key))
         callback = on_first(callback)
         if key is not None:
-            checks.random_key(key)
+            checks.random_key("solve", key)
         for name in ("beta", "beta_ratio", "rho", "tol"):
             checks.single(name, getattr(self, name))
         if validation is not None and not isinstance(self.beta, str):
@@ -416,6 +416,11 @@ class Cronos:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
         """
         check_network("objective", params)
+        if beta is None:
+            raise ValueError("objective: `beta` must be a number ≥ 0, got None. A solve's is solution.stats.beta.")
+        expected = "a number ≥ 0, as a solve's solution.stats.beta"
+        checks.number("beta", beta, expected, lambda v: v >= 0, where="objective")
+        checks.single("beta", beta, where="objective")
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
         rest = y, weight, on_device(beta, y.dtype), loss_of(self.loss)
         if not isinstance(features, Source):
