@@ -259,6 +259,7 @@ def solve_guarded(
     rows: GatheredRows,
     solver: Cronos,
     parts: Callable[[TwoLayer | None], dict[str, Any]],
+    *,
     key: Array,
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,

@@ -175,7 +175,7 @@ class CronosOptimizer(nnx.Optimizer):
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        head, solver, growth = self.solving.head, self.solving.solver, growth_limit(self.solving.alternation)
+        head, solver = self.solving.head, self.solving.solver
         gather = functools.partial(head.gather, model, unpack=unpack, where="solve_head")
         rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(solver))
         unseen = None if validation is None else gather(validation, name="validation")[0]
@@ -184,7 +184,17 @@ class CronosOptimizer(nnx.Optimizer):
         parts = functools.partial(self._parts, model, moments=moments)
         beta, network = self.beta.get_value(), head.read(model)
         guard, beta, changed, solution = solve_guarded(
-            guard, beta, network, rows, solver, parts, key, callback, throw, growth, unseen
+            guard,
+            beta,
+            network,
+            rows,
+            solver,
+            parts,
+            key=key,
+            callback=callback,
+            throw=throw,
+            largest_growth=growth_limit(self.solving.alternation),
+            unseen=unseen,
         )
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))

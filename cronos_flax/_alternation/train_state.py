@@ -303,8 +303,17 @@ class CronosTrainState(TrainState):
         unseen = None if validation is None else gather(validation, name="validation")[0]
         key = folded(default_key(), self.step) if key is None else key
         network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
-        growth = growth_limit(self.alternation)
         guard, beta, changed, solution = solve_guarded(
-            self.guard, self.beta, network, rows, self.solver, parts, key, callback, throw, growth, unseen
+            self.guard,
+            self.beta,
+            network,
+            rows,
+            self.solver,
+            parts,
+            key=key,
+            callback=callback,
+            throw=throw,
+            largest_growth=growth_limit(self.alternation),
+            unseen=unseen,
         )
         return self.replace(guard=guard, beta=beta, **self._with_streams(changed)), solution

@@ -139,6 +139,7 @@ def gather(
     tap: Pass,
     outputs: int,
     data: Any,
+    *,
     unpack: Unpack | None,
     callback: Callable[[dict[str, float]], Any] | None,
     shuffled: bool = False,

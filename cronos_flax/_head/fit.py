@@ -53,7 +53,7 @@ def fit_data(
         ValueError: for data that do not fit, or features that are not finite.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
     """
-    rows, moments = head.gather(variables, data, unpack, callback, most_in_memory(solver))
+    rows, moments = head.gather(variables, data, unpack, callback, most_bytes=most_in_memory(solver))
     if not rows.finite:
         raise ValueError(
             "fit_head: the features must be finite, got NaN or infinite entries. Check the parameters of the backbone, "

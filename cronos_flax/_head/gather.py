@@ -1,5 +1,6 @@
 """Features gathered by themselves, to be solved on more than once."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,10 @@ def gather_features(
     if cache is not None:
         check_path(where, "cache", cache)
     backbone = head.backbone(variables, where)
+    passed = functools.partial(head.passed, variables, data, unpack=unpack, callback=callback, where=where)
     if cache is None:
-        rows, order, moments = head.passed(variables, data, unpack, callback, where, InMemory())
+        rows, order, moments = passed(store=InMemory())
     else:
         check_repeatable(data, unpack, where)
-        rows, order, moments = from_cache(
-            Path(cache), renew, lambda store: head.passed(variables, data, unpack, callback, where, store), backbone
-        )
+        rows, order, moments = from_cache(Path(cache), renew, lambda store: passed(store=store), backbone)
     return Features(rows.X, rows.y, rows.weight, order, rows.finite, backbone, moments, head.operations)

@@ -155,6 +155,7 @@ class Head:
         data: Any,
         unpack: Callable[[Any], tuple] | None = None,
         callback: Callable[[dict[str, float]], Any] | None = None,
+        *,
         most_bytes: int | None = None,
         where: str = "fit_head",
         name: str = "data",
@@ -185,7 +186,14 @@ class Head:
         """
         if not isinstance(data, Features):
             rows, _, moments = self.passed(
-                variables, data, unpack, callback, where, most_bytes=most_bytes, name=name, compare=compare
+                variables,
+                data,
+                unpack=unpack,
+                callback=callback,
+                where=where,
+                most_bytes=most_bytes,
+                name=name,
+                compare=compare,
             )
             self._check_in_reach(rows.y, at(where, name))
             return rows, moments
@@ -232,6 +240,7 @@ class Head:
         self,
         variables: Any,
         data: Any,
+        *,
         unpack: Callable[[Any], tuple] | None,
         callback: Callable[[dict[str, float]], Any] | None,
         where: str = "fit_head",
@@ -256,7 +265,18 @@ class Head:
             is_first = False
             return seen.features, seen.norms if observed else ()
 
-        return gather(tap, self.outputs, data, unpack, callback, in_training, where, store, most_bytes, name)
+        return gather(
+            tap,
+            self.outputs,
+            data,
+            unpack=unpack,
+            callback=callback,
+            shuffled=in_training,
+            where=where,
+            store=store,
+            most_bytes=most_bytes,
+            name=name,
+        )
 
     def backbone(self, variables: Any, where: str) -> Fingerprint:
         """What tells the backbone from others, however the head is: all that a solve does not change, and the call."""

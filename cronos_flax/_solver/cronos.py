@@ -214,7 +214,17 @@ class Cronos:
         """
         checks.folds_of_path("solve", self.folds, self.beta)
         return self._solve(
-            X, y, hidden, num_classes, sample_weight, init, state, key, callback, validation, known_finite=False
+            X,
+            y,
+            hidden=hidden,
+            num_classes=num_classes,
+            sample_weight=sample_weight,
+            init=init,
+            state=state,
+            key=key,
+            callback=callback,
+            validation=validation,
+            known_finite=False,
         )
 
     def solve_features(
@@ -244,23 +254,24 @@ class Cronos:
             if not np.isfinite(on_host(beta_max)):  # nor is the loss, as the status of the solve says
                 beta_max = on_device(0, beta_max.dtype)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
-        return solver._solve(X, y, None, None, sample_weight, init, None, key, callback, None, order, known_finite=True)
+        given: Any = {"sample_weight": sample_weight, "init": init, "key": key, "callback": callback, "order": order}
+        return solver._solve(X, y, **given, known_finite=True)
 
     def _solve(
         self,
         X: Any,
         y: ArrayLike,
-        hidden: int | None,
-        num_classes: int | None,
+        *,
         sample_weight: ArrayLike | None,
         init: Network | None,
-        state: State | None,
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
-        validation: tuple[ArrayLike, ArrayLike] | None,
-        order: Array | None = None,
-        *,
         known_finite: bool,
+        hidden: int | None = None,
+        num_classes: int | None = None,
+        state: State | None = None,
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        order: Array | None = None,
     ) -> Solution:
         outputs = _outputs_of(init, state)
         features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
@@ -293,7 +304,9 @@ class Cronos:
                 features, targets, weight = betas.Data(features, targets, weight).take(counts)
             elif not counts.all():  # rows stay on their devices
                 order = on_device(np.flatnonzero(counts), np.int32)
-        solution = self._solve_checked(features, targets, weight, start, m, key, callback, order)
+        solution = self._solve_checked(
+            features, targets, weight, start=start, hidden=m, key=key, callback=callback, order=order
+        )
         doubts.warn_of_units(features, weight, loss_of(self.loss), solution)
         return solution
 
@@ -302,6 +315,7 @@ class Cronos:
         features: Array | Source,
         y: Array,
         weight: Array,
+        *,
         start: Network | State | None,
         hidden: int,
         key: Array,
@@ -369,7 +383,7 @@ class Cronos:
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             start, tell = network if init is None else init, callback if final else None
-            return plain._solve_checked(*rows, start, hidden, key, tell, patience=patience)
+            return plain._solve_checked(*rows, start=start, hidden=hidden, key=key, callback=tell, patience=patience)
 
         beta_max, loss = float(on_host(self._user_beta_max(parts[0][0], network))), loss_of(self.loss)
         paths = [betas.follow(solve, loss, beta_max, fit, chosen_on) for fit, chosen_on in parts]

@@ -72,7 +72,7 @@ def solved(task: Task, run: Run, watch: Callable[[Row], Any]) -> list[Row]:
     network, solver = task.head.read(variables), Cronos(loss=task.loss, max_iters=_ITERATIONS, tol=0.0)
 
     def features() -> Any:
-        return jax.device_put(task.head.gather(variables, (data.x, data.y), None, None)[0])
+        return jax.device_put(task.head.gather(variables, (data.x, data.y))[0])
 
     def advanced(network: Any, rows: Any, number: int, beta: Any) -> Any:
         with_beta = dataclasses.replace(solver, beta=beta)
