@@ -375,6 +375,26 @@ def test_sweeping_beta_rho_tol_and_iterations_compiles_once(caplog):
     assert "Compiling jit(step)" in caplog.text  # what is looked for
 
 
+@pytest.mark.parametrize("gates", ["fixed", "paired", "gated"])
+def test_another_number_of_iterations_with_held_gates_compiles_nothing(gates, caplog):
+    """Traces have the length that was asked for, in the caller's ``jit`` too."""
+    X, y = random_problem(4)
+    solver = cf.Cronos(gates=gates, beta=0.01, tol=0.0, max_iters=30)
+    long = solver.solve(X, y, hidden=4)
+    with jax.log_compiles(True), caplog.at_level(logging.WARNING):
+        others = {m: dataclasses.replace(solver, max_iters=m).solve(X, y, hidden=4).stats for m in (1, 25, 45)}
+    assert "Compiling" not in caplog.text
+    for most, stats in others.items():
+        trace, bounds = np.asarray(stats.objective_trace), np.asarray(stats.lower_bound_trace)
+        assert trace.shape == bounds.shape == (most + 1,)
+        assert int(stats.iterations) == most
+        seen = 1 if most < 10 else 20  # the checks of both: of the start, after ten iterations and after twenty
+        np.testing.assert_array_equal(trace[:seen], long.stats.objective_trace[:seen])
+        assert bounds[-1] == pytest.approx(float(stats.lower_bound), rel=1e-6)
+    traced = jax.eval_shape(lambda X: solver.solve(X, y, hidden=4).stats, X)
+    assert traced.objective_trace.shape == traced.lower_bound_trace.shape == (31,)
+
+
 @pytest.mark.parametrize("loss", ["squared", "softmax"])
 def test_another_number_of_rows_of_the_same_size_class_compiles_nothing(loss, caplog):
     """Labels too, and weights, of some rows more."""

@@ -261,7 +261,7 @@ def solve_program(
     def tell(done: Array, check: Check, iterate: Iterate) -> None:
         gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
         host.report(
-            None if problem.progress is None else jnp.where(done > 0, problem.progress, host.NOBODY),
+            problem.progress,
             iteration=done,
             program_objective=check.program_objective / problem.total_weight,
             lower_bound=check.lower_bound / problem.total_weight,
@@ -273,7 +273,12 @@ def solve_program(
             active_neurons=jnp.sum(~dead(check.V)),
         )
 
-    return run(*method, first, key, tol=problem.tol, until=until, length=length, settings=problem.held, tell=tell)
+    def tell_if_done(done: Array, *now: Any) -> None:
+        if problem.progress is not None:
+            jax.lax.cond(done > 0, lambda: tell(done, *now), lambda: None)
+
+    settings = problem.held
+    return run(*method, first, key, tol=problem.tol, until=until, length=length, settings=settings, tell=tell_if_done)
 
 
 def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:

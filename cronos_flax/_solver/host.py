@@ -21,7 +21,6 @@ from cronos_flax._solver.transfer import on_device
 _open: dict[int, Any] = {}
 _errors: dict[int, BaseException] = {}
 _numbers = itertools.count()
-NOBODY = -1  # in the place of a number: what is told is for nobody
 
 
 @contextmanager
@@ -75,8 +74,7 @@ class Reporter:
 
 def tell(number: Array | np.ndarray, figures: Mapping[str, Any]) -> None:
     """Hand scalars to the :class:`Reporter` with this number."""
-    if int(number) != NOBODY:
-        called(number, lambda reporter: reporter(jax.tree.map(np.asarray, figures)))
+    called(number, lambda reporter: reporter(jax.tree.map(np.asarray, figures)))
 
 
 def report(number: Int[Array, ""] | None, **figures: Array) -> None:
