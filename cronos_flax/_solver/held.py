@@ -72,7 +72,7 @@ def check(program: Program, before: Iterate, step: Iteration, is_start: Array) -
     squared = step.outputs is None
     alpha = program.rows.gradient(program.outputs(XV, b)) if squared else step.image.tau * M
     Z, Z_old = (jnp.zeros_like(Z),) * 2 if squared else (Z, Z_old)
-    gap = Z if squared else jnp.where(is_start, 0, step.outputs - Z)
+    gap = Z if step.outputs is None else jnp.where(is_start, 0, step.outputs - Z)
     tiny = jnp.finfo(U.dtype).tiny
 
     def size(*parts: Array) -> Scalar:
