@@ -1,5 +1,6 @@
 """β chosen anew in the middle of a run, on rows that it has not seen."""
 
+import functools
 import itertools
 import math
 
@@ -38,6 +39,11 @@ def made(params=PARAMS, alternation=TWICE, guard=True, **solver):
 
 def train(state, data=(X, NOISY), **kwargs):
     return cf.train(state, data, **{"epochs": 5, "batch_size": 64, "key": jax.random.key(3), **kwargs})
+
+
+@functools.cache
+def unbroken(alternation):
+    return train(made(alternation=alternation))
 
 
 def betas(history):
@@ -160,7 +166,7 @@ def test_of_very_large_arrays_nothing_is_held_back(monkeypatch):
 
 @pytest.mark.parametrize(("stop_at", "alternation"), [(1, TWICE), (2, TWICE), (4, TWICE), (1, None), (2, None)])
 def test_a_run_that_is_stopped_around_the_choice_ends_where_the_unbroken_one_ends(tmp_path, stop_at, alternation):
-    whole, history = train(made(alternation=alternation))
+    whole, history = unbroken(alternation)
 
     class StoppedError(Exception):
         pass

@@ -13,11 +13,13 @@ from flax import nnx
 import cronos_flax as cf
 
 SETTINGS = {
-    "rank promotion": {"jax_numpy_rank_promotion": "raise"},
-    "dtype promotion": {"jax_numpy_dtype_promotion": "strict"},
+    "promotion and transfers": {  # all three only raise, and each setting traces everything anew
+        "jax_numpy_rank_promotion": "raise",
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_transfer_guard": "disallow",
+    },
     "NaN": {"jax_debug_nans": True},
     "checks": {"jax_enable_checks": True},
-    "transfer guard": {"jax_transfer_guard": "disallow"},
     "x64": {"jax_enable_x64": True},
     "no jit": {"jax_disable_jit": True},
 }

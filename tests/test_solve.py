@@ -38,8 +38,8 @@ PROGRAMS = [
         (0.1, "paired", cf.NystromPCG(rank=10, max_steps=50)),
     )
 ] + [
-    (60, 8, 12, 1, True, False, 1e-3, "fixed", cf.Structured()),
-    (60, 8, 12, 3, True, True, 1e-3, "fixed", cf.Structured()),
+    (50, 6, 9, 3, True, True, 1e-3, "fixed", cf.Structured()),  # these two share the programs of others above
+    (50, 6, 9, 1, False, False, 1e-3, "fixed", cf.Structured()),
     (20, 8, 12, 1, True, False, 0.02, "fixed", cf.Structured()),
     (12, 8, 4, 3, True, False, 0.02, "fixed", cf.Structured()),
     (60, 1, 3, 1, True, True, 0.02, "fixed", cf.Structured()),
