@@ -1,8 +1,9 @@
 """How a solve is compiled: as small programs with a loop on the host, or inside a program that is being traced.
 
 Called from Python, each :class:`Program` is compiled by itself, and the loop between them runs on the host: what is
-never reached is never compiled, and another number of iterations compiles nothing anew. Inside the caller's ``jit`` or
-``vmap`` the same functions are traced, with JAX's own control flow between them.
+never reached is never compiled, and another number of iterations compiles nothing anew. (A solve with held gates is one
+program with its loop in it, which takes the number of iterations as an array.) Inside the caller's ``jit`` or ``vmap``
+the same functions are traced, with JAX's own control flow between them.
 """
 
 import contextlib
