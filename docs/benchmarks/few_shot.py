@@ -31,7 +31,7 @@ from suite_features import example as images
 from tokenizers import Tokenizer
 
 import cronos_flax as cf
-from cronos_flax.compare import cli, shots
+from cronos_flax.compare import cli, shots, style
 from cronos_flax.compare.data import load_tfds
 
 WEIGHTS = "FEW_SHOT_WEIGHTS"  # the environment variable that tells the factories, which compare imports by name
@@ -138,6 +138,7 @@ def main() -> None:
     made.add_argument("--seconds", type=int, help="of a run")
     made.add_argument("--rates", type=int, default=7)
     made.add_argument("--methods", nargs="+", default=METHODS)
+    made.add_argument("--picture", type=Path, help="path of a picture of the rates")
     args = made.parse_args()
     if args.cache is not None:
         os.environ[WEIGHTS] = str(args.weights)
@@ -155,7 +156,10 @@ def main() -> None:
         sweeps.setdefault(row["shots"], []).append(row)
     print(shots.table(sweeps))
     for rows in sweeps.values():
-        by_rate(rows)
+        ends = by_rate(rows)
+        table(ends)
+        if args.picture is not None:
+            draw(ends, f"{args.name}, test accuracy at the end of the run", args.picture)
 
 
 def whole(rows: list[Row]) -> list[Row]:
@@ -165,21 +169,41 @@ def whole(rows: list[Row]) -> list[Row]:
     return [row for row in rows if all((*cell, row["seed"]) in done for cell in cells)]
 
 
-def by_rate(rows: list[Row]) -> None:
-    """Print the test accuracy at the end of the run for each rate, mean over seeds, and the range over rates."""
-    last = {
-        (row["method"], row["rate"], row["seed"]): row for row in rows
-    }  # later checks take the place of earlier ones
-    rates = sorted({rate for method, rate, _ in last if ":adam" in method})
+def by_rate(rows: list[Row]) -> dict[str, dict[float, float]]:
+    """Test accuracy in % at the end of the run of the methods that train at several rates, mean over seeds."""
+    last = {(row["method"], row["rate"], row["seed"]): 100 * row["test_accuracy"] for row in rows}  # the last check
+    ends: dict[str, dict[float, list[float]]] = {}
+    for (method, rate, _), end in last.items():
+        if "adam" in method:
+            ends.setdefault(method, {}).setdefault(rate, []).append(end)
+    return {method: {rate: float(np.mean(its[rate])) for rate in sorted(its)} for method, its in ends.items()}
+
+
+def table(ends: dict[str, dict[float, float]]) -> None:
+    """Print what :func:`by_rate` gives, and the range over rates."""
+    rates = list(next(iter(ends.values())))
     print("At the end of the run, whatever validation says, by rate:\n")
     print(f"| method | {' | '.join(f'{rate:g}' for rate in rates)} | highest less lowest |")
     print("|---" * (len(rates) + 2) + "|")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ends = [[100 * r["test_accuracy"] for k, r in last.items() if k[:2] == (method, rate)] for rate in rates]
-        if all(ends):
-            means = [float(np.mean(end)) for end in ends]
-            cells = [method, *(f"{mean:.1f}" for mean in means), f"{max(means) - min(means):.1f}"]
-            print(f"| {' | '.join(cells)} |")
+    for method, its in ends.items():
+        cells = [method, *(f"{its[rate]:.1f}" for rate in rates), f"{max(its.values()) - min(its.values()):.1f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def draw(ends: dict[str, dict[float, float]], title: str, path: Path) -> None:
+    """Save a picture of the same."""
+    looks = zip((style.OURS, *style.COLORS), ("*", *style.MARKERS), strict=False)
+    with style.styled(7.2, 3.6) as figure:
+        ax, labels = figure.subplots(), []
+        for (method, its), (color, marker) in zip(ends.items(), looks, strict=False):
+            ours = color == style.OURS
+            ax.plot(list(its), list(its.values()), marker=marker, color=color, linewidth=2.4 if ours else 1.3)
+            labels.append(style.Label(max(its), its[max(its)], method, color, ours))
+        style.log_axis(ax, min(its), max(its))
+        ax.set(xlabel="rate of Adam", ylabel="%", ylim=(0, None))
+        ax.set_title(title, color="0.35")
+        style.label_ends(ax, labels)
+        style.save(figure, path)
 
 
 if __name__ == "__main__":
