@@ -383,6 +383,7 @@ def test_another_number_of_iterations_with_held_gates_compiles_nothing(gates, ca
     long = solver.solve(X, y, hidden=4)
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
         others = {m: dataclasses.replace(solver, max_iters=m).solve(X, y, hidden=4).stats for m in (1, 25, 45)}
+        dataclasses.replace(solver, tol=None, rho=2.0).solve(X, y, hidden=4)
     assert "Compiling" not in caplog.text
     for most, stats in others.items():
         trace, bounds = np.asarray(stats.objective_trace), np.asarray(stats.lower_bound_trace)

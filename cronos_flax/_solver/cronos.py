@@ -24,7 +24,7 @@ from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
 from cronos_flax._solver.solution import Network, Solution, TwoLayer, check_network
-from cronos_flax._solver.solve import BETA_RATIO, Asked, State, biases, solve
+from cronos_flax._solver.solve import BETA_RATIO, RHO, TOL, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
 
@@ -327,6 +327,9 @@ class Cronos:
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
         # What does not matter to the compiled programs must not compile them anew.
         solver = dataclasses.replace(self, max_iters=None, class_weight=None, max_bytes=None, folds=None)
+        if self.gates != "refreshed":  # nor does it whether a number was given; a descent without a tol ends otherwise
+            rho, tol = RHO if self.rho is None else self.rho, TOL if self.tol is None else self.tol
+            solver = dataclasses.replace(solver, rho=rho, tol=tol)
         solver = jax.tree.map(lambda v: on_device(v, y.dtype), solver)
         limits: Any = {"hidden": hidden, "max_iters": max_iters, "patience": patience}
 
