@@ -301,6 +301,7 @@ def test_a_warning_shows_the_line_of_the_user():
     assert told[0].filename == __file__
 
 
+@pytest.mark.filterwarnings("ignore:solve. `X` must differ from row to row:UserWarning")  # so it was spoiled
 def test_when_the_guard_goes_back_random_streams_go_on():
     state = alternating(net(), statistics="batch")
     state, _ = state.solve_head(ROWS)
