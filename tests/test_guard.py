@@ -38,6 +38,9 @@ VARIABLES = jax.jit(MODEL.init, static_argnames="train")(jax.random.key(1), X, t
 HEAD = cf.find_head(MODEL, VARIABLES, X, train=False, statistics="running")
 
 
+# Tests spoil the backbone: features are then the same in all rows, and the solve says so.
+pytestmark = pytest.mark.filterwarnings("ignore:solve. `X` must differ from row to row:UserWarning")
+
 # The warning is right where features are all alike, or β is large; and such tests are of other things.
 EXPLAINS_NOTHING = pytest.mark.filterwarnings("ignore:solve_head. the loss is:UserWarning")
 
@@ -195,8 +198,9 @@ def test_what_ran_away_goes_back_and_goes_on_at_a_lower_rate():
     # Again from there, lower still; and up again, but not above one, as solves pass.
     with pytest.warns(UserWarning, match="2 time.*now moves at 0.09 of the optimizer's own rate") as told:
         again, _ = back.replace(params={**back.params, "Dense_0": backbone}).solve_head((X, Y))
-    assert told[0].filename == __file__
-    assert "larger beta_ratio" in str(told[0].message)
+    said = [warning for warning in told if "now moves" in str(warning.message)]
+    assert {warning.filename for warning in told} == {__file__}
+    assert "larger beta_ratio" in str(said[0].message)
     assert again.figures["consecutive_rejections"] == 2
     assert rate(again) == pytest.approx(0.09 * rate(good))
     rates = [rate(again)]
