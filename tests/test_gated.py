@@ -248,7 +248,8 @@ def test_small_and_degenerate_data():
     one = dataclasses.replace(GATED, tol=1e-6).solve(X, y, hidden=1)
     assert float(one.stats.objective - one.stats.lower_bound) <= 1e-5
     assert 0.01 * float(one.params.kernel1[1, 0]) ** 2 <= 1e-6  # what the weight of zeros costs is in that gap
-    still = GATED.solve(np.zeros_like(X), y, hidden=3)
+    with pytest.warns(UserWarning, match="`X` must differ from row to row"):
+        still = GATED.solve(np.zeros_like(X), y, hidden=3)
     assert np.isfinite(float(still.stats.objective))
     weight = np.ones(20, "float32")
     weight[10:] = 0

@@ -122,7 +122,8 @@ def test_after_a_rejected_solve_mechanic_has_its_former_scale_and_the_guard_a_lo
         state = step(state)
     assert mechanic.scale(state) != kept
     state = state.replace(params={**state.params, "layers_0": jax.tree.map(lambda p: 0 * p, state.params["layers_0"])})
-    state, solution = state.solve_head((X, Y))
+    with pytest.warns(UserWarning, match="`X` must differ from row to row"):
+        state, solution = state.solve_head((X, Y))
     assert solution.status == cf.Status.rejected
     assert mechanic.scale(state) == kept
     assert state.figures["backbone_rate"] == pytest.approx(0.3)
