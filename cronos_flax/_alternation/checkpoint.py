@@ -25,6 +25,7 @@ from cronos_flax._alternation.silence import silence
 from cronos_flax._head.files import check_path, held_by_all, named
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
+from cronos_flax._solver.arrays import is_key
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
@@ -220,16 +221,12 @@ def _free(directory: Path, name: str) -> Path:
     return taken
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _named(tree: Any) -> dict[str, Any]:
     """All leaves by their path, as arrays; a key as its data."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
     arrays = {
-        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf if isinstance(leaf, Array) else np.asarray(leaf)
+        name: jax.random.key_data(leaf) if is_key(leaf) else leaf if isinstance(leaf, Array) else np.asarray(leaf)
         for name, leaf in leaves.items()
     }
     if jax.process_count() == 1:
@@ -339,7 +336,7 @@ def _filled(state: State, leaves: dict[str, Any]) -> State:
 
     def fill(path: Any, old: Any) -> Any:
         new = leaves[jax.tree_util.keystr(path)]
-        if _is_key(old):
+        if is_key(old):
             return jax.random.wrap_key_data(on_device(new), impl=jax.random.key_impl(old))
         if isinstance(old, Array):
             return new if isinstance(new, Array) else on_device(new, old.dtype)

@@ -14,7 +14,7 @@ from jax import Array
 
 from cronos_flax._head.data import Batch, Unpack, batches, check_repeatable, whole_arrays
 from cronos_flax._head.head import Head
-from cronos_flax._solver.arrays import native
+from cronos_flax._solver.arrays import is_key, native
 from cronos_flax._solver.transfer import on_host
 
 _LEAST_SOLVED = 8_192  # rows of a solve; of fewer, losses are too noisy for the guard to compare
@@ -239,8 +239,7 @@ def _described(tree: Any) -> Fingerprint:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): _description(leaf)
         for path, leaf in leaves
-        if isinstance(leaf, np.ndarray | np.generic)
-        or (isinstance(leaf, Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+        if isinstance(leaf, np.ndarray | np.generic) or (isinstance(leaf, Array) and not is_key(leaf))
     }
 
 

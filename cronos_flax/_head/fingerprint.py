@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from cronos_flax._solver.arrays import is_array
+from cronos_flax._solver.arrays import is_array, is_key
 from cronos_flax._solver.transfer import on_host
 
 Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum
@@ -18,7 +16,7 @@ Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and 
 def described(arrays: Mapping[str, Any]) -> Fingerprint:
     """Shape, dtype and CRC-32 of every array; random keys are left out."""
     return {
-        name: [list(np.shape(leaf)), str(leaf.dtype), crc(leaf)] for name, leaf in arrays.items() if not _is_key(leaf)
+        name: [list(np.shape(leaf)), str(leaf.dtype), crc(leaf)] for name, leaf in arrays.items() if not is_key(leaf)
     }
 
 
@@ -34,7 +32,7 @@ def checksum(tree: Any) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
         if is_array(leaf):
-            if not _is_key(leaf):
+            if not is_key(leaf):
                 value = crc(leaf, zlib.crc32(f"{np.shape(leaf)} {leaf.dtype}".encode(), value))
         elif isinstance(leaf, bool | int | float | str | None):
             value = zlib.crc32(repr(leaf).encode(), value)
@@ -52,7 +50,3 @@ def difference(before: Fingerprint, now: Fingerprint) -> str | None:
             if old != new:
                 return f"{name} has other {kind}" + (f", {new} for {old}" if kind != "values" else "")
     return None
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -12,7 +12,7 @@ from jax import Array
 
 from cronos_flax._head.data import as_arrays
 from cronos_flax._head.fingerprint import checksum
-from cronos_flax._solver.arrays import is_array
+from cronos_flax._solver.arrays import is_array, is_key
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically, in_place_of
 from cronos_flax._solver.transfer import on_device, on_host
@@ -224,11 +224,7 @@ def _one_stays(old: Array, new: Array) -> Array:
 
 def _arrays(tree: Any) -> list[Any]:
     """The arrays of a tree that have rows; random keys have none."""
-    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf) and np.ndim(leaf) and not _is_key(leaf)]
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf) and np.ndim(leaf) and not is_key(leaf)]
 
 
 def _checksums(args: tuple, kwargs: Mapping) -> tuple[int, ...]:

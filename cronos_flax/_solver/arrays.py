@@ -15,6 +15,11 @@ def is_array(value: Any) -> bool:
     return not isinstance(value, type) and (hasattr(value, "__array__") or hasattr(value, "__array_interface__"))
 
 
+def is_key(value: Any) -> bool:
+    """Whether a value is a random key of JAX, or an array of them, of the new style."""
+    return isinstance(value, Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 def opened(value: Any, what: str) -> Array | np.ndarray:
     """An array of JAX as it is, and anything else as an array of NumPy, in the byte order and type that it came in.
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import is_array, native
+from cronos_flax._solver.arrays import is_array, is_key, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
@@ -78,7 +78,7 @@ def single(name: str, value: Any, where: str = "solve") -> None:
 
 def random_key(where: str, key: Any) -> None:
     """Raise a ValueError unless ``key`` is one key of JAX, new or old style."""
-    is_new = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_new = is_key(key)
     is_old = isinstance(key, Array | np.ndarray) and key.dtype == np.uint32
     if not (is_new or (is_old and _is_key_data(key))) or np.ndim(key) != (0 if is_new else 1):
         got = f"an array of shape {np.shape(key)} of {key.dtype}" if isinstance(key, Array | np.ndarray) else repr(key)

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from cronos_flax._solver.arrays import is_key
 from cronos_flax._solver.transfer import on_device, on_host
 
 
@@ -152,7 +152,7 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
         if not _is_named(leaf) or leaf.sharding.mesh == mesh or leaf.sharding.mesh.axis_names != mesh.axis_names:
             return leaf
         place = NamedSharding(mesh, leaf.sharding.spec)
-        if leaf.is_fully_addressable or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if leaf.is_fully_addressable or not is_key(leaf):
             return jax.device_put(leaf, place)
         # JAX moves no keys of several processes, only what they consist of; each is made in the mesh where it lies.
         with jax.set_mesh(leaf.sharding.mesh):
