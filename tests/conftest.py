@@ -24,9 +24,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 from sklearn.datasets import load_digits
 
 from cronos_flax.compare import programs
+
+# The same examples in every run. HYPOTHESIS_PROFILE=default draws others, and keeps those that fail.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
