@@ -12,6 +12,7 @@ which it goes on from; then all rows are written to the file of ``--out``.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from rows import Row, kept, parser
 from sentences import example as text
@@ -31,11 +33,14 @@ from suite_features import example as images
 from tokenizers import Tokenizer
 
 import cronos_flax as cf
-from cronos_flax.compare import cli, shots, style
+from cronos_flax._alternation.step_limit import limited
+from cronos_flax.compare import cli, methods, shots, style
 from cronos_flax.compare.data import load_tfds
 
 WEIGHTS = "FEW_SHOT_WEIGHTS"  # the environment variable that tells the factories, which compare imports by name
 METHODS = "cronos-ft", "cronos-ft:adam", "lp-ft:adam", "lp-ft:adam+cosine", "adam+cosine", "cronos", "linear-probe"
+# With the decay of CRONOS-AM, and with its limit of steps too: what is left between them and it is due to the solves.
+CONTROLS = "lp-ft:adam+wsd", "lp-ft:limited_adam+wsd"
 
 
 class Setting(NamedTuple):
@@ -53,6 +58,12 @@ SETTINGS = {
     "flowers128": Setting("photographs", shots=20, held=100, scored=300, seconds=24),
 }
 LENGTH, SIDE = 32, 128  # tokens of a text, and pixels
+
+
+def limited_adam(rate: float | jax.Array) -> optax.GradientTransformation:
+    """Adam, its steps limited as those of CRONOS-AM are."""
+    limit = functools.partial(limited, largest=cf.Alternation().largest_step)
+    return optax.chain(optax.adam(rate), optax.stateless(limit))
 
 
 class Sentences(nnx.Module):
@@ -137,13 +148,14 @@ def main() -> None:
     made.add_argument("--shots", help="rows of each class, such as 5,10")
     made.add_argument("--seconds", type=int, help="of a run")
     made.add_argument("--rates", type=int, default=7)
-    made.add_argument("--methods", nargs="+", default=METHODS)
+    made.add_argument("--methods", nargs="+", default=(*METHODS, *CONTROLS))
     made.add_argument("--picture", type=Path, help="path of a picture of the rates")
     args = made.parse_args()
     if args.cache is not None:
         os.environ[WEIGHTS] = str(args.weights)
         sys.path.insert(0, str(Path(__file__).parent))
         time.perf_counter = time.process_time  # the clock of compare
+        methods.BASELINES["limited_adam"] = methods.Baseline(limited_adam, -4.5, -1.5)
         setting, where = SETTINGS[args.name], args.cache / f"few_shot-{args.name}"
         data = f"--dataset {file_of(args.name, args)} --scaling none --batch-size 32 --validation {setting.held}"
         runs = f"--shots {args.shots or setting.shots} --seconds {args.seconds or setting.seconds} --seeds {args.seeds}"
