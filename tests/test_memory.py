@@ -221,6 +221,7 @@ def test_what_is_free_is_what_the_machine_and_the_control_groups_leave(tmp_path)
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
+        memory._with_a_limit.cache_clear()  # another machine
 
     assert memory.available(tmp_path) is None
     write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
@@ -237,6 +238,8 @@ def test_what_is_free_is_what_the_machine_and_the_control_groups_leave(tmp_path)
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "60000\n")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "90000\n")
     assert memory.available(tmp_path) == 0
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2**63 - 4096}\n")  # says version 1 for no limit
+    assert memory.available(tmp_path) == 5000 * 1024
 
 
 def test_the_limit_is_the_users_or_a_share_of_what_is_free(monkeypatch):

@@ -1,11 +1,14 @@
 """How much memory there is: of the machine, of the control group of the process, and of the accelerator."""
 
+import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 _SHARE = 6  # a solve in memory holds its features two to three times (benchmarks/memory.md), and more may start
 _UNKNOWN = 2**32  # bytes of features, where no system says what is free
+_NONE = 2**62  # bytes: for no limit, version 1 of control groups says a number above this
 
 
 def available(root: Path = Path("/")) -> int | None:
@@ -19,16 +22,34 @@ def available(root: Path = Path("/")) -> int | None:
     """
     machine = _named(root / "proc/meminfo").get("MemAvailable:")
     left = [] if machine is None else [machine * 1024]
-    for group in _groups(root):
-        for limit, used, files in (
-            ("memory.max", "memory.current", ("active_file", "inactive_file")),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
-        ):
-            most, now = _number(group / limit), _number(group / used)
-            if most is not None and now is not None:
-                droppable = _named(group / "memory.stat")
-                left.append(max(most - now + sum(droppable.get(name, 0) for name in files), 0))
+    for group, names in _with_a_limit(root):
+        most, now = _number(group / names.limit), _number(group / names.used)
+        if most is not None and now is not None:
+            droppable = _named(group / "memory.stat")
+            left.append(max(most - now + sum(droppable.get(name, 0) for name in names.droppable), 0))
     return min(left, default=None)
+
+
+class _Names(NamedTuple):
+    """Names of the files of a control group, and of the lines of ``memory.stat`` with pages that can be dropped."""
+
+    limit: str
+    used: str
+    droppable: tuple[str, str]
+
+
+_VERSIONS = (
+    _Names("memory.max", "memory.current", ("active_file", "inactive_file")),
+    _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+)
+
+
+@functools.cache  # a solve asks several times how much is free, and there are many groups without a limit
+def _with_a_limit(root: Path) -> list[tuple[Path, _Names]]:
+    """The control groups that had a limit when they were first asked for."""
+    found = [(group, names) for group in _groups(root) for names in _VERSIONS]
+    limits = [_number(group / names.limit) for group, names in found]
+    return [each for each, limit in zip(found, limits, strict=True) if limit is not None and limit < _NONE]
 
 
 def most_bytes(given: int | None, held: int = 0) -> int:
