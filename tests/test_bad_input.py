@@ -101,6 +101,8 @@ CASES = {
     "negative beta": (lambda: cf.Cronos(beta=-1.0), "`beta`"),
     "negative beta array": (lambda: cf.Cronos(beta=jnp.float32(-1)), "`beta`"),
     "NaN beta": (lambda: cf.Cronos(beta=float("nan")), "`beta`"),
+    "complex beta": (lambda: cf.Cronos(beta=-1j), "`beta`"),
+    "rho a dict": (lambda: cf.Cronos(rho={}), "`rho`"),
     "beta a word": (lambda: cf.Cronos(beta="auto"), "`beta`.*path"),
     "validation without a path": (lambda: solve(validation=(X, Y)), "`validation`"),
     "validation without targets": (

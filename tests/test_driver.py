@@ -17,6 +17,7 @@ from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
 from cronos_flax._alternation import sources as _sources
+from cronos_flax._alternation.position import Position
 from cronos_flax._alternation.steps import gradient_step
 from cronos_flax._solver.losses import loss_of
 
@@ -301,7 +302,7 @@ def test_nothing_is_compiled_while_the_clock_runs(case):
     assert counts[-1] == counts[0]
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     class StopError(Exception):
         pass
 
@@ -328,6 +329,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     cf.save_checkpoint(tmp_path / "other", made(), 0)
     with pytest.raises(ValueError, match="another kind"):
         train(directory=tmp_path / "other")
+    monkeypatch.setattr(Position, "__dataclass_fields__", dict(list(Position.__dataclass_fields__.items())[:-1]))
+    with pytest.raises(ValueError, match="a run of a later version of cronos_flax, which saves "):
+        train(epochs=4, solve_every=5, directory=tmp_path)
 
 
 BAD = {

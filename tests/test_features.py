@@ -211,11 +211,14 @@ def test_a_begun_cache_of_another_backbone_is_refused(tmp_path):
         gather(tmp_path, data=batched()[:1])
 
 
-def test_a_cache_is_refused_if_the_code_of_the_module_changed(tmp_path):
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+def test_a_cache_is_refused_if_the_code_of_the_module_changed(tmp_path, bad):
     other = nn.Sequential([nn.Dense(8), nn.sigmoid, nn.Dense(6), nn.relu, nn.Dense(2)])
-    gather(tmp_path)
+    data = batched() if bad is None else [(np.where(np.arange(len(x))[:, None] == 3, bad, x), y) for x, y in batched()]
+    gather(tmp_path, data)
+    gather(tmp_path, data)
     with pytest.raises(ValueError, match=r"other features for the first batch, by .* its code or its settings"):
-        gather(tmp_path, head=cf.find_head(other, VARIABLES, X[:64]))
+        gather(tmp_path, data, head=cf.find_head(other, VARIABLES, X[:64]))
 
 
 @pytest.mark.parametrize("kind", ["cut", "rows", "version", "X.npy", "y.npy", "order.npy"])

@@ -154,6 +154,12 @@ class Checkpoints:
             raise ValueError(
                 f"train: `directory` must hold a run of cf.train, got checkpoints of another kind in {self.directory}."
             )
+        unknown = set(extra["position"]) - {field.name for field in dataclasses.fields(Position)}
+        if unknown:
+            raise ValueError(
+                f"train: `directory` {self.directory} holds a run of a later version of cronos_flax, which saves "
+                f"{', '.join(sorted(unknown))} too. Use that version, or another directory."
+            )
         for name, value in self.settings.items():
             saved = extra["settings"].get(name)
             if saved != value:

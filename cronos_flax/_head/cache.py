@@ -193,14 +193,16 @@ class Cache:
             there = self._raw("X", 0, self._batches[0]["rows"])[:_FIRST]
         else:
             there = self._sorted("X")[self._end["first"]]
-        size = np.max(np.abs(there), initial=np.finfo(there.dtype).tiny)
         if there.shape != now.shape or there.dtype != now.dtype:
             raise self._stale(
                 f"the module gives features {now.shape} of {now.dtype} for the first batch, not {there.shape} of "
                 f"{there.dtype}"
             )
-        apart = np.max(np.abs(there - now), initial=0.0) / size
-        if apart > _SAME or not np.array_equal(np.isfinite(there), np.isfinite(now)):
+        finite = np.isfinite(there)
+        size = np.max(np.abs(there[finite]), initial=np.finfo(there.dtype).tiny)
+        both = finite & np.isfinite(now)
+        apart = np.max(np.abs(there[both] - now[both]), initial=0.0) / size
+        if apart > _SAME or not np.array_equal(finite, np.isfinite(now)):
             raise self._stale(
                 f"the module gives other features for the first batch, by {apart:.2g} of the largest, though its "
                 "parameters are the same: its code or its settings have changed"

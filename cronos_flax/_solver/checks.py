@@ -56,9 +56,9 @@ def folds_of_path(where: str, folds: int | None, beta: Any) -> None:
 
 def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool], where: str = "Cronos") -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
-    bad_type = isinstance(value, (str, bytes, bool, list, tuple))
+    bad_type = isinstance(value, (str, bytes, bool, list, tuple, dict, set)) or np.iscomplexobj(value)
     if isinstance(value, (np.ndarray, Array)) and concrete(value):
-        bad_type = value.ndim > 1  # a vector is a batch of solvers, for vmap
+        bad_type = bad_type or value.ndim > 1  # a vector is a batch of solvers, for vmap
         numbers_there = on_host(value)
         ok = bool(np.all(np.isfinite(numbers_there)) and np.all(fits(numbers_there)))
     else:

@@ -98,7 +98,7 @@ class Cronos:
             process, or on the accelerator, whichever is least. :meth:`solve` does not look at it, and features that
             come on a mesh of devices stay in the memory of these.
         folds: for ``beta="path"``: choose by the mean over so many folds of the rows, ``≥ 2``, each held out in turn.
-            That takes some times as long. None holds out a fifth. With a number as ``beta`` it has no effect.
+            That takes some times as long. None holds out a fifth.
 
     Raises:
         ValueError: for a setting outside its range.
