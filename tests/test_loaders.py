@@ -9,10 +9,11 @@ import optax
 import pytest
 from conftest import drawn
 from flax.training.train_state import TrainState
-from given import HEAD, MODEL, PARAMS, X, Y, alternating, batched, plain, same, train
+from given import HEAD, MODEL, PARAMS, Interface, X, Y, alternating, batched, plain, same, train
 
 import cronos_flax as cf
 from cronos_flax._alternation import position, sources
+from cronos_flax._head import data
 
 # ------------------------------------------------------------------------------------------------ real loaders
 
@@ -67,6 +68,27 @@ def test_an_endless_run_goes_on_where_it_stopped(tmp_path):
     same(whole.params, resumed.params)
     with pytest.raises(ValueError, match="holds a run with steps_per_epoch=3"):
         train(data=Endless(), directory=tmp_path, steps_per_epoch=4)
+
+
+def test_a_loader_may_write_its_next_batch_into_the_memory_of_the_last():
+    """JAX takes such memory as it is: features and gradients were of rows that came later, without a word."""
+
+    def loader(wrapped):
+        x, y = np.empty((64, 5), X.dtype), np.empty(64, int)
+        for i in range(0, 256, 64):
+            x[:], y[:] = X[i : i + 64], Y[i : i + 64]
+            yield wrapped(x), wrapped(y)
+
+    def unpack(batch):
+        return {"x": {"whole": batch[0]}}, batch[1], batch[1] + 1
+
+    for wrapped in (np.asarray, Interface):
+        seen = list(data.batches(loader(wrapped), None))
+        np.testing.assert_array_equal(np.concatenate([batch.args[0] for batch in seen]), X[:256])
+    seen = list(data.batches(loader(np.asarray), unpack))
+    np.testing.assert_array_equal(np.concatenate([batch.kwargs["x"]["whole"] for batch in seen]), X[:256])
+    for name, expected in {"y": Y, "weight": Y + 1}.items():
+        np.testing.assert_array_equal(np.concatenate([getattr(batch, name) for batch in seen]), expected[:256])
 
 
 def test_solves_can_be_on_rows_of_their_own(unsolved):

@@ -28,7 +28,7 @@ Unpack = Callable[[Any], tuple]
 
 
 class Batch(NamedTuple):
-    """The module's arguments, the targets and the weights; the last two are copies, as loaders reuse their buffers."""
+    """The module's arguments, the targets and the weights; the last two are copies."""
 
     args: tuple
     kwargs: Mapping[str, Any]
@@ -281,11 +281,21 @@ def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str, shuffl
                 )
             args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
             args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
-            yield Batch.of(args, kwargs, y, weight, place)
+            yield _of_loader(args, kwargs, y, weight, place)
         elif isinstance(batch, tuple | list) and len(batch) == 2 and not _is_pair_of_arrays(batch[1]):
-            yield Batch.of((batch[0],), {}, batch[1], None, place)
+            yield _of_loader((batch[0],), {}, batch[1], None, place)
         else:
             raise ValueError(f"{place}: each batch must be (x, y) with one array y, got {_kind(batch)}. Give unpack=.")
+
+
+def _of_loader(args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any, where: str) -> Batch:
+    """A batch that shares no memory with its loader, which may write the next one there while this is computed."""
+
+    def own(leaf: Any) -> Any:
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    batch = Batch.of(args, kwargs, y, weight, where)
+    return batch._replace(args=jax.tree.map(own, batch.args), kwargs=jax.tree.map(own, batch.kwargs))
 
 
 def _is_pair_of_arrays(value: Any) -> bool:
