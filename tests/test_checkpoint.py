@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import cronos_flax as cf
 from cronos_flax._alternation import checkpoint as _checkpoint
@@ -55,7 +56,7 @@ def made(seed=0, **kwargs):
     )
 
 
-BENT = cf.Cronos(loss="softmax")
+BENT, SGD = cf.Cronos(loss="softmax"), optax.sgd(0.1)
 
 
 class Bent(nn.Module):
@@ -79,17 +80,17 @@ class BentNnx(nnx.Module):
         return self.out(nnx.relu(self.hidden(self.turns(self.first(x)))))
 
 
-def bent(turns, rows=X):
+def bent(turns, rows=X, tx=SGD):
     model = Bent(turns)
     params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     head = cf.find_head(model, {"params": params}, rows)
-    return cf.CronosTrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1), head=head, solver=BENT)
+    return cf.CronosTrainState.create(apply_fn=model.apply, params=params, tx=tx, head=head, solver=BENT)
 
 
-def bent_nnx(turns, rows=X):
+def bent_nnx(turns, rows=X, tx=SGD):
     model = BentNnx(getattr(nnx, turns))
     head = cf.nnx.find_head(model, rows)
-    return cf.nnx.CronosTrainState.create(model=model, tx=optax.sgd(0.1), head=head, solver=BENT)
+    return cf.nnx.CronosTrainState.create(model=model, tx=tx, head=head, solver=BENT)
 
 
 @pytest.mark.parametrize("make", [bent, bent_nnx])
@@ -104,6 +105,51 @@ def test_another_function_of_the_same_parameters_is_told_of(tmp_path, make):
     cf.train(make("tanh"), (X, y), **run)
     with pytest.warns(UserWarning, match="restore_checkpoint: the backbone of `state`"):
         cf.train(make("swish"), (X, y), **run)
+
+
+STEPS = optax.cosine_decay_schedule
+SAME_OPTIMIZERS = [
+    (optax.adam(1e-3), optax.adam(3e-2)),
+    (optax.adam(STEPS(1e-3, 100)), optax.adam(STEPS(1e-2, 200))),
+    (optax.MultiSteps(optax.adam(STEPS(1e-3, 100)), 2), optax.MultiSteps(optax.adam(STEPS(1e-3, 200)), 2)),
+    (optax.lbfgs(), optax.lbfgs()),  # needs more than gradients and the loss: it is not known
+]
+OTHER_OPTIMIZERS = [
+    (optax.MultiSteps(optax.adam(1e-3), 4), optax.MultiSteps(optax.adam(1e-3), 2), r"counts go by \[2\]"),
+    (optax.apply_every(3), optax.apply_every(5), r"counts go by \[5\] \(before: \[3\]\)"),
+    (optax.contrib.reduce_on_plateau(patience=5), optax.contrib.reduce_on_plateau(patience=7), r"go by \[7\]"),
+    (optax.adam(1e-3), optax.adamw(1e-3), "mul 12 .before: 10"),
+    (optax.sgd(0.1, 0.9), optax.sgd(0.1, 0.9, nesterov=True), "mul 6 .before: 4"),
+]
+
+
+def plain(tx):
+    params = {"kernel": np.ones((3, 2), "float32"), "bias": jnp.ones(2)}
+    return TrainState.create(apply_fn=None, params=params, tx=tx)
+
+
+@pytest.mark.parametrize(("saved", "now"), SAME_OPTIMIZERS)
+def test_another_rate_is_not_told_of(tmp_path, saved, now):
+    cf.save_checkpoint(tmp_path, plain(saved), 0)
+    cf.restore_checkpoint(tmp_path, plain(now))
+
+
+@pytest.mark.parametrize(("saved", "now", "told"), OTHER_OPTIMIZERS)
+def test_another_optimizer_with_a_state_of_the_same_structure_is_told_of(tmp_path, saved, now, told):
+    """It went on with moments and accumulators of the other one, without a word."""
+    cf.save_checkpoint(tmp_path, plain(saved), 0)
+    with pytest.warns(UserWarning, match=f"restore_checkpoint: the optimizer of `state` .*{told}"):
+        cf.restore_checkpoint(tmp_path, plain(now))
+
+
+@pytest.mark.parametrize("make", [bent, bent_nnx])
+def test_a_run_that_goes_on_with_another_accumulator_is_told_of(tmp_path, make):
+    y = np.arange(len(X)) % 2
+    run = {"epochs": 1, "batch_size": 16, "directory": tmp_path}
+    cf.train(make("tanh", tx=optax.MultiSteps(optax.sgd(0.1), 2)), (X, y), **run)
+    cf.train(make("tanh", tx=optax.MultiSteps(optax.sgd(0.2), 2)), (X, y), **run)
+    with pytest.warns(UserWarning, match=r"Its operations: counts go by \[3, 4\] \(before: \[2\]\)"):
+        cf.train(make("tanh", tx=optax.MultiSteps(optax.sgd(0.1), 4)), (X, y), **run)
 
 
 def few(seed=0):

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
+from cronos_flax._alternation import optimizer_code
 from cronos_flax._alternation.silence import silence
 from cronos_flax._head.files import check_path, held_by_all, named
 from cronos_flax._head.head import Head
@@ -97,7 +98,8 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
             )
     try:
         listed = {name: _described(leaf) for name, leaf in leaves.items()}
-        body = json.dumps({"leaves": listed, "extra": extra, "function": _function_of(state)})
+        code = {"function": _function_of(state), "optimizer": optimizer_code.made_of(state)}
+        body = json.dumps({"leaves": listed, "extra": extra, **code})
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
@@ -156,6 +158,10 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
     Raises:
         ValueError: if the checkpoint's leaves differ from those of ``state`` in name, shape or dtype, if its format is
             unknown, or if all checkpoints are damaged.
+
+    Warns:
+        UserWarning: if a train state has another backbone or optimizer than the one that was saved, as far as the names
+            of their operations tell, or if checkpoints are damaged.
     """
     return restored(directory, state, step=step)[0]
 
@@ -184,6 +190,13 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
                 "restore_checkpoint: the backbone of `state` should be the one that was saved, got another function of "
                 f"the same parameters than that of step {candidate} of {directory}. Its operations: {other}. Make the "
                 "state by the same module, called in the same way by find_head; for another one use another directory."
+            )
+        if other := others_than_saved(said.get("optimizer"), optimizer_code.made_of(state)):
+            warn(
+                "restore_checkpoint: the optimizer of `state` should be the one that was saved, got another one whose "
+                f"state has the same structure as that of step {candidate} of {directory}. Its operations: {other}. It "
+                "goes on from what the other one has gathered. Make the state by the same optimizer, at any rate; for "
+                "another one use another directory."
             )
         return _filled(state, leaves), candidate, said["extra"]
     if damage:

@@ -119,10 +119,10 @@ def train(
             first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
         directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings (those of the
-            solver and the guard too, not those of the optimizer), its data and its first parameters are the same. A
-            second run into it is refused meanwhile. Of data it knows shapes, dtypes and a checksum: of arrays up to 64
-            MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as it is the same when it is
-            read twice.
+            solver and the guard too), its data and its first parameters are the same; another optimizer is warned of,
+            another rate is not. A second run into it is refused meanwhile. Of data it knows shapes, dtypes and a
+            checksum: of arrays up to 64 MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as
+            it is the same when it is read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.

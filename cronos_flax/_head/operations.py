@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 
 Operations = dict[str, int]  # how often each is there
 
@@ -23,8 +25,7 @@ def operations(jaxpr: Any, outputs: Iterable[Any]) -> Operations:
         if needed.isdisjoint(equation.outvars):
             continue
         needed.update(variable for variable in equation.invars if not hasattr(variable, "val"))
-        values = (value if isinstance(value, tuple | list) else (value,) for value in equation.params.values())
-        inner = [one for value in values for one in value if hasattr(one, "eqns")]
+        inner = _inner(equation)
         for one in inner:
             found.update(operations(one, (one.jaxpr if hasattr(one, "jaxpr") else one).outvars))
         if not inner and equation.primitive.name not in _LAYOUT:
@@ -32,9 +33,26 @@ def operations(jaxpr: Any, outputs: Iterable[Any]) -> Operations:
     return dict(sorted(found.items()))
 
 
-def with_versions(found: Mapping[str, int]) -> dict[str, Any]:
+def integers(jaxpr: Any) -> list[int]:
+    """The integers that are written in a jaxpr, in its inner functions too, each once."""
+    found: set[int] = set()
+    for equation in jaxpr.eqns:
+        written = (variable.val for variable in equation.invars if hasattr(variable, "val"))
+        found.update(int(value) for value in written if jnp.issubdtype(jnp.result_type(value), jnp.integer))
+        for one in _inner(equation):
+            found.update(integers(one))
+    return sorted(found)
+
+
+def _inner(equation: Any) -> list[Any]:
+    """The jaxprs of the functions that an equation calls."""
+    values = (value if isinstance(value, tuple | list) else (value,) for value in equation.params.values())
+    return [one for value in values for one in value if hasattr(one, "eqns")]
+
+
+def with_versions(found: Mapping[str, int], *others: ModuleType) -> dict[str, Any]:
     """Operations as JSON takes them, and the versions that made them: others may write the same function otherwise."""
-    return {"versions": [jax.__version__, flax.__version__], "operations": dict(found)}
+    return {"versions": [module.__version__ for module in (jax, flax, *others)], "operations": dict(found)}
 
 
 def other_names(then: Mapping[str, int], now: Mapping[str, int]) -> str:
@@ -57,4 +75,9 @@ def others_than_saved(before: Any, now: Any) -> str:
     """
     if not before or not now or before["versions"] != now["versions"]:
         return ""
-    return other_operations(before["operations"], now["operations"])
+    differ = other_operations(before["operations"], now["operations"])
+    then, here = (set(each.get("integers", ())) for each in (before, now))
+    if then != here:
+        counts = f"counts go by {sorted(here - then)} (before: {sorted(then - here)})"
+        differ = f"{differ}, {counts}" if differ else counts
+    return differ
