@@ -1,6 +1,8 @@
 """Estimators for scikit-learn: two-layer ReLU networks that are solved, not tuned. Needs the extra ``sklearn``."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -22,6 +24,22 @@ from cronos_flax._solver.solution import Status
 __all__ = ["CronosClassifier", "CronosRegressor"]
 
 _FEW = 2048  # rows up to which equal ones are merged; up to so many a solve never looks at a sample
+
+
+def _all_or_nothing(fit: Callable) -> Callable:
+    """A ``fit`` after whose errors the estimator is as it was: its network, and what scikit-learn knows of columns."""
+
+    @functools.wraps(fit)
+    def whole(self: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Any:
+        before = dict(vars(self))
+        try:
+            return fit(self, X, y, sample_weight)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return whole
 
 
 class _TwoLayer(BaseEstimator):
@@ -65,7 +83,7 @@ class _TwoLayer(BaseEstimator):
             raise ValueError(f"{where}: {solution.status.message}")
         if solution.status is Status.max_iters:
             message = f"{where}: stopped at max_iter={self.max_iter}. Raise `max_iter`, or `tol`."
-            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+            warnings.warn(message, ConvergenceWarning, stacklevel=4)
         network, stats = jax.device_get((solution.params, solution.stats))
         # relu((X − mean)/scale · kernel + bias), in the units of X; a column that never varied says nothing.
         kernel = network.kernel1.astype(float) / np.where(scale > 0, scale, np.inf)[:, None]
@@ -144,6 +162,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         self.class_weight = class_weight
         self.random_state = random_state
 
+    @_all_or_nothing
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Solve.
 
@@ -164,7 +183,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         labels = labels[:, 0].astype(np.int32)
         weight = weight * self._of_classes(classes, labels, weight)
         self._solve(rows, labels, weight, outputs=max(len(classes), 2))
-        self.classes_ = classes  # last, so that after an error they are still those of the network
+        self.classes_ = classes
         return self
 
     def _of_classes(self, classes: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -277,6 +296,7 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
         tags.target_tags.multi_output = True
         return tags
 
+    @_all_or_nothing
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Solve.
 
@@ -296,13 +316,12 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
                 f"CronosRegressor: `loss` must be 'squared', 'huber' or a cf.Loss of real targets, got {self.loss!r}. "
                 "For classes use CronosClassifier."
             )
-        is_vector = values.ndim == 1
+        self._is_vector = values.ndim == 1
         rows, values, weight = _merged(rows, values.reshape(len(values), -1).astype(float), weight)
         mean, scale = self._units(values, weight)
         targets = (values - mean) / np.where(scale > 0, scale, 1)
         self._solve(rows, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
         self.kernel2_, self.bias2_ = self.kernel2_ * scale, self.bias2_ * scale + mean
-        self._is_vector = is_vector  # last, so that after an error predictions are still those of the network
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:

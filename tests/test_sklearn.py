@@ -144,6 +144,21 @@ def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(iris):
     np.testing.assert_array_equal(fitted.predict(X), before)
 
 
+@pytest.mark.parametrize("estimator", [classifier(), regressor()])
+def test_after_a_fit_that_is_refused_the_columns_are_those_of_the_network(iris, estimator):
+    """They were those of the refused rows, and predictions asked for them."""
+    X, y = iris
+    fitted, unfitted = clone(estimator).fit(X, y), clone(estimator)
+    before = dict(vars(fitted))
+    for refused in (fitted, unfitted):
+        with pytest.raises(ValueError, match="zero"):
+            refused.fit(X[:, :2], y, np.zeros(len(y)))
+    assert vars(fitted).keys() == before.keys()
+    assert all(vars(fitted)[name] is value for name, value in before.items())
+    assert fitted.predict(X).shape == y.shape
+    assert not hasattr(unfitted, "n_features_in_")
+
+
 @pytest.mark.parametrize("columns", [1, 2])
 def test_a_regression_that_is_refused_leaves_the_shape_of_predictions(iris, columns):
     """Those of a vector had two axes after it."""
