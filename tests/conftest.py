@@ -177,12 +177,12 @@ def random_network(seed, p=5, m=6, C=1, hidden_bias=True, output_bias=True, dtyp
 def unsolved(monkeypatch):
     """Solves change nothing, and compile nothing; the data that they were given."""
     import cronos_flax as cf
-    from cronos_flax._head.data import batches
+    from cronos_flax._head.data import UserData
 
     seen = []
 
     def solve_head(self, data, unpack=None, **kwargs):
-        seen.append(list(batches(data, unpack)))
+        seen.append(list(UserData(data, unpack).batches()))
         stats = SimpleNamespace(initial_objective=1.0, objective=1.0, null_loss=1.0, beta=1.0)
         return self, SimpleNamespace(stats=stats, status=cf.Status.max_iters)
 

@@ -83,9 +83,9 @@ def test_a_loader_may_write_its_next_batch_into_the_memory_of_the_last():
         return {"x": {"whole": batch[0]}}, batch[1], batch[1] + 1
 
     for wrapped in (np.asarray, Interface):
-        seen = list(data.batches(loader(wrapped), None))
+        seen = list(data.UserData(loader(wrapped)).batches())
         np.testing.assert_array_equal(np.concatenate([batch.args[0] for batch in seen]), X[:256])
-    seen = list(data.batches(loader(np.asarray), unpack))
+    seen = list(data.UserData(loader(np.asarray), unpack).batches())
     np.testing.assert_array_equal(np.concatenate([batch.kwargs["x"]["whole"] for batch in seen]), X[:256])
     for name, expected in {"y": Y, "weight": Y + 1}.items():
         np.testing.assert_array_equal(np.concatenate([getattr(batch, name) for batch in seen]), expected[:256])
@@ -278,7 +278,7 @@ def test_of_large_arrays_some_rows_are_read(monkeypatch):
     monkeypatch.setattr(sources, "_READ_ROWS", 10)
 
     def mark(x):
-        return sources.Arrays.of(x, Y, 64, None, jax.random.key(0), "data").fingerprint()
+        return sources.Arrays.of(data.UserData((x, Y)), 64, None, jax.random.key(0)).fingerprint()
 
     assert mark(X) == mark(X.copy())
     assert sources.difference(mark(X), mark(X + 1)) == "x has other values"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, Unpack, batches, check_repeatable, whole_arrays
+from cronos_flax._head.data import Batch, Unpack, UserData
 from cronos_flax._head.head import Head
 from cronos_flax._solver.arrays import is_key, native
 from cronos_flax._solver.transfer import on_host
@@ -26,26 +26,23 @@ _bits = jax.jit(functools.partial(jax.random.bits, dtype=jnp.uint32))
 Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum; None for what is not kept
 
 
-def source_of(
-    data: Any, unpack: Unpack | None, batch_size: int, steps: int | None, key: Array, name: str
-) -> "Arrays | Batches":
-    """The source that ``data`` is.
+def source_of(data: UserData, batch_size: int, steps: int | None, key: Array) -> "Arrays | Batches":
+    """The source that data of ``cf.train`` are.
 
     Args:
-        data: as for ``cf.train``.
-        unpack: how to take a batch apart.
+        data: the data.
         batch_size: rows of a batch, for arrays.
         steps: batches of an epoch; None for one pass.
         key: of the orders and samples, for arrays.
-        name: the argument that ``data`` is.
 
     Raises:
         ValueError: for data of another form; nothing of a loader is read.
     """
-    check_repeatable(data, unpack, "train", name)
-    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        return Arrays.of(*data, batch_size, steps, key, name)
-    return Batches([data] if isinstance(data, Mapping) else data, unpack, steps, name)
+    data.check(repeatable=True)
+    if data.is_arrays:
+        return Arrays.of(data, batch_size, steps, key)
+    is_one = isinstance(data.given, Mapping)
+    return Batches(dataclasses.replace(data, given=[data.given]) if is_one else data, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +66,19 @@ class Arrays:
     among: np.ndarray | None = None
 
     @classmethod
-    def of(cls, x: Any, y: Any, batch_size: int, steps: int | None, key: Array, name: str) -> Self:
+    def of(cls, data: UserData, batch_size: int, steps: int | None, key: Array) -> Self:
         """Rows of equal number, as NumPy arrays.
 
         Raises:
             ValueError: if they are not arrays of one process, or the numbers of rows differ or are zero.
         """
-        x, y = whole_arrays(x, y, "train", name)
+        x, y = data.arrays()
         if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves((x, y)) if isinstance(leaf, Array)):
             raise ValueError(
-                f"train: `{name}` = (x, y) must lie in one process, whose rows are shuffled, got arrays on several. "
-                "Give an iterable of batches, each an array on several processes."
+                f"{data.where}: `{data.name}` = (x, y) must lie in one process, whose rows are shuffled, got arrays on "
+                "several. Give an iterable of batches, each an array on several processes."
             )
-        x, y = jax.tree.map(np.asarray, on_host((x, native(y, "train: the targets"))))
+        x, y = jax.tree.map(np.asarray, on_host((x, native(y, f"{data.where}: the targets"))))
         return cls(x, y, min(batch_size, len(y)), steps, int(on_host(_bits(key))))
 
     def __len__(self) -> int:
@@ -112,7 +109,7 @@ class Arrays:
 
     def once(self) -> Iterator[Batch]:
         """All rows."""
-        return batches(self.rows(0, None)[0], None, "train")
+        return UserData(self.rows(0, None)[0], None, "train").batches()
 
     def rows(self, step: int, count: int | None) -> tuple[Any, None]:
         """``data`` and ``unpack`` of a head solve on so many random rows; None for all rows."""
@@ -159,20 +156,16 @@ class HeldBack:
 
 @dataclasses.dataclass
 class Batches:
-    """The user's batches, in the order in which they come; ``unpack`` as for :func:`cronos_flax.fit_head`.
+    """The user's batches, in the order in which they come.
 
     Args:
         data: a re-iterable.
-        unpack: how to take a batch apart.
         steps: batches of an epoch; None for one pass. An epoch goes on where the last one ended, and a loader that has
             ended begins again.
-        name: the argument that ``data`` is.
     """
 
-    data: Iterable[Any]
-    unpack: Unpack | None
+    data: UserData
     steps: int | None
-    name: str
     _next: int = -1  # the number of the batch that comes next, of all epochs
     _stream: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
 
@@ -193,36 +186,37 @@ class Batches:
         if self.steps is not None:
             return self.steps
         try:
-            return len(self.data)  # type: ignore[arg-type]
+            return len(self.data.given)
         except TypeError:
             return 0
 
     def once(self) -> Iterator[Batch]:
         """The batches of one pass; of ``steps`` batches, where an epoch has so many."""
-        return batches(self.data if self.steps is None else self._first(), self.unpack, "train", self.name)
+        return dataclasses.replace(self.data, given=self._first()).batches()
 
     def rows(self, step: int, count: int | None) -> tuple[Any, Unpack | None]:
         """``data`` and ``unpack`` of a head solve, which takes the rows of :meth:`once`."""
         del step, count
-        return self.data if self.steps is None else self._first(), self.unpack
+        return self._first(), self.data.unpack
 
     def fingerprint(self) -> Fingerprint:
         """Of the first batch; what is not the same in a second reading is left out, for that loader shuffles."""
-        one, two = (_described(_first_of(batches(self.data, self.unpack, "train", self.name))) for _ in range(2))
+        one, two = (_described(_first_of(self.data.batches())) for _ in range(2))
         return {
             name: [a if a == b else None for a, b in zip(one[name], two[name], strict=True)]
             for name in one.keys() & two.keys()
         }
 
-    def _first(self) -> Iterator[Any]:
-        return itertools.islice(self.data, self.steps)
+    def _first(self) -> Iterable[Any]:
+        """Those of one pass, or the first ones."""
+        return self.data.given if self.steps is None else itertools.islice(self.data.given, self.steps)
 
     def _endless(self) -> Iterator[Batch]:
         """Pass after pass, until one is empty."""
         batch = object()
         while batch is not None:
             batch = None
-            for batch in batches(self.data, self.unpack, "train", self.name):
+            for batch in self.data.batches():
                 yield batch
 
 

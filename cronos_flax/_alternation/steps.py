@@ -15,7 +15,7 @@ from jax import Array
 
 from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
-from cronos_flax._head.data import Batch, at, batches
+from cronos_flax._head.data import Batch, UserData
 from cronos_flax._head.functional import selected
 from cronos_flax._head.jitted import Static
 from cronos_flax._head.linen import on_one_device
@@ -212,21 +212,19 @@ def scoring(
     state: TrainState,
     loss: Loss,
     kwargs: Mapping[str, Any] | None,
-    unpack: Callable[[Any], tuple] | None = None,
     class_weight: Array | None = None,
-) -> Callable[..., dict[str, float]]:
+) -> Callable[[Any, UserData], dict[str, float]]:
     """A function that scores a state on rows.
 
     Args:
         state: a state with the ``apply_fn`` and the head of those to be scored.
         loss: the loss of a row.
         kwargs: keyword arguments of ``apply_fn``; None for those that the head was found with.
-        unpack: how to take a batch apart, as for :func:`cronos_flax.fit_head`.
         class_weight: weights of classes, which count in the loss.
 
     Returns:
-        A function of a state, rows, these as ``data`` of :func:`cronos_flax.fit_head`, and the name that errors call
-        the rows by. It returns the mean ``loss`` and, if the rows have labels, the ``accuracy`` in [0, 1].
+        A function of a state and of data. It returns the mean ``loss`` and, if the rows have labels, the ``accuracy``
+        in [0, 1].
     """
     head = state.head if isinstance(state, CronosTrainState) else None
     given_by = head if kwargs is None else None
@@ -236,16 +234,16 @@ def scoring(
     sums = _sums(state.apply_fn, _output_of(state), loss, Static.of(dict(kwargs)))
     door = Door(state, loss, kwargs)
 
-    def score(state: Any, rows: Any, name: str = "data") -> dict[str, float]:
+    def score(state: Any, data: UserData) -> dict[str, float]:
         params, collections = _params_to_score(state), _collections(state)
         each: list[tuple[Array, ...]] = []
-        for batch in batches(rows, unpack, "train", name):
+        for batch in data.batches():
             if given_by is not None:
-                given_by.check_own_rows(batch.args, batch.kwargs, at("train", name))
-            checked = batch_on_device(door(batch, at("train", name)))
+                given_by.check_own_rows(batch.args, batch.kwargs, data.place)
+            checked = batch_on_device(door(batch, data.place))
             each.append(automatically(sums, params, collections, checked, class_weight))
         if not each:
-            raise ValueError(f"train: `{name}` must have at least one batch with a row of positive weight, got none.")
+            raise data.empty()
         total, weights, hits, count, labelled = map(np.asarray, zip(*on_host(each), strict=True))
         figures = {"loss": float(total.sum() / weights.sum())}
         if labelled.all():

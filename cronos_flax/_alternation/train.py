@@ -25,7 +25,7 @@ from cronos_flax._alternation.position import Checkpoints, all_said, said, some_
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.data import at, batches, check_repeatable
+from cronos_flax._head.data import UserData
 from cronos_flax._head.files import check_path
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
@@ -187,8 +187,10 @@ def train(
         random_key("train", key)
     key = default_key() if key is None else key
     streams = _streams_of(state, rngs, key)
-    source = source_of(data, unpack, batch_size, steps_per_epoch, key, "data")
-    to_solve = source if solve_data is None else source_of(solve_data, unpack, batch_size, None, key, "solve_data")
+    source = source_of(UserData(data, unpack, "train"), batch_size, steps_per_epoch, key)
+    to_solve = source
+    if solve_data is not None:
+        to_solve = source_of(UserData(solve_data, unpack, "train", "solve_data"), batch_size, None, key)
     sets = _validation_sets(validation, unpack)
     settings = _settings(
         state,
@@ -218,7 +220,7 @@ def train(
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
         door = Door(state, loss, train_kwargs, streams)
-        _check_what_is_in_memory(door, source, to_solve, sets, unpack)
+        _check_what_is_in_memory(door, source, to_solve, sets)
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
             class_weight = on_device(balanced_weights(loss, map(door, source.once())))
@@ -243,7 +245,7 @@ def train(
             solve_rows=solve_rows,
             door=door,
             step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
-            validate=_validation(sets, scoring(state, loss, eval_kwargs, unpack, class_weight)),
+            validate=_validation(sets, scoring(state, loss, eval_kwargs, class_weight)),
             key=key,
             callbacks=tuple(map(on_first, callbacks)),
             seconds=seconds,
@@ -351,40 +353,35 @@ def _described(keys: Mapping[str, Array]) -> dict[str, list]:
     return {name: on_host(jax.random.key_data(key)).tolist() for name, key in keys.items()}
 
 
-def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, tuple[str, Any]]:
-    """The sets of validation rows by prefix, with what errors call them; what can be read only once is refused."""
+def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> dict[str, UserData]:
+    """The sets of validation rows by prefix; what can be read only once is refused."""
     several = isinstance(validation, Mapping) and not any(map(is_array, validation.values()))
     given = validation if several else {"validation": validation}
-    named = {prefix: (f"validation[{prefix!r}]" if several else "validation", rows) for prefix, rows in given.items()}
-    sets = {prefix: (name, rows) for prefix, (name, rows) in named.items() if rows is not None}
-    for name, rows in sets.values():
-        check_repeatable(rows, unpack, "train", name)
-    return sets
+    return {
+        prefix: UserData(rows, unpack, "train", f"validation[{prefix!r}]" if several else "validation").check(True)
+        for prefix, rows in given.items()
+        if rows is not None
+    }
 
 
 def _check_what_is_in_memory(
-    door: Door,
-    source: Arrays | Batches,
-    to_solve: Arrays | Batches,
-    sets: Mapping[str, tuple[str, Any]],
-    unpack: Callable[[Any], tuple] | None,
+    door: Door, source: Arrays | Batches, to_solve: Arrays | Batches, sets: Mapping[str, UserData]
 ) -> None:
     """Check all targets of arrays before training; those of loaders are checked as they come."""
-    for name, each in {"solve_data": to_solve, "data": source}.items():
-        if isinstance(each, Arrays) and (name == "data" or to_solve is not source):
-            for batch in each.once():
-                door(batch, at("train", name))
-    for name, rows in sets.values():
-        if isinstance(rows, tuple) and unpack is None:
-            for batch in batches(rows, None, "train", name):
-                door(batch, at("train", name))
+    given = {"train": source} if to_solve is source else {"train: `solve_data`": to_solve, "train": source}
+    for place, each in given.items():
+        for batch in each.once() if isinstance(each, Arrays) else ():
+            door(batch, place)
+    for data in sets.values():
+        for batch in data.batches() if data.is_arrays else ():
+            door(batch, data.place)
 
 
-def _validation(sets: Mapping[str, tuple[str, Any]], score: Callable[..., Row]) -> Callable[[Any], Row]:
+def _validation(sets: Mapping[str, UserData], score: Callable[[Any, UserData], Row]) -> Callable[[Any], Row]:
     """A function that gives the figures of a state on the validation rows, each with its prefix."""
 
     def validate(state: Any) -> Row:
-        scores = {prefix: score(state, rows, name) for prefix, (name, rows) in sets.items()}
+        scores = {prefix: score(state, data) for prefix, data in sets.items()}
         return {f"{prefix}_{figure}": value for prefix, row in scores.items() for figure, value in row.items()}
 
     return validate

@@ -5,6 +5,7 @@ in. Batches without a row of positive weight are passed over: they count for not
 weight zero: where their inputs are not finite, they are those of rows that count, for NaN · 0 is NaN in a gradient.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -204,98 +205,132 @@ def flat_weight(weight: np.ndarray, leading: tuple[int, ...], where: str = "fit_
     return weight.reshape(-1).repeat(math.prod(leading[weight.ndim :]))
 
 
-def batches(
-    data: Any, unpack: Unpack | None, where: str = "fit_head", name: str = "data", shuffled: bool = False
-) -> Iterator[Batch]:
-    """The batches of ``data`` that count, in any form that :func:`cronos_flax.fit_head` takes.
+@dataclasses.dataclass(frozen=True)
+class UserData:
+    """Data in any form that :func:`cronos_flax.fit_head` takes; nothing of them is read before it is asked for.
 
     Args:
-        data: whole arrays ``(x, y)``, an iterable of batches, or, with ``unpack``, one dict of arrays: one batch.
+        given: whole arrays ``(x, y)``, an iterable of batches, or, with ``unpack``, one dict of arrays: one batch.
         unpack: how to take a batch apart.
         where: the caller's name, for messages.
-        name: the name of ``data`` there.
-        shuffled: whether batches of whole arrays are of random rows.
-
-    Raises:
-        ValueError: for anything else.
+        name: the name of the argument there.
     """
-    for batch in _all_batches(data, unpack, where, name, shuffled):
-        if batch.counts:
-            yield batch
 
+    given: Any
+    unpack: Unpack | None = None
+    where: str = "fit_head"
+    name: str = "data"
 
-def check_form(data: Any, unpack: Unpack | None, where: str, name: str = "data") -> None:
-    """Raise a ValueError unless ``data`` has a form that :func:`batches` takes; nothing is read."""
-    if unpack is not None and not callable(unpack):
-        raise ValueError(f"{where}: `unpack` must be a function of one batch, got {unpack!r}.")
-    if isinstance(data, Mapping) and unpack is None:
-        raise ValueError(
-            f"{where}: `{name}` is a dict ({', '.join(map(str, data))}), one batch that only `unpack` can take apart. "
-            "Give unpack=, or the arrays as (x, y)."
+    @property
+    def place(self) -> str:
+        """How an error about what is in a batch begins: with the caller and, unless that is ``data``, the argument."""
+        return self.where if self.name == "data" else f"{self.where}: `{self.name}`"
+
+    @property
+    def is_arrays(self) -> bool:
+        """Whether these are whole arrays ``(x, y)``."""
+        return isinstance(self.given, tuple) and len(self.given) == 2 and self.unpack is None
+
+    def check(self, repeatable: bool = False) -> Self:
+        """Return the data if they have a form that can be taken, and if they can be read again where that is asked for.
+
+        Raises:
+            ValueError: if they have not; if they are an iterator, which can be read only once.
+        """
+        given, unpack = self.given, self.unpack
+        if unpack is not None and not callable(unpack):
+            raise ValueError(f"{self.where}: `unpack` must be a function of one batch, got {unpack!r}.")
+        if isinstance(given, Mapping) and unpack is None:
+            raise ValueError(
+                f"{self.where}: `{self.name}` is a dict ({', '.join(map(str, given))}), one batch that only `unpack` "
+                "can take apart. Give unpack=, or the arrays as (x, y)."
+            )
+        kind = type(given).__name__
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes) or is_array(given):
+            raise ValueError(f"{self.where}: `{self.name}` must be (x, y) or an iterable of batches, got {kind}.")
+        if repeatable and isinstance(given, Iterator):
+            raise ValueError(
+                f"{self.where}: `{self.name}` must be re-iterable, got an iterator ({kind}), which can be read only "
+                "once. Give a list, or an object whose __iter__ starts anew."
+            )
+        return self
+
+    def batches(self, shuffled: bool = False) -> Iterator[Batch]:
+        """The batches that count; those of whole arrays are of random rows if ``shuffled``.
+
+        Raises:
+            ValueError: for data that are none.
+        """
+        return (batch for batch in self._all_batches(shuffled) if batch.counts)
+
+    def arrays(self) -> tuple[Any, Any]:
+        """Of whole arrays: the module's input, a tree, and the targets, of equally many rows; not yet :func:`native`.
+
+        Raises:
+            ValueError: if they are not arrays, or the numbers of rows differ or are zero.
+        """
+        x, y = self.given
+        what = f"{self.where}: `{self.name}`"
+        if _is_pair_of_arrays(x) and _is_pair_of_arrays(y):
+            raise ValueError(
+                f"{what} must be (x, y) or an iterable of batches, got a tuple of two tuples of two arrays each, which "
+                "may be either. Two batches are given as a list."
+            )
+        y = opened(y, f"{self.place}: the targets")
+        arrays = all(map(is_array, jax.tree.leaves(x)))
+        x = jax.tree.map(lambda leaf: opened(leaf, what), x) if arrays else x
+        leaves = jax.tree.leaves(x)
+        counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()
+        if len(counts) != 1 or 0 in counts or not leaves or not all(np.size(leaf) for leaf in leaves):
+            got = jax.tree.map(np.shape, (x, y)) if arrays else f"{type(x).__name__} and {type(y).__name__}"
+            raise ValueError(
+                f"{what} = (x, y) must be arrays of equally many rows, at least one, got {got}. An iterable of batches "
+                "must not be a tuple of two."
+            )
+        return x, y
+
+    def empty(self) -> ValueError:
+        """What to raise for data without a batch that counts."""
+        can_be_read_once = not isinstance(self.given, tuple | list | Mapping) and iter(self.given) is iter(self.given)
+        remark = (
+            f" An iterator ({type(self.given).__name__}) can be read only once: give a list, or an object whose "
+            "__iter__ starts anew."
         )
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes) or is_array(data):
-        raise ValueError(f"{where}: `{name}` must be (x, y) or an iterable of batches, got {type(data).__name__}.")
-
-
-def check_repeatable(data: Any, unpack: Unpack | None, where: str, name: str = "data") -> None:
-    """As :func:`check_form`; iterators, which can be read only once, are refused too."""
-    check_form(data, unpack, where, name)
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"{where}: `{name}` must be re-iterable, got an iterator ({type(data).__name__}), which can be read only "
-            "once. Give a list, or an object whose __iter__ starts anew."
+        return ValueError(
+            f"{self.where}: `{self.name}` must have at least one batch with a row of positive weight, got none."
+            f"{remark if can_be_read_once else ''}"
         )
 
-
-def no_batch(data: Any, where: str, name: str = "data") -> ValueError:
-    """What to raise for data without a batch that counts."""
-    can_be_read_once = not isinstance(data, tuple | list | Mapping) and iter(data) is iter(data)
-    remark = (
-        f" An iterator ({type(data).__name__}) can be read only once: give a list, or an object whose __iter__ starts "
-        "anew."
-    )
-    return ValueError(
-        f"{where}: `{name}` must have at least one batch with a row of positive weight, got none."
-        f"{remark if can_be_read_once else ''}"
-    )
+    def _all_batches(self, shuffled: bool) -> Iterator[Batch]:
+        self.check()
+        if self.is_arrays:
+            yield from _chunks(*self.arrays(), self.place, shuffled)
+            return
+        for batch in (self.given,) if isinstance(self.given, Mapping) else self.given:
+            yield _of_loader(batch, self.unpack, self.place)
 
 
-def at(where: str, name: str) -> str:
-    """How an error about what is in a batch begins: with the caller and, unless that is ``data``, the argument."""
-    return where if name == "data" else f"{where}: `{name}`"
-
-
-def _all_batches(data: Any, unpack: Unpack | None, where: str, name: str, shuffled: bool) -> Iterator[Batch]:
-    check_form(data, unpack, where, name)
-    place = at(where, name)
-    if isinstance(data, tuple) and len(data) == 2 and unpack is None:
-        yield from _chunks(*whole_arrays(*data, where, name), place, shuffled)
-        return
-    for batch in (data,) if isinstance(data, Mapping) else data:
-        if unpack is not None:
-            unpacked = unpack(batch)
-            if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
-                raise ValueError(
-                    f"{place}: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
-                    f"a dict of keyword arguments, got {_kind(unpacked)}."
-                )
-            args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
-            args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
-            yield _of_loader(args, kwargs, y, weight, place)
-        elif isinstance(batch, tuple | list) and len(batch) == 2 and not _is_pair_of_arrays(batch[1]):
-            yield _of_loader((batch[0],), {}, batch[1], None, place)
-        else:
-            raise ValueError(f"{place}: each batch must be (x, y) with one array y, got {_kind(batch)}. Give unpack=.")
-
-
-def _of_loader(args: tuple, kwargs: Mapping[str, Any], y: Any, weight: Any, where: str) -> Batch:
+def _of_loader(batch: Any, unpack: Unpack | None, place: str) -> Batch:
     """A batch that shares no memory with its loader, which may write the next one there while this is computed."""
+    if unpack is not None:
+        unpacked = unpack(batch)
+        if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
+            raise ValueError(
+                f"{place}: `unpack` must return (args, y) or (args, y, weight) with args a tuple of positional or "
+                f"a dict of keyword arguments, got {_kind(unpacked)}."
+            )
+        args, y, weight = unpacked if len(unpacked) == 3 else (*unpacked, None)
+        args, kwargs = ((), args) if isinstance(args, dict) else (args, {})
+    elif isinstance(batch, tuple | list) and len(batch) == 2 and not _is_pair_of_arrays(batch[1]):
+        args, kwargs, y, weight = (batch[0],), {}, batch[1], None
+    else:
+        raise ValueError(f"{place}: each batch must be (x, y) with one array y, got {_kind(batch)}. Give unpack=.")
 
     def own(leaf: Any) -> Any:
         return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
-    batch = Batch.of(args, kwargs, y, weight, where)
-    return batch._replace(args=jax.tree.map(own, batch.args), kwargs=jax.tree.map(own, batch.kwargs))
+    made = Batch.of(args, kwargs, y, weight, place)
+    return made._replace(args=jax.tree.map(own, made.args), kwargs=jax.tree.map(own, made.kwargs))
 
 
 def _is_pair_of_arrays(value: Any) -> bool:
@@ -308,31 +343,6 @@ def _kind(value: Any) -> str:
         return type(value).__name__
     inside = ", ".join(sorted({type(part).__name__ for part in value}))
     return f"{type(value).__name__} of {len(value)}" + (f" ({inside})" if inside else "")
-
-
-def whole_arrays(x: Any, y: Any, where: str, name: str = "data") -> tuple[Any, Any]:
-    """The module's input, a tree of arrays, and the targets, of equally many rows; not yet :func:`native`.
-
-    Raises:
-        ValueError: if they are not arrays, or the numbers of rows differ or are zero.
-    """
-    if _is_pair_of_arrays(x) and _is_pair_of_arrays(y):
-        raise ValueError(
-            f"{where}: `{name}` must be (x, y) or an iterable of batches, got a tuple of two tuples of two arrays "
-            "each, which may be either. Two batches are given as a list."
-        )
-    y = opened(y, f"{at(where, name)}: the targets")
-    arrays = all(map(is_array, jax.tree.leaves(x)))
-    x = jax.tree.map(lambda leaf: opened(leaf, f"{where}: `{name}`"), x) if arrays else x
-    leaves = jax.tree.leaves(x)
-    counts = {len(leaf) if np.ndim(leaf) else 0 for leaf in (*leaves, y)} if arrays else set()
-    if len(counts) != 1 or 0 in counts or not leaves or not all(np.size(leaf) for leaf in leaves):
-        got = jax.tree.map(np.shape, (x, y)) if arrays else f"{type(x).__name__} and {type(y).__name__}"
-        raise ValueError(
-            f"{where}: `{name}` = (x, y) must be arrays of equally many rows, at least one, got {got}. An iterable of "
-            "batches must not be a tuple of two."
-        )
-    return x, y
 
 
 def _chunks(x: Any, y: Any, where: str, shuffled: bool) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, Unpack, at, batches, flat_targets, flat_weight, no_batch
+from cronos_flax._head.data import Batch, UserData, flat_targets, flat_weight
 from cronos_flax._head.fingerprint import Fingerprint
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.room import release
@@ -138,30 +138,24 @@ def source_of(X: np.ndarray) -> Source:
 def gather(
     tap: Pass,
     outputs: int,
-    data: Any,
+    data: UserData,
     *,
-    unpack: Unpack | None,
     callback: Callable[[dict[str, float]], Any] | None,
     shuffled: bool = False,
-    where: str = "fit_head",
     store: Store | None = None,
     most_bytes: int | None = None,
-    name: str = "data",
 ) -> Gathered:
     """All rows of ``data``.
 
     Args:
         tap: gives the head's input for one batch, and what its batch norms saw.
         outputs: the head's number of outputs C, which the targets must fit.
-        data: as for :func:`cronos_flax.fit_head`.
-        unpack: as for :func:`cronos_flax.fit_head`.
+        data: the data.
         callback: called after every batch with ``rows`` (so far) and ``seconds``.
         shuffled: whether batches of whole arrays are of random rows: statistics of a batch need rows of all classes.
-        where: the caller's name, for messages.
         store: where to keep rows; None for host memory or, of features on several devices, for these.
         most_bytes: of features that host memory holds if ``store`` is None; more are in a temporary file. None for as
             many as there are.
-        name: the name of ``data`` at the caller's, for messages.
 
     Raises:
         ValueError: for data that do not fit the module, or each other.
@@ -169,66 +163,88 @@ def gather(
         OSError: if the disk does not hold them.
     """
     if callback is not None and not callable(callback):
-        raise ValueError(f"{where}: `callback` must be a function of one dict, got {callback!r}.")
-    callback = on_first(callback)
-    place = at(where, name)
-    start, rows, count, progress = time.perf_counter(), 0, 0, Progress(data, unpack)
-    pending: tuple[tuple[Array, tuple[Moments, ...]], Batch] | None = None
-    form: dict[str, Any] | None = None
+        raise ValueError(f"{data.where}: `callback` must be a function of one dict, got {callback!r}.")
+    return _Gathering(tap, outputs, data, on_first(callback), store, most_bytes).run(shuffled)
 
-    def piece_of(seen: tuple[Array, tuple[Moments, ...]], batch: Batch) -> Piece:
-        nonlocal form, store
+
+Seen = tuple[Array, tuple[Moments, ...]]  # what a pass gives for a batch
+
+
+class _Gathering:
+    """A pass over the data under way; the arguments are those of :func:`gather`."""
+
+    def __init__(
+        self,
+        tap: Pass,
+        outputs: int,
+        data: UserData,
+        callback: Callable[[dict[str, float]], Any] | None,
+        store: Store | None,
+        most_bytes: int | None,
+    ) -> None:
+        self._tap, self._outputs, self._data, self._callback = tap, outputs, data, callback
+        self._store, self._most_bytes = store, most_bytes
+        self._form: dict[str, Any] | None = None  # that all batches have
+        self._start, self._rows, self._progress = time.perf_counter(), 0, Progress(data)
+
+    def run(self, shuffled: bool) -> Gathered:
+        """Pass all batches, but those that the store has."""
+        count = 0
+        pending: tuple[Seen, Batch] | None = None
+        try:
+            for batch in self._data.batches(shuffled):
+                count += 1
+                held = None if self._store is None else self._store.held(count - 1, batch)
+                if self._store is not None and held is not None:
+                    if count == 1:
+                        self._store.compare(self._piece_of(self._tap(batch.args, batch.kwargs), batch))
+                    self._tell(held)
+                    continue
+                seen = self._tap(batch.args, batch.kwargs)
+                if pending is not None:  # copied to the host while the device works on this batch
+                    self._keep(*pending)
+                pending = seen, batch
+            if not count:
+                raise self._data.empty()
+            if pending is not None:
+                self._keep(*pending)
+            assert self._store is not None
+            return self._store.joined(count)
+        finally:
+            if self._store is not None:
+                self._store.close()
+
+    def _keep(self, seen: Seen, batch: Batch) -> None:
+        piece = self._piece_of(seen, batch)
+        assert self._store is not None
+        self._store.add(batch, piece, self._progress.share(batch))
+        self._tell(len(piece.rows.X))
+
+    def _piece_of(self, seen: Seen, batch: Batch) -> Piece:
+        """What is kept of a batch; the first one decides where, and what form all must have."""
         features, norms = seen
-        if store is None:
+        place, leading, weight = self._data.place, features.shape[:-1], None
+        if self._store is None:
             mesh = mesh_of(features)
-            store = InMemory(most_bytes, where) if mesh is None else OverDevices(mesh)
+            self._store = InMemory(self._most_bytes, self._data.where) if mesh is None else OverDevices(mesh)
         moments = {each.norm.path: on_host((each.mean, each.var)) for each in norms}
-        y, weight = flat_targets(batch.y, features.shape[:-1], outputs, place), None
+        y = flat_targets(batch.y, leading, self._outputs, place)
         if batch.weight is not None:
-            weight = flat_weight(batch.weight, features.shape[:-1], place)
+            weight = flat_weight(batch.weight, leading, place)
+        store = self._store
         rows = store.part(features, y, weight) if isinstance(store, OverDevices) else _on_host(features, y, weight)
         piece = Piece(rows, moments, features.size // features.shape[-1])
-        form = piece.form if form is None else form
-        if form["weight"] != piece.form["weight"]:
+        self._form = piece.form if self._form is None else self._form
+        if self._form["weight"] != piece.form["weight"]:
             raise ValueError(f"{place}: `unpack` must return a weight for every batch or for none.")
-        if form["y"][1] != piece.form["y"][1]:
+        if self._form["y"][1] != piece.form["y"][1]:
             raise ValueError(f"{place}: the targets must be labels in every batch, or have one value for each output.")
         return piece
 
-    def tell(more: int) -> None:
-        nonlocal rows
-        rows += more
-        if callback is not None:
-            callback({"rows": rows, "seconds": time.perf_counter() - start})
-
-    def finish(seen: tuple[Array, tuple[Moments, ...]], batch: Batch) -> None:
-        piece = piece_of(seen, batch)
-        assert store is not None
-        store.add(batch, piece, progress.share(batch))
-        tell(len(piece.rows.X))
-
-    try:
-        for batch in batches(data, unpack, where, name, shuffled):
-            count += 1
-            known = None if store is None else store.held(count - 1, batch)
-            if store is not None and known is not None:
-                if count == 1:
-                    store.compare(piece_of(tap(batch.args, batch.kwargs), batch))
-                tell(known)
-                continue
-            seen = tap(batch.args, batch.kwargs)
-            if pending is not None:  # copied to the host while the device works on this batch
-                finish(*pending)
-            pending = seen, batch
-        if not count:
-            raise no_batch(data, where, name)
-        if pending is not None:
-            finish(*pending)
-        assert store is not None
-        return store.joined(count)
-    finally:
-        if store is not None:
-            store.close()
+    def _tell(self, more: int) -> None:
+        self._rows += more
+        if self._callback is not None:
+            self._callback({"rows": self._rows, "seconds": time.perf_counter() - self._start})
 
 
 class Progress:
@@ -236,13 +252,12 @@ class Progress:
 
     Args:
         data: whole arrays, or batches, perhaps with a length.
-        unpack: how to take a batch apart.
     """
 
-    def __init__(self, data: Any, unpack: Unpack | None) -> None:
-        self._whole = isinstance(data, tuple) and len(data) == 2 and unpack is None
-        sized = data[1] if self._whole else data
-        self._passed, self._all = 0, len(sized) if isinstance(sized, Sized) and not isinstance(data, Mapping) else None
+    def __init__(self, data: UserData) -> None:
+        self._whole, given = data.is_arrays, data.given
+        sized = given[1] if self._whole else given
+        self._passed, self._all = 0, len(sized) if isinstance(sized, Sized) and not isinstance(given, Mapping) else None
 
     def share(self, batch: Batch) -> float | None:
         """The part when this batch is passed too; None if the data do not say how many they are."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from cronos_flax._head.cache import from_cache
-from cronos_flax._head.data import check_repeatable
+from cronos_flax._head.data import UserData
 from cronos_flax._head.features import Features
 from cronos_flax._head.files import check_path
 from cronos_flax._head.head import Head
@@ -78,10 +78,11 @@ def gather_features(
     if cache is not None:
         check_path(where, "cache", cache)
     backbone = head.backbone(variables, where)
-    passed = functools.partial(head.passed, variables, data, unpack=unpack, callback=callback, where=where)
+    given = UserData(data, unpack, where)
+    passed = functools.partial(head.passed, variables, given, callback=callback)
     if cache is None:
         rows, order, moments = passed(store=InMemory())
     else:
-        check_repeatable(data, unpack, where)
+        given.check(repeatable=True)
         rows, order, moments = from_cache(Path(cache), renew, lambda store: passed(store=store), backbone)
     return Features(rows.X, rows.y, rows.weight, order, rows.finite, backbone, moments, head.operations)

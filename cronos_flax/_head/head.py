@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cronos_flax._head.data import at
+from cronos_flax._head.data import UserData
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.functional import Functional, Kind, Tap
@@ -184,19 +184,11 @@ class Head:
             MemoryError: if memory does not hold the features.
             OSError: if the disk does not hold them.
         """
+        given = UserData(data, unpack, where, name)
         if not isinstance(data, Features):
-            rows, _, moments = self.passed(
-                variables,
-                data,
-                unpack=unpack,
-                callback=callback,
-                where=where,
-                most_bytes=most_bytes,
-                name=name,
-                compare=compare,
-            )
-            self._check_in_reach(rows.y, at(where, name))
-            return rows, moments
+            passed = self.passed(variables, given, callback=callback, most_bytes=most_bytes, compare=compare)
+            self._check_in_reach(passed.rows.y, given.place)
+            return passed.rows, passed.moments
         if unpack is not None:
             raise ValueError(f"{where}: `unpack` must be None for features, which are not in batches.")
         changed = difference(data.backbone, self.backbone(variables, where))
@@ -207,7 +199,7 @@ class Head:
                 f"{where}: `{name}` must be features of this backbone, got those of another: {changed}. Gather them "
                 "again, with the variables of now: cf.gather_features(head, variables, …)."
             )
-        self._check_in_reach(data.rows.y, at(where, name))
+        self._check_in_reach(data.rows.y, given.place)
         return data.rows, data.moments if self.recalibrate else {}
 
     def outputs_apart(self, out: Array, expected: Array) -> float | None:
@@ -239,25 +231,23 @@ class Head:
     def passed(
         self,
         variables: Any,
-        data: Any,
+        data: UserData,
         *,
-        unpack: Callable[[Any], tuple] | None,
         callback: Callable[[dict[str, float]], Any] | None,
-        where: str = "fit_head",
         store: Store | None = None,
         most_bytes: int | None = None,
-        name: str = "data",
         compare: Compare | None = None,
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
-        variables, is_first = self.module.variables(variables, where), True
-        check_there(where, (variables, data if isinstance(data, tuple) else ()))
+        where, is_first = data.where, True
+        variables = self.module.variables(variables, where)
+        check_there(where, (variables, data.given if isinstance(data.given, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
 
         def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
             nonlocal is_first
-            seen = self._pass(variables, args, kwargs, at(where, name), observed)
+            seen = self._pass(variables, args, kwargs, data.place, observed)
             if is_first:
                 self._check_still_holds(variables, seen.features, seen.out, where)
                 if compare is not None:
@@ -266,16 +256,7 @@ class Head:
             return seen.features, seen.norms if observed else ()
 
         return gather(
-            tap,
-            self.outputs,
-            data,
-            unpack=unpack,
-            callback=callback,
-            shuffled=in_training,
-            where=where,
-            store=store,
-            most_bytes=most_bytes,
-            name=name,
+            tap, self.outputs, data, callback=callback, shuffled=in_training, store=store, most_bytes=most_bytes
         )
 
     def backbone(self, variables: Any, where: str) -> Fingerprint:

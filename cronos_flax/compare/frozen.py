@@ -21,6 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from cronos_flax._alternation.steps import scoring
+from cronos_flax._head.data import UserData
 from cronos_flax._head.fit import fit_rows
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.losses import loss_of
@@ -57,7 +58,7 @@ def scored(task: Task, seed: int, variables: Any) -> Row:
         model_state={name: tree for name, tree in variables.items() if name != "params"},
     )
     score = scoring(state, loss_of(task.loss), task.model.eval_kwargs)
-    each = {name: score(state, (x, y)) for name, x, y in parts(task.split(seed))}
+    each = {name: score(state, UserData((x, y), None, "compare")) for name, x, y in parts(task.split(seed))}
     return {f"{name}_{figure}": value for name, figures in each.items() for figure, value in figures.items()}
 
 
