@@ -81,6 +81,18 @@ def test_a_large_update_is_made_smaller_as_a_whole():
         np.testing.assert_allclose(np.linalg.norm(update, 2), 0.1 * size(kernel), rtol=0.25)
 
 
+@pytest.mark.parametrize("scale", [1e8, 1e10, 1e18, 1e30, 5e37])
+def test_an_update_of_any_size_is_made_smaller(scale):
+    """From 1e8 on its norm came out as zero, and it was not limited; from 1e18 on as NaN."""
+    params, update = {"kernel": normal(30, 20)}, np.clip(normal(30, 20), -3, 3)
+    for limit in (limited, jax.jit(limited)):
+        new = limit({"kernel": np.float32(scale) * update}, params, 0.1)["kernel"]
+        assert np.linalg.norm(new, 2) <= 0.1 * 1.25 * size(params["kernel"])
+    powers = 2.0 ** np.arange(-30, 100, 13)
+    norms = [float(spectral_norm(np.float32(power) * update)) / power for power in powers]
+    assert len(set(norms)) == 1  # nothing is rounded by it
+
+
 def test_a_small_update_is_left_to_the_bit():
     params = {"kernel": normal(30, 20)}
     updates = {"kernel": 1e-3 * normal(30, 20)}

@@ -64,12 +64,20 @@ def spectral_norm(matrix: Float[Array, "*m n"]) -> Float[Array, ""]:
     the matrix is computed. (``optax.power_iteration`` gives NaN for a matrix of zeros.)
     """
     inputs, columns = tuple(range(matrix.ndim - 1)), jnp.arange(matrix.shape[-1], dtype=matrix.real.dtype)
+    unit = _power_of_two(matrix)
+    matrix = matrix / unit  # the fourth powers of entries must be numbers
     right = jnp.expand_dims(1 + jnp.sin(columns) / 2, inputs)  # one for all steps, so that a run repeats
     for _ in range(_ROUNDS):
         left = jnp.sum(matrix * right, axis=-1, keepdims=True)
         right = jnp.sum(jnp.conj(matrix) * left, axis=inputs, keepdims=True)
         right = right / jnp.maximum(_norm(right), _TINY)
-    return _norm(jnp.sum(matrix * right, axis=-1))
+    return unit * _norm(jnp.sum(matrix * right, axis=-1))
+
+
+def _power_of_two(matrix: Array) -> Float[Array, ""]:
+    """About the size of the largest entry: to divide by it rounds nothing."""
+    _, exponent = jnp.frexp(jnp.maximum(jnp.max(jnp.abs(matrix)), _TINY))
+    return jnp.ldexp(jnp.ones((), matrix.real.dtype), jnp.minimum(exponent, 125))  # 2⁻¹²⁷ would be zero
 
 
 def _norm(vector: Array) -> Float[Array, ""]:
