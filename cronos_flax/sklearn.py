@@ -1,7 +1,6 @@
 """Estimators for scikit-learn: two-layer ReLU networks that are solved, not tuned. Needs the extra ``sklearn``."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import loss_of
 from cronos_flax._solver.solution import Status
+from cronos_flax._solver.user_warnings import warn
 
 __all__ = ["CronosClassifier", "CronosRegressor"]
 
@@ -83,7 +83,7 @@ class _TwoLayer(BaseEstimator):
             raise ValueError(f"{where}: {solution.status.message}")
         if solution.status is Status.max_iters:
             message = f"{where}: stopped at max_iter={self.max_iter}. Raise `max_iter`, or `tol`."
-            warnings.warn(message, ConvergenceWarning, stacklevel=4)
+            warn(message, ConvergenceWarning)
         network, stats = jax.device_get((solution.params, solution.stats))
         # relu((X − mean)/scale · kernel + bias), in the units of X; a column that never varied says nothing.
         kernel = network.kernel1.astype(float) / np.where(scale > 0, scale, np.inf)[:, None]

@@ -1,5 +1,6 @@
 """What the parts of an alternation do: a head that moves or stands still, when it is solved for, how a run ends."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.traverse_util import path_aware_map
 from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
@@ -270,3 +272,63 @@ def test_parts_outside_their_range_are_refused(name, value):
 def test_what_is_no_alternation_is_refused():
     with pytest.raises(ValueError, match="CronosTrainState: `alternation` must be"):
         made(alternation="frozen")
+
+
+def of_backbone(tree):
+    return path_aware_map(lambda path, _: path[0] not in KERNELS, tree)
+
+
+def of_head(tree):
+    return path_aware_map(lambda path, _: path[0] in KERNELS, tree)
+
+
+def parts(tx):
+    return optax.partition({True: optax.adam(1e-2), False: tx}, of_backbone)
+
+
+MASKED = optax.masked(optax.adam(1e-2), of_backbone)
+PASS_ON = [
+    MASKED,
+    optax.chain(optax.clip_by_global_norm(1.0), MASKED),
+    optax.chain(optax.clip(1.0), MASKED),
+    optax.chain(MASKED, optax.zero_nans()),
+    parts(optax.identity()),
+]
+PASS_NOTHING_ON = [
+    parts(optax.set_to_zero()),
+    optax.chain(MASKED, optax.masked(optax.set_to_zero(), of_head)),
+    optax.chain(optax.masked(optax.scale_by_adam(), of_backbone), optax.scale(-1e-2)),
+    optax.adamw(1e-2, mask=of_backbone),
+    optax.masked(optax.adam(1e-2), lambda tree: jax.tree.map(lambda _: True, tree)),
+    optax.masked(optax.lbfgs(), of_backbone),  # refused at its first step
+]
+
+
+@pytest.mark.parametrize("tx", PASS_ON)
+def test_gradients_that_the_optimizer_passes_on_are_told_of(tx):
+    """The head went up its gradient at a rate of 1, without a word."""
+    with pytest.warns(UserWarning, match=r"`tx` should .* of layers_2/bias, layers_2/kernel, layers_4/bias and 1 more"):
+        made(tx)
+    small = jax.tree.map(lambda leaf: leaf / 1000, PARAMS)
+    updates, _ = jax.jit(tx.update)(small, tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(updates["layers_4"]["kernel"], small["layers_4"]["kernel"])
+    made(tx, alternation=cf.Alternation(head="frozen"))  # nothing is added to the head
+
+
+@pytest.mark.parametrize("tx", PASS_NOTHING_ON)
+def test_masks_that_pass_nothing_on_are_no_reason_for_a_warning(tx):
+    made(tx)
+
+
+def test_gradients_that_the_optimizer_passes_on_are_told_of_in_nnx():
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs)
+    model = nnx.Sequential(*layers)
+    first = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[1].key == 0)
+    tx = optax.masked(optax.adam(1e-2), first)
+    head = cf.nnx.find_head(model, X)
+    with pytest.warns(UserWarning, match="CronosOptimizer: `tx` should turn gradients into steps, .* layers/2/bias"):
+        cf.nnx.CronosOptimizer(model, tx, head=head)
+    with pytest.warns(UserWarning, match="CronosTrainState: `tx` should turn gradients into steps"):
+        cf.nnx.CronosTrainState.create(model=model, tx=tx, head=head)
+    cf.nnx.CronosOptimizer(model, tx, head=head, alternation=cf.Alternation(head="frozen"))

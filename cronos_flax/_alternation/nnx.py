@@ -21,6 +21,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew
+from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
 from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.nnx import NnxModule
@@ -106,6 +107,8 @@ class CronosOptimizer(nnx.Optimizer):
             else:
                 outside = _OutsideHead(wrt, head.paths)
                 super().__init__(model, rated(tx, largest_step=largest_step), wrt=outside)
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        warn_of_gradients_passed_on("CronosOptimizer", tx, params, params)
         self.solving = nnx.static(_Solving(head, solver, alternation))
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))

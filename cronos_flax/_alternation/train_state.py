@@ -26,6 +26,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
+from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
 from cronos_flax._head.fit import most_in_memory, solver_or_default
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections
@@ -139,7 +140,10 @@ class CronosTrainState(TrainState):
         alternation = alternation_settings("CronosTrainState", alternation, solver, head)
         solver = alternation_defaults(solver, head, alternation)
         settings = guard_settings("CronosTrainState", guard)
-        tx = alternating(tx, head, alternation.moves(head), alternation.largest_step)
+        moving = alternation.moves(head)
+        left_out = () if moving else head.paths
+        warn_of_gradients_passed_on("CronosTrainState", tx, params, module_params(params), left_out)
+        tx = alternating(tx, head, moving, alternation.largest_step)
         kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)

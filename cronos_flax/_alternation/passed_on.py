@@ -1,0 +1,78 @@
+"""Gradients that an optimizer passes on: as updates they are added to the parameters, and the loss rises."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cronos_flax._alternation.backbone import begins_with, with_arguments
+from cronos_flax._head.paths import Path, format_path
+from cronos_flax._solver.user_warnings import warn
+
+_KEEPS = {"clamp", "convert_element_type", "copy", "max", "min", "select_n"}  # the value, in one case at least
+_SHOWN = 3  # parameters that are named
+
+
+def warn_of_gradients_passed_on(
+    where: str, tx: optax.GradientTransformation, params: Any, grads: Any, left_out: tuple[Path, ...] = ()
+) -> None:
+    """Warn if an optimizer leaves the gradients of some parameters as they are, as ``optax.masked`` does.
+
+    Args:
+        where: the caller's name.
+        tx: the optimizer of the user; only one with ``optax.masked`` in it is looked at.
+        params: the parameters.
+        grads: a tree of the structure that gradients have.
+        left_out: paths of layers that ``tx`` does not move.
+    """
+    try:
+        with jax.transfer_guard("allow"):  # Optax makes its constants on the host
+            opt_state = jax.eval_shape(tx.init, params)
+            nodes = jax.tree.leaves(opt_state, is_leaf=_is_masked)
+            passed = _passed_on(tx, grads, opt_state, params) if any(map(_is_masked, nodes)) else []
+    except Exception:  # an optimizer that needs more than is given here is refused at its first step
+        return
+    paths = [path for path in passed if not begins_with(path, left_out)]
+    if paths:
+        names = [format_path(tuple(getattr(entry, "key", entry) for entry in path)) for path in paths[:_SHOWN]]
+        others = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+        warn(
+            f"{where}: `tx` should turn gradients into steps, but it passes on those of {', '.join(names)}{others} as "
+            "they are, as optax.masked does with what its mask leaves out: they are added to the parameters, and the "
+            "loss rises. To keep these parameters where they are, give optax.partition({'trained': ..., 'kept': "
+            "optax.set_to_zero()}, labels). If they are the head's, leave the mask out and give "
+            'alternation=cf.Alternation(head="frozen"): then only solves move the head.'
+        )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedState)
+
+
+def _passed_on(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> list[tuple]:
+    """The paths of the updates that may be gradients as they came."""
+
+    def update(grads: Any, opt_state: Any, params: Any) -> Any:
+        return with_arguments(tx).update(grads, opt_state, params, value=jnp.float32(1))[0]
+
+    closed, updates = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
+    gradients = set(closed.jaxpr.invars[: len(jax.tree.leaves(grads))])
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+    made = zip(paths, closed.jaxpr.outvars, strict=True)
+    return [path for path, variable in made if not gradients.isdisjoint(_values_of(closed.jaxpr, variable))]
+
+
+def _values_of(jaxpr: Any, variable: Any) -> set[Any]:
+    """The variables that one of a jaxpr may be without a change, itself among them."""
+    if hasattr(variable, "val"):
+        return set()
+    equation = next((each for each in jaxpr.eqns if variable in each.outvars), None)
+    if equation is None:
+        return {variable}
+    place, inner = equation.outvars.index(variable), equation.params.get("jaxpr")
+    before = equation.invars if equation.primitive.name in _KEEPS else []
+    if equation.primitive.name == "jit":
+        inside = _values_of(inner.jaxpr, inner.jaxpr.outvars[place])
+        before = [given for given, own in zip(equation.invars, inner.jaxpr.invars, strict=True) if own in inside]
+    return {variable}.union(*(_values_of(jaxpr, each) for each in before))
