@@ -536,6 +536,30 @@ BAD = {
         ["compare", "--shard", "1/8", "--target", "90", "--out", "OUT"],
         "give it to `cronos-flax merge`",
     ),
+    "accuracy above 100": (["compare", "--target", "150", "--out", "OUT"], "an accuracy in %, from 1 to 100, got 150."),
+    "accuracy as a share": (
+        ["compare", "--target", "0.9", "--out", "OUT"],
+        "an accuracy in %, from 1 to 100, got 0.9.",
+    ),
+    "target that is none": (
+        ["compare", "--target", "nan", "--out", "OUT"],
+        "an accuracy in %, from 1 to 100, got nan.",
+    ),
+    "loss below zero": (
+        ["compare", "--dataset", "diabetes", "--target", "90", "--out", "OUT"],
+        "minus a loss, as targets are values: a number ≤ 0, got 90.",
+    ),
+    "range of nothing": (
+        ["compare", "--methods", "cronos-am,linear-probe", "--rate-range", ".1", "1", "--out", "OUT"],
+        "got none in `--methods` cronos-am,linear-probe.",
+    ),
+    "random rates of nothing": (
+        ["compare", "--methods", "cronos-am,cronos", "--random-rates", "1", "--out", "OUT"],
+        "`--random-rates` is for optimizers with a grid of rates",
+    ),
+    "negative seed": (["compare", "--first-seed", "-1", "--out", "OUT"], "must be an integer from 0 to 4294967295"),
+    "large seed": (["train", "--seed", "4294967296", "--out", "OUT"], "must be an integer from 0 to 4294967295"),
+    "random rates": (["compare", "--random-rates", "-1", "--out", "OUT"], "must be an integer from 0 to 4294967295"),
     "no parts": (["merge", "OUT"], "required: PART"),
     "merged into a file": (["merge", "FILE/x", "PART"], "OUT must be a directory, or one that can be made"),
     "train optimizer": (["train", "--optimizer", "lion", "--out", "OUT"], "must be one of adam"),

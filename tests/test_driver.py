@@ -342,6 +342,7 @@ BAD = {
     "batch_size": (lambda: train(batch_size=0.5), "`batch_size`"),
     "solve_every": (lambda: train(solve_every="often"), "`solve_every`"),
     "seconds": (lambda: train(seconds=0), "`seconds` must be"),
+    "seconds as a switch": (lambda: train(seconds=True), "`seconds` must be a positive number, got True"),
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
     "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
     "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),

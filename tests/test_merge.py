@@ -275,6 +275,13 @@ def test_parts_that_do_not_make_a_sweep_are_refused_and_nothing_is_written(case,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_target_that_no_run_can_reach_is_refused_and_nothing_is_written(parts, tmp_path, capsys):
+    code, said = stopped(["merge", tmp_path / "out", *parts, "--target", "150"], capsys)
+    assert code == 2
+    assert "`--target` must be an accuracy in %, from 1 to 100, got 150." in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_of_other_settings_and_other_data_are_refused(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits, run = load("digits"), Run("linear-probe", 1.0, 0)

@@ -179,7 +179,8 @@ def train(
     train_kwargs = with_method(state.apply_fn, head, train_kwargs or {})
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
-    if seconds is not None and not (isinstance(seconds, numbers.Real) and seconds > 0):
+    is_number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+    if seconds is not None and not (is_number and seconds > 0):
         raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
     if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
         raise ValueError(f"train: `callbacks` must be a list of functions, got {callbacks!r}.")

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -122,6 +123,7 @@ def _compare(args: argparse.Namespace) -> int:
     _check_free(args.shard.directory(args.out) if args.shard else args.out)
     runs, most = _runs(args), args.shots[-1] if args.shots else None
     task = Task.of(_settings(args, most))
+    _check_target(args.target, task.dataset.num_classes is not None)
     task.split(args.first_seed)  # whether there are so many rows
     if not args.quiet:
         _print_notes(task.dataset)
@@ -175,11 +177,16 @@ def _compare_once(args: argparse.Namespace, whole: Path, runs: list[Any], task: 
 
 def _runs(args: argparse.Namespace) -> list[Any]:
     """All runs of a sweep, in the order in which one machine does them."""
-    from cronos_flax.compare.methods import check_method, grid
+    from cronos_flax.compare.methods import PROBE, check_method, grid
     from cronos_flax.compare.task import Run
 
     methods = [check_method(name.strip()) for name in args.methods.split(",")]
     span = tuple(args.rate_range) if args.rate_range else None
+    for option, given, without in (("--rate-range", span, (PROBE,)), ("--random-rates", args.random_rates, ())):
+        if given is not None and all(method in without or grid(method, 1) == [None] for method in methods):
+            raise ValueError(
+                f"`{option}` is for optimizers with a grid of rates, got none in `--methods` {args.methods}."
+            )
     return [
         Run(method, rate, seed)
         for seed in range(args.first_seed, args.first_seed + args.seeds)
@@ -195,6 +202,9 @@ def _merge(args: argparse.Namespace) -> int:
 
     _check_free(args.out, "OUT")
     merged = collected(args.parts)
+    figures = {name for part in merged.parts for run in part.runs.values() for row in run for name in row}
+    if "validation_loss" in figures:  # or all runs failed
+        _check_target(args.target, "validation_accuracy" in figures)
     with held(args.out):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
@@ -205,6 +215,16 @@ def _merge(args: argparse.Namespace) -> int:
             print(_wrapped(f"warning: {each.message}", "", "  "), file=sys.stderr)
         Progress(0, quiet=False).show(rows, args.out)
     return 0
+
+
+def _check_target(target: float | None, is_accuracy: bool) -> None:
+    """Raise for a target that no run can reach, or each run at once."""
+    if target is None:
+        return
+    if is_accuracy and not 1 <= target <= 100:
+        raise ValueError(f"`--target` must be an accuracy in %, from 1 to 100, got {target:g}.")
+    if not is_accuracy and not -math.inf < target <= 0:
+        raise ValueError(f"`--target` must be minus a loss, as targets are values: a number ≤ 0, got {target:g}.")
 
 
 def _write_figures(rows: list[Any], out: Path, target: float | None) -> None:

@@ -107,7 +107,7 @@ def _compare(kinds: Any, task: Parser) -> Parser:
         help="fit on so many rows of each class only, such as 1,5,10,20: a comparison for each, into DIR/shots-N, and "
         "DIR/shots.md and shots.png of them all; a seed draws the rows",
     )  # fmt: skip
-    runs.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds are N, N+1, …")
+    runs.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="seeds are N, N+1, …")
     budget = runs.add_mutually_exclusive_group()
     budget.add_argument(
         "--epochs", type=_positive, metavar="N", help="length of each run; 10 if --seconds is not given"
@@ -120,7 +120,7 @@ def _compare(kinds: Any, task: Parser) -> Parser:
         "--rate-range", type=_positive_float, nargs=2, metavar=("LOW", "HIGH"),
         help="of all optimizers; if not given, three decades that are usual for each",
     )  # fmt: skip
-    runs.add_argument("--random-rates", type=int, metavar="SEED", help="draw rates at random instead of spacing them")
+    runs.add_argument("--random-rates", type=_seed, metavar="SEED", help="draw rates at random instead of spacing them")
     runs.add_argument(
         "--jobs", type=_positive, default=1, metavar="N",
         help="runs side by side, one core each; with more than 1, times are not kept",
@@ -163,7 +163,7 @@ def _train(kinds: Any, task: Parser) -> Parser:
         "--optimizer", default="adam", metavar="NAME", help="of the backbone: one of the optimizers of compare"
     )
     how.add_argument("--rate", type=_positive_float, default=3e-3, metavar="R", help="its learning rate")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes split, weights and order of rows")
+    how.add_argument("--seed", type=_seed, default=0, metavar="N", help="fixes split, weights and order of rows")
     _add_output(train.add_argument_group("output"))
     return train
 
@@ -178,8 +178,9 @@ def _info(kinds: Any, task: Parser) -> Parser:
 
 def _add_target(group: Any) -> None:
     group.add_argument(
-        "--target", type=float, metavar="SCORE", help="validation accuracy in %% that times are given to"
-    )
+        "--target", type=float, metavar="SCORE",
+        help="validation score that times are given to: accuracy in %%, or minus the loss where targets are values",
+    )  # fmt: skip
 
 
 def _add_output(group: Any) -> None:
@@ -224,6 +225,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer ≥ 1, got {text!r}")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**32 - 1}, got {text!r}")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:
