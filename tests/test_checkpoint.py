@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,6 +188,32 @@ def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
     cf.save_checkpoint(tmp_path, nnx.state(saved), 0)
     nnx.update(other, cf.restore_checkpoint(tmp_path, nnx.state(other)))
     assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(saved)))
+
+
+def listed_at_first(leaves):
+    """The list of leaves as the first versions wrote it, by a copy of each."""
+    copies = {name: np.asarray(jax.device_get(leaf)) for name, leaf in leaves.items()}
+    return {
+        name: {"shape": list(copy.shape), "dtype": str(copy.dtype), "checksum": zlib.crc32(copy.tobytes())}
+        for name, copy in copies.items()
+    }
+
+
+def test_checkpoints_of_the_first_versions_are_restored_and_new_ones_have_the_same_list(tmp_path, monkeypatch):
+    cf.save_checkpoint(tmp_path / "new", made(1), 5)
+    monkeypatch.setattr(_checkpoint, "_listed", listed_at_first)
+    cf.save_checkpoint(tmp_path / "old", made(1), 5)
+    monkeypatch.undo()
+    new, old = ((tmp_path / name / "5" / "meta" / "metadata").read_text() for name in ("new", "old"))
+    assert new == old
+    assert_same(cf.restore_checkpoint(tmp_path / "old", made(2)), made(1))
+    odd = {
+        "empty": np.zeros((0, 3)),
+        "turned": np.eye(3, 2)[::-1].T,
+        "no": np.bool_(False),
+        "half": X.astype("bfloat16"),
+    }
+    assert _checkpoint._listed(odd) == listed_at_first(odd)
 
 
 def test_where_there_is_nothing_the_state_comes_back(tmp_path):

@@ -13,7 +13,7 @@ from given import HEAD, MODEL, PARAMS, Interface, X, Y, alternating, batched, pl
 
 import cronos_flax as cf
 from cronos_flax._alternation import position, sources
-from cronos_flax._head import data
+from cronos_flax._head import data, fingerprint
 
 # ------------------------------------------------------------------------------------------------ real loaders
 
@@ -262,6 +262,11 @@ def test_a_directory_knows_a_loader_by_its_first_batch(saved):
         train(data=Shuffled(X.astype("float16")), directory=saved / "shuffled")
 
 
+def test_with_a_directory_too_objects_are_refused_by_the_check_of_batches(tmp_path):
+    with pytest.raises(ValueError, match="the module's arguments must be numbers, got dtype object"):
+        train(data=(X.astype(object), Y), directory=tmp_path)
+
+
 def test_a_directory_costs_two_readings_of_a_loader_for_each_that_is_given(tmp_path, unsolved):
     """Without `solve_data` there were four."""
     opened = []
@@ -275,13 +280,13 @@ def test_a_directory_costs_two_readings_of_a_loader_for_each_that_is_given(tmp_p
 
 def test_of_large_arrays_some_rows_are_read(monkeypatch):
     monkeypatch.setattr(sources, "_READ_BYTES", 100)
-    monkeypatch.setattr(sources, "_READ_ROWS", 10)
+    monkeypatch.setattr(fingerprint, "_READ_ROWS", 10)
 
     def mark(x):
         return sources.Arrays.of(data.UserData((x, Y)), 64, None, jax.random.key(0)).fingerprint()
 
     assert mark(X) == mark(X.copy())
-    assert sources.difference(mark(X), mark(X + 1)) == "x has other values"
+    assert fingerprint.difference(mark(X), mark(X + 1)) == "x has other values"
 
 
 class BatchStatsState(TrainState):

@@ -23,6 +23,7 @@ from jax import Array
 
 from cronos_flax._alternation import optimizer_code
 from cronos_flax._alternation.silence import silence
+from cronos_flax._head import fingerprint
 from cronos_flax._head.files import check_path, held_by_all, named
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
@@ -97,9 +98,8 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
                 "or give it as `extra`."
             )
     try:
-        listed = {name: _described(leaf) for name, leaf in leaves.items()}
         code = {"function": _function_of(state), "optimizer": optimizer_code.made_of(state)}
-        body = json.dumps({"leaves": listed, "extra": extra, **code})
+        body = json.dumps({"leaves": _listed(leaves), "extra": extra, **code})
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
@@ -256,9 +256,10 @@ def _function_of(state: Any) -> dict[str, Any] | None:
     return with_versions(head.operations) if isinstance(head, Head) else None
 
 
-def _described(leaf: Any) -> dict[str, Any]:
-    value = np.asarray(on_host(leaf))
-    return {"shape": list(value.shape), "dtype": str(value.dtype), "checksum": zlib.crc32(value.tobytes())}
+def _listed(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of every leaf."""
+    kinds = ("shape", "dtype", "checksum")
+    return {name: dict(zip(kinds, leaf, strict=True)) for name, leaf in fingerprint.described(leaves).items()}
 
 
 def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -272,7 +273,8 @@ def _read(directory: Path, step: int, like: dict[str, Any] | None = None) -> tup
         leaves, described, damage = _by_orbax(directory, step, like)
         if not everywhere(not damage):
             raise _DamagedError(damage or "another process could not read it")
-    wrong = [name for name, d in described["leaves"].items() if _described(leaves[name]) != d]
+    found = _listed(leaves)
+    wrong = [name for name, leaf in described["leaves"].items() if found[name] != leaf]
     if wrong:
         raise _DamagedError(f"{', '.join(wrong)}: other values than were saved")
     return leaves, described

@@ -14,10 +14,9 @@ from flax.training.train_state import TrainState
 
 from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import Alternation
-from cronos_flax._alternation.sources import Fingerprint, difference
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.files import held_by_all
-from cronos_flax._head.fingerprint import checksum
+from cronos_flax._head.fingerprint import Fingerprint, checksum, difference
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.transfer import on_host
 
@@ -168,7 +167,10 @@ class Checkpoints:
                     f"{value!r}. Use the same, or another directory."
                 )
         for name, mark in self.marks.items():
-            differs = difference(extra["marks"][name], mark)
+            before = extra["marks"][name]
+            differs = difference(before, mark)
+            if before.keys() != mark.keys():
+                differs = f"it had the arrays {', '.join(sorted(before))}, and has {', '.join(sorted(mark))}"
             if differs is not None:
                 raise ValueError(
                     f"train: `directory` {self.directory} holds a run with other `{name}`: {differs}. Use the "

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -13,17 +12,16 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._head.data import Batch, Unpack, UserData
+from cronos_flax._head.fingerprint import Fingerprint, described
 from cronos_flax._head.head import Head
-from cronos_flax._solver.arrays import is_key, native
+from cronos_flax._solver.arrays import native
 from cronos_flax._solver.transfer import on_host
 
 _LEAST_SOLVED = 8_192  # rows of a solve; of fewer, losses are too noisy for the guard to compare
 _SOLVE_BYTES = 2**32  # memory for a solve
-_READ_BYTES, _READ_ROWS = 2**26, 4_096  # of larger arrays, the fingerprint takes so many rows
+_READ_BYTES = 2**26  # of larger arrays, the fingerprint takes some rows
 
 _bits = jax.jit(functools.partial(jax.random.bits, dtype=jnp.uint32))
-
-Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum; None for what is not kept
 
 
 def source_of(data: UserData, batch_size: int, steps: int | None, key: Array) -> "Arrays | Batches":
@@ -130,7 +128,7 @@ class Arrays:
 
     def fingerprint(self) -> Fingerprint:
         """Of the rows; of large arrays some of them, evenly spaced, are read."""
-        return _described({"x": self.x, "y": self.y})
+        return described(_arrays({"x": self.x, "y": self.y}), _READ_BYTES)
 
     def _among(self, places: np.ndarray) -> tuple[Any, np.ndarray]:
         return self._take(places if self.among is None else self.among[places])
@@ -201,10 +199,11 @@ class Batches:
 
     def fingerprint(self) -> Fingerprint:
         """Of the first batch; what is not the same in a second reading is left out, for that loader shuffles."""
-        one, two = (_described(_first_of(self.data.batches())) for _ in range(2))
+        one, two = (described(_arrays(_first_of(self.data.batches())), _READ_BYTES) for _ in range(2))
         return {
             name: [a if a == b else None for a, b in zip(one[name], two[name], strict=True)]
-            for name in one.keys() & two.keys()
+            for name in one
+            if name in two
         }
 
     def _first(self) -> Iterable[Any]:
@@ -227,30 +226,10 @@ def _first_of(some: Iterator[Batch]) -> dict[str, Any]:
     return {}
 
 
-def _described(tree: Any) -> Fingerprint:
-    """Shape, dtype and checksum of every array in a tree, by name."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+def _arrays(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree, by name; those of objects, which the check of batches refuses, are left out."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _description(leaf)
-        for path, leaf in leaves
-        if isinstance(leaf, np.ndarray | np.generic) or (isinstance(leaf, Array) and not is_key(leaf))
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if isinstance(leaf, Array) or (isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.hasobject)
     }
-
-
-def _description(leaf: Any) -> list[Any]:
-    if leaf.nbytes > _READ_BYTES:
-        taken = leaf[np.linspace(0, len(leaf) - 1, min(_READ_ROWS, len(leaf))).astype(int)]
-    else:
-        taken = leaf
-    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(np.asarray(on_host(taken)).tobytes())]
-
-
-def difference(saved: Fingerprint, now: Fingerprint) -> str | None:
-    """In words, how data differ from those of a saved run; None if nothing tells them apart."""
-    if saved.keys() != now.keys():
-        return f"it had the arrays {', '.join(sorted(saved))}, and has {', '.join(sorted(now))}"
-    for name in sorted(saved):
-        for kind, before, after in zip(("shape", "dtype", "values"), saved[name], now[name], strict=True):
-            if before is not None and after is not None and before != after:
-                return f"{name} has other {kind}" + (f", {after} for {before}" if kind != "values" else "")
-    return None

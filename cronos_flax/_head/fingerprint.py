@@ -10,14 +10,30 @@ import numpy as np
 from cronos_flax._solver.arrays import is_array, is_key
 from cronos_flax._solver.transfer import on_host
 
-Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum
+_READ_ROWS = 4_096  # of an array that is not read whole, evenly spaced
+
+Fingerprint = dict[str, list[Any]]  # by name of an array: its shape, dtype and checksum; None for what is not known
 
 
-def described(arrays: Mapping[str, Any]) -> Fingerprint:
-    """Shape, dtype and CRC-32 of every array; random keys are left out."""
+def described(arrays: Mapping[str, Any], most_bytes: int | None = None) -> Fingerprint:
+    """Shape, dtype and CRC-32 of every array; random keys are left out.
+
+    Args:
+        arrays: by name.
+        most_bytes: of larger arrays some rows, evenly spaced, are read; None reads all.
+    """
     return {
-        name: [list(np.shape(leaf)), str(leaf.dtype), crc(leaf)] for name, leaf in arrays.items() if not is_key(leaf)
+        name: [list(np.shape(leaf)), str(leaf.dtype), crc(_read(leaf, most_bytes))]
+        for name, leaf in arrays.items()
+        if not is_key(leaf)
     }
+
+
+def _read(array: Any, most_bytes: int | None) -> Any:
+    """What of an array is read for its checksum."""
+    if most_bytes is None or array.nbytes <= most_bytes:
+        return array
+    return array[np.linspace(0, len(array) - 1, min(_READ_ROWS, len(array))).astype(int)]
 
 
 def crc(array: Any, value: int = 0) -> int:
@@ -40,13 +56,13 @@ def checksum(tree: Any) -> int:
 
 
 def difference(before: Fingerprint, now: Fingerprint) -> str | None:
-    """In words, how arrays differ from those of before; None if they do not."""
+    """In words, how arrays differ from those of before; None if nothing that is known of both tells them apart."""
     if missing := sorted(before.keys() - now.keys()):
         return f"{missing[0]} is not there any more"
     if added := sorted(now.keys() - before.keys()):
         return f"{added[0]} was not there"
     for name, then in before.items():
         for kind, old, new in zip(("shape", "dtype", "values"), then, now[name], strict=True):
-            if old != new:
+            if old is not None and new is not None and old != new:
                 return f"{name} has other {kind}" + (f", {new} for {old}" if kind != "values" else "")
     return None
