@@ -9,7 +9,7 @@ import pytest
 from given import HEAD, MODEL, PARAMS, WIDE, Foreign, Interface, X, Y, alternating, batched, losses, plain, same, train
 
 import cronos_flax as cf
-from cronos_flax._alternation.steps import balanced_weights
+from cronos_flax._alternation.batch_check import balanced_weights
 from cronos_flax._head import data as door
 from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.losses import LOSSES

@@ -1,7 +1,7 @@
-"""The ``apply_fn`` of a train state, and the module that its head was found in: whether they are one function."""
+"""The ``apply_fn`` of a train state: how it is called, and whether it is the module that the head was found in."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,34 @@ from cronos_flax._head.head import Head
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.linen import on_one_device
 from cronos_flax._solver.user_warnings import warn
+
+
+def called(
+    apply_fn: Callable,
+    output: Any,
+    variables: Mapping,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    mutable: Sequence[str] = (),
+    rngs: Mapping[str, Array] | None = None,
+) -> tuple[Any, Mapping]:
+    """The chosen output of a call, and the collections that it changed.
+
+    Args:
+        apply_fn: of a train state.
+        output: which output, see :func:`~cronos_flax._head.functional.selected`.
+        variables: of the module.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        mutable: the collections that may change.
+        rngs: keys of random streams.
+    """
+    extra: dict[str, Any] = {"mutable": list(mutable)} if mutable else {}
+    extra |= {"rngs": dict(rngs)} if rngs else {}
+    with nn.intercept_methods(on_one_device):
+        out = apply_fn(variables, *args, **extra, **kwargs)
+    out, updates = out if mutable else (out, {})
+    return selected(out, output), updates
 
 
 def with_method(apply_fn: Callable, head: Head | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,7 +68,7 @@ def warn_if_another(
         return
     kwargs = {name: value for name, value in kwargs.items() if name != "mutable"}
     try:
-        found = _called(apply_fn, head.module.output)(variables, args, kwargs)
+        found = _compiled(apply_fn, head.module.output)(variables, args, kwargs)
     except Exception:  # it may be a model in training mode, which wants other arguments
         return
     if isinstance(found, Array) and (difference := head.outputs_apart(found, out)) is not None:
@@ -64,11 +92,6 @@ def _applies(apply_fn: Callable, head: Head) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _called(apply_fn: Callable, output: Any) -> Callable[[Any, tuple, Mapping], Any]:
+def _compiled(apply_fn: Callable, output: Any) -> Callable[[Any, tuple, Mapping], Any]:
     """A call of it, compiled."""
-
-    def call(variables: Any, args: tuple, kwargs: Mapping) -> Any:
-        with nn.intercept_methods(on_one_device):
-            return selected(apply_fn(variables, *args, **kwargs), output)
-
-    return jitted(call)
+    return jitted(lambda variables, args, kwargs: called(apply_fn, output, variables, args, kwargs)[0])

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax import Array
 
+from cronos_flax._alternation.batch_check import BatchCheck
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.position import Checkpoints, Position
 from cronos_flax._alternation.sources import Arrays, Batches, HeldBack
-from cronos_flax._alternation.steps import Door
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.processes import agreed
@@ -93,7 +93,7 @@ class Loop:
         decay: the factor on the rate, of the share of the run that is done; None for none.
         epochs: of the whole run.
         solve_rows: rows of a solve; None for all.
-        door: the check of a batch.
+        check: the check of a batch.
         step: the gradient step, of a state, a batch and the factor on the rate.
         validate: gives the figures of a state on the validation rows.
         key: of solves.
@@ -116,7 +116,7 @@ class Loop:
     decay: Callable[[float], float] | None
     epochs: int
     solve_rows: int | None
-    door: Door
+    check: BatchCheck
     step: Callable[[Any, Batch, Array | None], tuple[Any, Array]]
     validate: Callable[[Any], Row]
     key: Array
@@ -162,7 +162,7 @@ class Loop:
     def stepped(self, state: Any, batch: Batch) -> tuple[Any, Array]:
         """The state after a gradient step, and the loss."""
         factor = None if self.decay is None else on_device(self.decay(self.share_done()), np.float32)
-        return self.step(state, batch_on_device(self.door(batch)), factor)
+        return self.step(state, batch_on_device(self.check(batch)), factor)
 
     def share_done(self) -> float:
         """How much of the run is done, of its epochs or of its seconds."""

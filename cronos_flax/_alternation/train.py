@@ -17,13 +17,14 @@ from jax import Array
 
 from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.backbone import RatedState
+from cronos_flax._alternation.batch_check import BatchCheck, balanced_weights
 from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row
 from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
-from cronos_flax._alternation.steps import Door, balanced_weights, gradient_step, scoring
+from cronos_flax._alternation.steps import gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import UserData
 from cronos_flax._head.files import check_path
@@ -220,11 +221,11 @@ def train(
     with checkpoints.held():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
-        door = Door(state, loss, train_kwargs, streams)
-        _check_what_is_in_memory(door, source, to_solve, sets)
+        check = BatchCheck(state, loss, train_kwargs, streams)
+        _check_what_is_in_memory(check, source, to_solve, sets)
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
-            class_weight = on_device(balanced_weights(loss, map(door, source.once())))
+            class_weight = on_device(balanced_weights(loss, map(check, source.once())))
         if position.held_back is None:
             position.held_back = _to_hold_back(state, source, to_solve, epochs)
             position.holds_back = position.held_back > 0
@@ -244,7 +245,7 @@ def train(
             decay=_decay_for(state),
             epochs=epochs,
             solve_rows=solve_rows,
-            door=door,
+            check=check,
             step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
             validate=_validation(sets, scoring(state, loss, eval_kwargs, class_weight)),
             key=key,
@@ -366,16 +367,16 @@ def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> 
 
 
 def _check_what_is_in_memory(
-    door: Door, source: Arrays | Batches, to_solve: Arrays | Batches, sets: Mapping[str, UserData]
+    check: BatchCheck, source: Arrays | Batches, to_solve: Arrays | Batches, sets: Mapping[str, UserData]
 ) -> None:
     """Check all targets of arrays before training; those of loaders are checked as they come."""
     given = {"train": source} if to_solve is source else {"train: `solve_data`": to_solve, "train": source}
     for place, each in given.items():
         for batch in each.once() if isinstance(each, Arrays) else ():
-            door(batch, place)
+            check(batch, place)
     for data in sets.values():
         for batch in data.batches() if data.is_arrays else ():
-            door(batch, data.place)
+            check(batch, data.place)
 
 
 def _validation(sets: Mapping[str, UserData], score: Callable[[Any, UserData], Row]) -> Callable[[Any], Row]:

@@ -1,4 +1,4 @@
-"""The one door for data: batches, targets and weights in any form that users give, checked on the host.
+"""The data that users give: batches, targets and weights in any form, checked on the host.
 
 What a batch holds becomes arrays that JAX takes. Targets and weights are checked by value, in the type that they came
 in. Batches without a row of positive weight are passed over: they count for nothing, wherever they come. Nor do rows of

@@ -1,0 +1,112 @@
+"""The check of a batch before it is trained or scored on."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from flax.training.train_state import TrainState
+from jax import Array
+
+from cronos_flax._alternation.apply_fn import called
+from cronos_flax._alternation.train_state import CronosTrainState, module_params
+from cronos_flax._head.data import Batch
+from cronos_flax._solver.checks import is_labelled, labels_of
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
+from cronos_flax._solver.transfer import on_device, on_host
+
+
+class BatchCheck:
+    """The check of batches that are trained or scored on, on the host: targets become flat, see :meth:`Batch.flat`.
+
+    Args:
+        state: a state with the ``apply_fn``, the head and the shapes of those to come.
+        loss: the loss of a row.
+        kwargs: keyword arguments of ``apply_fn``.
+        streams: keys of the rng streams of a training step; None for scoring, where nothing is mutable either.
+    """
+
+    def __init__(
+        self, state: TrainState, loss: Loss, kwargs: Mapping[str, Any], streams: Mapping[str, Array] | None = None
+    ) -> None:
+        self._loss = loss
+        self._known: dict[Any, tuple[int, ...]] = {}
+        collections = collections_of(state)
+        variables = {"params": module_params(state.params), **collections}
+        self._collections = f"one with {list(collections)}" if collections else "none"
+        self._variables, self._mesh = shapes_of(variables), mesh_of(variables)
+        mutable = list(collections) if streams is not None else []
+        apply_fn, output = state.apply_fn, output_of(state)  # the state itself must not be kept alive
+
+        def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
+            return called(apply_fn, output, variables, args, {**kwargs, **given}, mutable, streams)[0]
+
+        self._outputs = outputs
+
+    def __call__(self, batch: Batch, where: str = "train") -> Batch:
+        """The batch, checked; ``where`` begins an error.
+
+        Raises:
+            ValueError: for a batch that the module or the loss does not take.
+        """
+        *leading, C = self._shape(batch, where)
+        return batch.flat(tuple(leading), C, self._loss, where)
+
+    def _shape(self, batch: Batch, where: str) -> tuple[int, ...]:
+        """The shape of the module's output, found without computing, once for each shape of batch."""
+        given = batch.args, batch.kwargs
+        leaves, structure = jax.tree.flatten(given)
+        key = structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if key not in self._known:
+            try:
+                self._known[key] = evaluated(self._outputs, self._mesh, self._variables, *given).shape
+            except flax.errors.ScopeCollectionNotFound as error:
+                raise ValueError(
+                    f"{where}: `state` must have the module's collections in a field `model_state`, as "
+                    f'model_state={{"batch_stats": …}}, got {self._collections}. A field of another name, such as '
+                    f"`batch_stats`, is not looked at. {error}"
+                ) from error
+            except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
+                shapes = jax.tree.map(np.shape, given[0] or given[1])
+                raise ValueError(
+                    f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+                ) from error
+        return self._known[key]
+
+
+def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
+    """The weight of each class for ``class_weight="balanced"``: ``n / (classes · rows of the class)``.
+
+    Args:
+        loss: the loss of a row.
+        flat: all batches, as a :class:`BatchCheck` gives them.
+
+    Returns:
+        Weights ``(max(C, 2),)``; 1 for a class without rows.
+
+    Raises:
+        ValueError: for targets that are not one label a row.
+    """
+    counts = np.zeros(2)
+    for batch in flat:
+        y: Any = batch.y
+        if y.ndim == 2 and not on_host(is_labelled(loss, on_device(y))):
+            raise ValueError("train: `class_weight` needs targets that are one label a row, got others.")
+        labels = y if y.ndim == 1 else on_host(labels_of(loss, on_device(y)))
+        C = max(len(counts), int(labels.max()) + 1, y.shape[1] if y.ndim == 2 else 2)
+        counts = np.pad(counts, (0, C - len(counts)))
+        counts += np.bincount(labels if batch.weight is None else labels[batch.weight > 0], minlength=C)
+    there = counts > 0
+    return np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 1.0).astype("float32")
+
+
+def output_of(state: TrainState) -> Any:
+    """Which output of the module is trained."""
+    return state.head.module.output if isinstance(state, CronosTrainState) else None
+
+
+def collections_of(state: TrainState) -> Any:
+    """The module's collections other than its parameters."""
+    return getattr(state, "model_state", {})
