@@ -24,24 +24,15 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._alternation.choice import chosen, weaker
-from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.optimizer_state import gone_back
-from cronos_flax._head.fit import fit_rows, nonfinite_solution
-from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.checks import in_python, positive_integer
-from cronos_flax._solver.cronos import Cronos
-from cronos_flax._solver.processes import agreed, on_first
-from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.processes import agreed
+from cronos_flax._solver.solution import Stats
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
-# The user is told if more than this share of the loss of the best constant outputs is left after a first solve, which
-# may find features of which only large weights make something, or after a later one.
-_MOST_LEFT = {True: 1.01, False: 0.999}
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_ROUNDING = float(jnp.finfo(jnp.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,113 +241,6 @@ class GuardState:
             "rejections": int(on_host(self.rejections)),
             "consecutive_rejections": int(on_host(self.consecutive_rejections)),
         }
-
-
-def solve_guarded(
-    guard: GuardState | None,
-    beta: Float[Array, ""],
-    network: TwoLayer,
-    rows: GatheredRows,
-    solver: Cronos,
-    parts: Callable[[TwoLayer | None], dict[str, Any]],
-    *,
-    key: Array,
-    callback: Callable[[dict[str, float]], Any] | None,
-    throw: bool,
-    largest_growth: float,
-    unseen: GatheredRows | None = None,
-) -> tuple[GuardState | None, Float[Array, ""], dict[str, Any], Solution]:
-    """Solve for a head, and accept the new state or go back.
-
-    Args:
-        guard: None accepts every solve.
-        beta: weight decay of the alternation; infinity lets this solve choose it, as ``solver`` says.
-        network: the present head.
-        rows: the head's input, with targets and weights.
-        solver: how the head is solved.
-        parts: gives the guarded parts of the state with this head; None stands for the present head.
-        key: key of samples and revived neurons.
-        callback: called during the solve, and with the guard's figures at the end.
-        throw: raise if the loss is not finite and no earlier state can be restored.
-        largest_growth: of the gradient in the features, where this solve chooses ``beta``; infinity for no limit.
-        unseen: other rows, to choose ``beta`` on anew; None keeps it.
-
-    Returns:
-        The guard's new state, the weight decay, the parts to continue with, and the solution; ``solution.status`` says
-        if it was rejected.
-
-    Raises:
-        FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
-    """
-    callback = on_first(callback)
-    is_first = not np.isfinite(on_host(beta))
-    if rows.finite and (unseen is None or unseen.finite):
-
-        def fit(solver: Cronos) -> tuple[TwoLayer | None, Solution]:
-            return fit_rows(network, rows, solver, key, callback, throw=False)
-
-        if is_first:
-            at_first = solver if unseen is None else weaker(solver)
-            new, solution = first_solved(fit, network, rows, at_first, largest_growth)
-        else:
-            new, solution = fit(dataclasses.replace(solver, beta=beta))
-        if unseen is not None:
-            new, solution = chosen(fit, (new, solution), solver, unseen)
-        if (is_first or unseen is not None) and np.isfinite(on_host(solution.stats.beta)):
-            beta = on_device(solution.stats.beta, beta.dtype)
-        if guard is not None and not guard.has_weight_decay(beta):  # losses with another one say nothing
-            guard = guard.forgetful()
-    else:
-        new, solution = None, nonfinite_solution(network)
-    if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
-        finite = {"data": rows.finite, "validation": unseen is None or unseen.finite}
-        of = " and ".join(f"`{name}`" for name, is_finite in finite.items() if not is_finite)
-        why = (
-            f"the features of {of} must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
-            "and remove or impute the rows that are not finite."
-        )
-        raise FloatingPointError(f"solve_head: {why if of else solution.status.message}")
-    changed = parts(new)
-    if np.isfinite(on_host(beta)):  # gradient steps of the head have the same weight decay
-        head_decay = copied(on_device(beta, jnp.float32))
-        changed["opt_state"] = changed["opt_state"]._replace(head_decay=head_decay)
-    rounding = _rounding(rows)
-    if guard is None:
-        _warn_if_constant(new, solution.stats, rounding, is_first)
-        return None, beta, changed, solution
-    guard, changed = guard.judge(changed, solution.stats, rounding)
-    if not on_host(guard.accepted):
-        solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
-    else:
-        _warn_if_constant(new, solution.stats, rounding, is_first)
-    if callback is not None:
-        callback(guard.figures)
-    return guard, beta, changed, solution
-
-
-def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, is_first: bool) -> None:
-    """Warn if a solve leads no further than outputs that are the same for all rows, unless these are perfect."""
-    if network is None:
-        return
-    objective, beta, null = (float(on_host(value)) for value in (stats.objective, stats.beta, stats.null_loss))
-    kernels = on_host((network.kernel1, network.kernel2))
-    squares = sum(float(np.sum(np.square(kernel.astype(float)))) for kernel in kernels)
-    loss = agreed(objective - beta / 2 * squares)  # what is left of the penalty is that of a bias
-    if null <= rounding or not loss > _MOST_LEFT[is_first] * null:
-        return
-    warn(
-        f"solve_head: the loss is {loss:.4g} after a solve, and {null:.4g} for outputs that are the same for all rows, "
-        "so the network explains next to nothing. If gradient steps came before, start again at a lower rate. Else "
-        "look at the features and the targets, or give the solver a smaller beta or beta_ratio."
-    )
-
-
-def _rounding(rows: GatheredRows) -> float:
-    """Rounding of a mean loss: of the loss at zero outputs, which is about the square of real targets, or one."""
-    if not jnp.issubdtype(rows.y.dtype, jnp.floating):
-        return _ROUNDING
-    y = on_host(rows.y).astype(float)  # in float16 the square of 256 is infinite
-    return _ROUNDING * float(np.mean(np.square(y if rows.order is None else y[rows.order])))
 
 
 def copied(tree: Any) -> Any:

@@ -10,25 +10,21 @@ import optax
 from flax import nnx
 from jax import Array
 
-from cronos_flax._alternation.backbone import check_optimizer, rated
+from cronos_flax._alternation.backbone import rated
 from cronos_flax._alternation.defaults import (
     Alternation,
-    alternation_defaults,
-    alternation_settings,
-    growth_limit,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
-from cronos_flax._alternation.guard import Guard, GuardState, guard_settings, solve_guarded
+from cronos_flax._alternation.guard import Guard, GuardState
+from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew
 from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
-from cronos_flax._head.fit import most_in_memory, solver_or_default
-from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.head import Head
 from cronos_flax._head.nnx import NnxModule
 from cronos_flax._head.paths import Path
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import default_key, folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +91,9 @@ class CronosOptimizer(nnx.Optimizer):
         alternation: Alternation | None = None,
         wrt: Any = nnx.Param,
     ) -> None:
-        check_optimizer("CronosOptimizer", tx)
-        check_head("CronosOptimizer", head, NnxModule)
-        solver = solver_or_default("CronosOptimizer", solver)
-        alternation = alternation_settings("CronosOptimizer", alternation, solver, head)
-        solver = alternation_defaults(solver, head, alternation)
-        settings, largest_step = guard_settings("CronosOptimizer", guard), alternation.largest_step
+        asked = asked_for("CronosOptimizer", tx, head, NnxModule, solver, guard, alternation)
+        solver, alternation = asked.solver, asked.alternation
+        largest_step = alternation.largest_step
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             if alternation.moves(head):
                 super().__init__(model, rated(tx, head.paths, largest_step), wrt=wrt)
@@ -114,7 +107,7 @@ class CronosOptimizer(nnx.Optimizer):
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         drifts = bool(jax.tree.leaves(statistics)) and not head.in_training
         warn_of_running_statistics("CronosOptimizer", head, nnx.filter_state(statistics, nnx.BatchStat))
-        made = None if settings is None else GuardState.init(settings, self._parts(model), drifts)
+        made = None if asked.guard is None else GuardState.init(asked.guard, self._parts(model), drifts)
         self.guard = None if made is None else GuardVariable(made)
 
     @property
@@ -178,26 +171,22 @@ class CronosOptimizer(nnx.Optimizer):
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
         """
-        head, solver = self.solving.head, self.solving.solver
-        gather = functools.partial(head.gather, model, unpack=unpack, where="solve_head")
-        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(solver))
-        unseen = None if validation is None else gather(validation, name="validation")[0]
-        key = folded(default_key(), self.step[...]) if key is None else key
-        guard = None if self.guard is None else self.guard.get_value()
-        parts = functools.partial(self._parts, model, moments=moments)
-        beta, network = self.beta.get_value(), head.read(model)
+        solving = self.solving
         guard, beta, changed, solution = solve_guarded(
-            guard,
-            beta,
-            network,
-            rows,
-            solver,
-            parts,
+            None if self.guard is None else self.guard.get_value(),
+            self.beta.get_value(),
+            solving.head,
+            model,
+            solving.solver,
+            solving.alternation,
+            functools.partial(self._parts, model),
+            data,
+            validation=validation,
+            unpack=unpack,
             key=key,
+            step=self.step[...],
             callback=callback,
             throw=throw,
-            largest_growth=growth_limit(self.solving.alternation),
-            unseen=unseen,
         )
         nnx.update(model, changed["model"])
         nnx.update(self.opt_state, nnx.state(changed["opt_state"]))

@@ -15,25 +15,22 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._alternation.apply_fn import warn_if_another
-from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, check_optimizer, with_arguments
+from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
-    alternation_defaults,
-    alternation_settings,
-    growth_limit,
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
-from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings, solve_guarded
+from cronos_flax._alternation.guard import Guard, GuardState, copied
+from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
-from cronos_flax._head.fit import most_in_memory, solver_or_default
-from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.head import Head
 from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import default_key, folded, on_host
+from cronos_flax._solver.transfer import on_host
 
 
 def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
@@ -134,12 +131,8 @@ class CronosTrainState(TrainState):
                 f"CronosTrainState: `{name}` is not a field of {cls.__name__}. Give collections other than parameters "
                 f"as model_state={example}; for fields of your own make a subclass."
             )
-        check_optimizer("CronosTrainState", tx)
-        check_head("CronosTrainState", head, Collections)
-        solver = solver_or_default("CronosTrainState", solver)
-        alternation = alternation_settings("CronosTrainState", alternation, solver, head)
-        solver = alternation_defaults(solver, head, alternation)
-        settings = guard_settings("CronosTrainState", guard)
+        asked = asked_for("CronosTrainState", tx, head, Collections, solver, guard, alternation)
+        solver, alternation = asked.solver, asked.alternation
         moving = alternation.moves(head)
         left_out = () if moving else head.paths
         warn_of_gradients_passed_on("CronosTrainState", tx, params, module_params(params), left_out)
@@ -149,11 +142,11 @@ class CronosTrainState(TrainState):
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         check_lookahead("CronosTrainState", state.params, state.opt_state)
         warn_of_running_statistics("CronosTrainState", head, state._statistics_in_training)
-        if settings is None:
+        if asked.guard is None:
             return state
         parts = state._parts_with(None)
         drifts = bool(jax.tree.leaves(parts["model_state"])) and not head.in_training
-        return state.replace(guard=GuardState.init(settings, parts, drifts))
+        return state.replace(guard=GuardState.init(asked.guard, parts, drifts))
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -299,25 +292,24 @@ class CronosTrainState(TrainState):
             UserWarning: at the first solve, if ``apply_fn`` is another function than the module of the head.
         """
         self._check_parts()
-        gather = functools.partial(self.head.gather, self.variables, unpack=unpack, where="solve_head")
         compare = None
         if self._is_unsolved:
             compare = functools.partial(warn_if_another, self.apply_fn, self.head, self.variables)
-        rows, moments = gather(data, callback=callback, most_bytes=most_in_memory(self.solver), compare=compare)
-        unseen = None if validation is None else gather(validation, name="validation")[0]
-        key = folded(default_key(), self.step) if key is None else key
-        network, parts = self.head.read(self.variables), functools.partial(self._parts_with, moments=moments)
         guard, beta, changed, solution = solve_guarded(
             self.guard,
             self.beta,
-            network,
-            rows,
+            self.head,
+            self.variables,
             self.solver,
-            parts,
+            self.alternation,
+            self._parts_with,
+            data,
+            validation=validation,
+            unpack=unpack,
             key=key,
+            step=self.step,
             callback=callback,
             throw=throw,
-            largest_growth=growth_limit(self.alternation),
-            unseen=unseen,
+            compare=compare,
         )
         return self.replace(guard=guard, beta=beta, **self._with_streams(changed)), solution
