@@ -57,6 +57,36 @@ def test_a_solve_in_blocks_is_the_solve_in_memory(gates, monkeypatch):
     np.testing.assert_allclose(in_memory.stats.objective_trace, in_blocks.stats.objective_trace, rtol=1e-8)
 
 
+class OfJax:
+    """Blocks that JAX makes."""
+
+    def __init__(self, *parts):
+        self.parts, self.dtypes = parts, set()
+
+    def __iter__(self):
+        for part in map(jnp.asarray, self.parts):
+            self.dtypes.add(part.dtype)
+            yield part
+
+
+def test_in_the_threads_of_a_solve_64_bits_are_as_enabled_as_with_the_caller(monkeypatch):
+    """Some reports were in float32, and so were blocks that JAX makes, without a word."""
+    monkeypatch.setattr(blocks, "_ROWS", 100)
+    rows, seen = [], set()
+
+    def callback(row):
+        seen.add(jnp.asarray(0.5).dtype)
+        rows.append(row)
+
+    with jax.enable_x64(True):
+        X, y = random_problem(0, n=350, p=6, C=2, dtype="float64")
+        made = OfJax(*cut(X, 3, 3, 270))
+        cf.Cronos(gates="fixed", max_iters=12).solve(made, y, hidden=6, callback=callback)
+    assert seen == made.dtypes == {np.dtype("float64")}
+    assert all(type(row["iteration"]) is int for row in rows)
+    assert all(row["program_objective"] != float(np.float32(row["program_objective"])) for row in rows)
+
+
 @pytest.mark.parametrize("on", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_blocks_in_half_precision_are_taken_as_a_whole_array_is(kind, on):

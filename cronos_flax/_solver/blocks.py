@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from cronos_flax._solver import host
+from cronos_flax._solver.transfer import has_x64
 from cronos_flax._solver.types import RowVector, Scalar
 
 _ROWS, _BYTES = 8192, 2**26  # at most, of the blocks as they are computed with, however they come
@@ -45,7 +46,7 @@ class Source:
         self._lock = threading.Lock()
         self._seen: dict[int, np.ndarray] = {}  # some rows of each piece
         self._next, self._pieces = 0, self._cut()
-        self._reader, self._ahead = ThreadPoolExecutor(1), _nothing()
+        self._reader, self._ahead, self._x64 = ThreadPoolExecutor(1), _nothing(), has_x64()
 
     def _pass(self) -> Iterator[np.ndarray]:
         """The blocks, which may be others than those of the first pass."""
@@ -115,8 +116,9 @@ class Source:
             return piece
 
     def _read(self) -> np.ndarray:
-        for piece in self._pieces:
-            return piece
+        with jax.enable_x64(self._x64):  # blocks may be made by JAX, and this may be another thread than the caller's
+            for piece in self._pieces:
+                return piece
         raise self._others(f"fewer than {self.shape[0]} rows in a later one")
 
     def take(self, index: np.ndarray) -> np.ndarray:

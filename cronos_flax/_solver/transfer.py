@@ -13,6 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
+def has_x64() -> bool:
+    """Whether 64 bits are enabled here, by the configuration or by ``jax.enable_x64``, which holds in one thread."""
+    return jax.dtypes.canonicalize_dtype(float).itemsize == 8
+
+
 def on_device(value: Any, dtype: Any = None) -> Array:
     """``jnp.asarray(value, dtype)``."""
     if isinstance(value, Array):  # traced ones too
