@@ -250,6 +250,33 @@ def test_a_list_of_edges_is_found(count, apart):
         cf.fit_head(head, variables, (x[::-1], y), solver=SOLVER)
 
 
+class Coded(nn.Module):
+    """An embedding of what a table says of each row, or of each entry of a row."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, table, mask=None):
+        codes = jnp.argsort(x, axis=-1)[:, :2] % len(table)
+        h = nn.Dense(8)(x if mask is None else x * mask) + nn.Embed(64, 8)(jnp.asarray(table)[codes]).sum(axis=1)
+        h = nn.BatchNorm(use_running_average=False)(h) if self.norm else nn.tanh(h)
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(h)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("model", [Coded(), Coded(norm=True)])
+def test_a_table_of_integers_is_not_taken_for_edges(model, masked):
+    """Its numbers are below the number of rows, and a change of one moves few rows: other rows were refused."""
+    draw = np.random.default_rng(1)
+    x, table = draw.normal(size=(32, D)).astype("float32"), np.r_[31, draw.integers(0, 32, D - 1)]
+    given = {"table": table, **({"mask": draw.random((32, D)) < 0.7} if masked else {})}
+    variables = drawn(model, jax.random.key(0), x, **given)
+    how = {"mutable": ["batch_stats"]} if model.norm else {}
+    x, given = jax.device_put((x, given))
+    with jax.transfer_guard("disallow"):
+        assert set(cf.find_head(model, variables, x, **given, **how).of_rows) == given.keys() - {"table"}
+
+
 class Strict(nn.Module):
     """Takes no other values than those of the batch: it raises, gives what is not finite, or does not change."""
 

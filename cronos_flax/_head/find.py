@@ -119,7 +119,7 @@ def find(
             check_kept(network, there, pair)
         return _Pass.of(there, pair, run(written, args, kwargs))
 
-    def features_of(path: Path, variables: Any, kwargs: Mapping) -> Array:
+    def features_of(path: Path, variables: Any, kwargs: Mapping, args: tuple = args) -> Array:
         inputs = {call.layer.path: call.input for call in run(variables, args, kwargs).calls}
         features = inputs[path]
         assert features is not None

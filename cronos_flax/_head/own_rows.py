@@ -15,11 +15,12 @@ from cronos_flax._head.fingerprint import checksum
 from cronos_flax._solver.arrays import is_array, is_key
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically, in_place_of
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import on_device, on_host, taken
 
 _MORE = 3.0  # how much further a row moves than most others by a change of its own; batch norm moves all a little
 _TRIED = 3  # rows that are changed, at least and one at a time, until it can be told
 _MUCH_MORE = 10.0  # the same for the row that moves most, if it is not known which
+_SAME = 1e-2  # how far rows move by rounding, in what lies between two of them
 _FEWEST = 8  # rows, from which on "most" of them means something
 _ENOUGH = 2  # rows that must tell the same
 _OF_FLAX = "rngs", "mutable"
@@ -65,7 +66,7 @@ NO_OWN_ROWS = OwnRows()
 
 
 def own_rows(
-    features: Callable[[Any, Mapping], Array],
+    features: Callable[..., Array],
     variables: Any,
     redrawn: Iterable[Any],
     args: tuple,
@@ -78,7 +79,8 @@ def own_rows(
     module raises, the batch has one row), it does if it has an entry for each row, and is boolean or has more axes.
 
     Args:
-        features: the head's input ``(rows, ..., p)`` for variables and keyword arguments.
+        features: the head's input ``(rows, ..., p)`` for variables and keyword arguments; or also for other positional
+            arguments than those of the batch.
         variables: the module's variables.
         redrawn: others, which are taken if they give finite inputs: with zeros, a part of the module may do nothing.
         args: positional arguments of the batch.
@@ -101,7 +103,28 @@ def own_rows(
             now = features(trial, {**kwargs, name: value})
             return on_host(automatically(partial(_movement, rows=parts), now, before))
 
-        return any(_is_of_rows(leaf, before, partial(moved, index)) for index, leaf in enumerate(leaves))
+        def see_others() -> bool:
+            """Whether rows see others: shuffled without this argument, they do not give the shuffled input."""
+            order = on_device(np.random.default_rng(0).permutation(rows))
+
+            def shuffled(tree: Any) -> Any:
+                return jax.tree.map(lambda leaf: turned(leaf) if _arrays(leaf) and len(leaf) == rows else leaf, tree)
+
+            def turned(leaf: Any) -> Array:
+                array = on_device(leaf)
+                return in_place_of(automatically(taken, array, order), array)
+
+            try:
+                now = features(trial, {**kwargs, **shuffled(others), name: given[name]}, shuffled(args))
+            except Exception:  # the module's own, for values that it does not take
+                return True
+            here = turned(before)
+            far, apart = (on_host(automatically(partial(_movement, rows=rows), each, here)) for each in (now, before))
+            return not np.max(far) < _SAME * np.median(apart)
+
+        others = {other: value for other, value in given.items() if other != name}
+        rows = _rows_of(before)
+        return any(_is_of_rows(leaf, rows, partial(moved, index), see_others) for index, leaf in enumerate(leaves))
 
     names = tuple(filter(belongs, given))
     return OwnRows(names, _checksums(args, kwargs)) if names else NO_OWN_ROWS
@@ -116,17 +139,19 @@ def _trial(features: Callable, variables: Any, redrawn: Iterable[Any], kwargs: M
     return variables, features(variables, kwargs)
 
 
-def _is_of_rows(leaf: Any, before: Array, moved: Callable[[int, int, int], np.ndarray]) -> bool:
+def _is_of_rows(
+    leaf: Any, rows: int, moved: Callable[[int, int, int], np.ndarray], see_others: Callable[[], bool]
+) -> bool:
     """Whether an array has an entry for each row, or for each of equal blocks of rows (flattened tokens, say).
 
     Or on another axis, as of time first; or has numbers of rows, as the edges of a graph.
 
     Args:
         leaf: the array.
-        before: the head's input ``(rows, ..., p)``.
+        rows: of the head's input ``(rows, ..., p)``.
         moved: how far each of so many parts of it moves if the array is changed at an axis and a place there.
+        see_others: whether rows see others through the argument: numbers of rows are of no use to a row by itself.
     """
-    rows = len(before) if before.ndim > 1 else 1
     if not _arrays(leaf):
         return False
 
@@ -140,9 +165,16 @@ def _is_of_rows(leaf: Any, before: Array, moved: Callable[[int, int, int], np.nd
     if any(leaf.shape[axis] == rows and told(rows, axis) for axis in range(1, leaf.ndim)):
         return True
     longest = int(np.argmax(leaf.shape))
-    return _numbers_rows(leaf, rows) and bool(
-        _told(leaf.shape[longest], lambda place: _moves_few(moved(rows, longest, place)))
+    return (
+        _numbers_rows(leaf, rows)
+        and bool(_told(leaf.shape[longest], lambda place: _moves_few(moved(rows, longest, place))))
+        and see_others()
     )
+
+
+def _rows_of(before: Array) -> int:
+    """The rows of the head's input ``(rows, ..., p)``."""
+    return len(before) if before.ndim > 1 else 1
 
 
 def _told(places: int, answer: Callable[[int], bool | None]) -> bool | None:
