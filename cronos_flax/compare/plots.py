@@ -16,7 +16,7 @@ from cronos_flax.compare import style
 from cronos_flax.compare.budget import Budget, budget, is_timed
 from cronos_flax.compare.methods import FROZEN, PROBE
 from cronos_flax.compare.style import OTHER, OURS, QUIET, Label
-from cronos_flax.compare.summaries import Summary, reference, score, summaries
+from cronos_flax.compare.summaries import Summary, is_accuracy, reference, score, summaries, title
 from cronos_flax.compare.task import Row
 
 _LOW, _HIGH = 5, 95  # percentiles of the band, as in the paper
@@ -75,7 +75,7 @@ def draw_curves(rows: list[Row], path: Path) -> Figure:
         first.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         figure.supylabel(f"validation {_unit(rows)}", fontsize=10)
         figure.legend(handles=_key(curves, ours), loc="outside lower center", ncols=min(max(columns, 2), 3))
-        figure.suptitle(_name(rows) if curves else "no run has ended well", fontsize=10, color="0.35")
+        figure.suptitle(title(rows) if curves else "no run has ended well", fontsize=10, color="0.35")
         style.save(figure, path)
     return figure
 
@@ -95,11 +95,11 @@ def draw_budget(rows: list[Row], path: Path) -> Figure:
     budgets = [budget(method, timed=timed) for method in methods]
     with style.styled(7.2, 4.4) as figure:
         ax = figure.subplots()
-        labels = budget_panel(ax, budgets, None if ours is None else ours.method, is_accuracy=_is_accuracy(rows))
-        unit = f"{_unit(rows)} (error on a log scale)" if _is_accuracy(rows) else _unit(rows)
+        labels = budget_panel(ax, budgets, None if ours is None else ours.method, is_accuracy=is_accuracy(rows))
+        unit = f"{_unit(rows)} (error on a log scale)" if is_accuracy(rows) else _unit(rows)
         ax.set_ylabel(f"expected test {unit}")
         ax.set_xlabel(f"total training time, tuning included, {'s' if timed else 'epochs'}")
-        ax.set_title(_name(rows), color="0.35")
+        ax.set_title(title(rows), color="0.35")
         note = "markers: 1, 2, … runs drawn from the grid,\nthe best chosen by validation; ± standard error"
         if any(each.usual for each in budgets):
             note += "\nhollow: one run at the usual rate"
@@ -291,13 +291,5 @@ def _columns(methods: int) -> int:
     return {0: 1, 1: 1, 2: 2, 4: 2, 7: 4, 8: 4}.get(methods, 3 if methods < 10 else 4)
 
 
-def _is_accuracy(rows: list[Row]) -> bool:
-    return any("validation_accuracy" in row for row in rows)
-
-
 def _unit(rows: list[Row]) -> str:
-    return "accuracy, %" if _is_accuracy(rows) else "score, minus the loss"
-
-
-def _name(rows: list[Row]) -> str:
-    return f"{rows[0]['dataset']}, {rows[0]['model']}" if rows else ""
+    return "accuracy, %" if is_accuracy(rows) else "score, minus the loss"

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from cronos_flax.compare import style
 from cronos_flax.compare.style import OURS, Label
-from cronos_flax.compare.summaries import Summary, last, peak, reference, summaries
+from cronos_flax.compare.summaries import Summary, last, peak, reference, summaries, title
+from cronos_flax.compare.tables import markdown, spread
 from cronos_flax.compare.task import Row
 
 
@@ -62,10 +63,8 @@ def draw(sweeps: Mapping[int, list[Row]], path: Path) -> Figure:
         style.log_axis(ax, min(found), max(found))
         ax.set_xticks(list(found), [str(shots) for shots in found])
         ax.set_xlabel("rows of each class to fit")
-        first = next(iter(sweeps.values()))
-        is_accuracy = any("test_accuracy" in row for row in first)
-        ax.set_ylabel("test accuracy, %" if is_accuracy else "test score, minus the loss")
-        ax.set_title(f"{first[0]['dataset']}, {first[0]['model']}", color="0.35")
+        ax.set_ylabel("test accuracy, %")
+        ax.set_title(title(next(iter(sweeps.values()))), color="0.35")
         style.label_ends(ax, labels)
         style.save(figure, path)
     return figure
@@ -80,19 +79,15 @@ def _tests(method: Summary) -> np.ndarray:
 
 
 def _lines(found: dict[int, dict[str, Summary]], cell: Callable[[Summary], str]) -> list[str]:
-    head = ["method", *map(str, found)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(itertools.chain.from_iterable(found.values())):
-        cells = [cell(methods[name]) if name in methods else "" for methods in found.values()]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return lines
+    rows = [
+        [name, *(cell(methods[name]) if name in methods else "" for methods in found.values())]
+        for name in dict.fromkeys(itertools.chain.from_iterable(found.values()))
+    ]
+    return markdown(["method", *map(str, found)], rows)
 
 
 def _scores(method: Summary) -> str:
-    tests = _tests(method)
-    if not np.all(np.isfinite(tests)):
-        return "failed"
-    return f"{np.mean(tests):.2f}" + (f" ± {np.std(tests, ddof=1):.2f}" if len(tests) > 1 else "")
+    return spread(_tests(method))
 
 
 def _seconds(method: Summary) -> str:

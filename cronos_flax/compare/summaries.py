@@ -54,6 +54,16 @@ def score(row: Row, split: str) -> float:
     return NO_SCORE if loss is None else -loss
 
 
+def is_accuracy(rows: Iterable[Row]) -> bool:
+    """Whether scores are accuracies; else they are negative losses, or all runs failed."""
+    return any("test_accuracy" in row for row in rows)
+
+
+def title(rows: list[Row]) -> str:
+    """The set and the model; nothing where there is no row."""
+    return f"{rows[0]['dataset']}, {rows[0]['model']}" if rows else ""
+
+
 def peak(checks: list[Row]) -> Row:
     """The first check with the best validation score."""
     return max(checks, key=lambda row: score(row, "validation"))

@@ -1,6 +1,6 @@
 """A comparison as Markdown: each method's best cell and whole grid, and what it reaches for a budget with tuning."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from cronos_flax.compare.summaries import (
     NO_SCORE,
     Summary,
     default_target,
+    is_accuracy,
     last,
     peak,
     reference,
@@ -39,14 +40,14 @@ def table(rows: list[Row], target: float | None = None) -> str:
     ours = reference(methods)
     if ours is not None:
         head.append(f"{ours.method} − this")
-    lines = [_protocol(rows, target), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for method in methods:
         cells = [
             method.method,
             _rate(method),
-            _spread(method.test(peak).values()),
-            _spread(method.test(last).values()),
-            _spread(score(peak(checks), "validation") for checks in method.best.values()),
+            spread(method.test(peak).values()),
+            spread(method.test(last).values()),
+            spread(score(peak(checks), "validation") for checks in method.best.values()),
             _grid(method.finals()),
             _times(target, method),
             _seconds(last(checks).get("seconds") for checks in method.best.values()),
@@ -56,12 +57,18 @@ def table(rows: list[Row], target: float | None = None) -> str:
         ]
         if ours is not None:
             cells.append("" if method is ours else _difference(ours, method))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     failed = [row for row in rows if "error" in row]
-    lines += ["", *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed)]
+    text = [
+        _protocol(rows, target),
+        "",
+        *markdown(head, lines),
+        "",
+        *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed),
+    ]
     if any(len(method.cells) > 1 for method in methods):
-        lines += [*([""] if failed else []), budget_table(rows)]
-    return "\n".join(lines).rstrip() + "\n"
+        text += [*([""] if failed else []), budget_table(rows)]
+    return "\n".join(text).rstrip() + "\n"
 
 
 def budget_table(rows: list[Row]) -> str:
@@ -80,15 +87,20 @@ def budget_table(rows: list[Row]) -> str:
     head += [f"{k} run{'s' * (k > 1)}" for k in counts]
     if ours is not None:
         head.append(f"runs to match {ours.method}")
-    lines = [_BUDGET, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for each in budgets:
         cells = [each.method, _number(each.per_run, 1) if np.isfinite(each.per_run) else "–"]
         cells.append(_expected(*each.usual) if each.usual else "")
         cells += [_expected(each.mean[k - 1], each.error[k - 1]) if k <= len(each.mean) else "" for k in counts]
         if ours is not None and target is not None:
             cells.append("" if each.method == ours.method else str(each.runs_to(target) or f"> {len(each.mean)}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return "\n".join([_BUDGET, "", *markdown(head, lines)]) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 _BUDGET = (
@@ -108,7 +120,7 @@ def _protocol(rows: list[Row], target: float) -> str:
     if not rows:
         return "No run is done yet."
     row = rows[0]
-    what = "accuracy in %" if any("test_accuracy" in r for r in rows) else "minus the loss"
+    what = "accuracy in %" if is_accuracy(rows) else "minus the loss"
     length = f"{row['epochs']} epochs" if row["epochs"] else f"{row['budget']:g} s of training"
     seeds = len({r["seed"] for r in rows})
     machines = " and on ".join(dict.fromkeys(map(_machine, rows)))
@@ -148,7 +160,8 @@ def _rate(method: Summary) -> str:
     return "–" if rate is None else f"{name}{rate:g} of {len(method.rates)}"
 
 
-def _spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation."""
     scores = np.asarray(list(values))
     if not np.all(np.isfinite(scores)):
         return "failed"
