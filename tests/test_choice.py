@@ -13,7 +13,7 @@ from flax import nnx
 from given import HEAD, MODEL, PARAMS, same
 
 import cronos_flax as cf
-from cronos_flax._alternation import guard as guards
+from cronos_flax._alternation import guarded_solve
 from cronos_flax._alternation.loop import Loop
 
 N = 600
@@ -198,14 +198,14 @@ def test_a_limit_of_seconds_counts_as_the_length_of_the_run(monkeypatch):
 
 
 def test_with_solves_at_steps_beta_is_chosen_too(monkeypatch):
-    tried, chosen = [], guards.chosen
+    tried, chosen = [], guarded_solve.chosen
 
     def spy(fit, first, *rest):
         found = chosen(fit, first, *rest)
         tried.append([float(solution.stats.beta) for _, solution in (first, found)])
         return found
 
-    monkeypatch.setattr(guards, "chosen", spy)
+    monkeypatch.setattr(guarded_solve, "chosen", spy)
     _, history = train(made(guard=False), solve_every=4)
     ((first, found),) = tried
     assert set(np.float32(betas(history)).tolist()) == set(np.float32([first, found]).tolist())

@@ -26,7 +26,7 @@ WINE = ("--dataset", "wine", "--model", "two-layer", "--batch-size", "32")
 HOLDER = """
 import pathlib, sys, time
 from cronos_flax._head import files
-with files.held(pathlib.Path(sys.argv[1])):
+with files.locked(pathlib.Path(sys.argv[1])):
     pathlib.Path(sys.argv[2]).touch()
     time.sleep(60)
 """
@@ -57,7 +57,7 @@ def test_a_directory_that_another_process_holds_is_refused_at_once(command, hold
 def test_a_sweep_of_the_library_is_refused_too_and_nothing_is_read_or_written(holder, tmp_path):
     with pytest.raises(BlockingIOError, match=f"is held by process {holder.pid} on"):
         sweep(Settings("wine"), [Run("adam", 1e-3, 0)], tmp_path / "out")
-    with files.held(tmp_path / "mine"), pytest.raises(BlockingIOError, match=f"is held by process {os.getpid()} on"):
+    with files.locked(tmp_path / "mine"), pytest.raises(BlockingIOError, match=f"is held by process {os.getpid()} on"):
         sweep(Settings("wine"), [Run("adam", 1e-3, 0)], tmp_path / "mine")
 
 
@@ -69,12 +69,12 @@ def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
     assert f"process {holder.pid} on" in lock.read_text()
     for left in (lock.read_text(), f"process {os.getpid()} on {os.uname().nodename} since ever\n", "", "\0\xff"):
         lock.write_text(left, encoding="latin1")
-        with files.held(tmp_path / "out"):
+        with files.locked(tmp_path / "out"):
             assert lock.read_text().startswith(f"process {os.getpid()} on")
         assert lock.read_text() == ""
-    with pytest.raises(ZeroDivisionError), files.held(tmp_path / "out"):
+    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "out"):
         raise ZeroDivisionError
-    with files.held(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         pass
 
 
@@ -108,7 +108,7 @@ def test_many_writers_of_one_file_lose_no_run_that_is_finished(tmp_path):
     def work(name):
         for i in range(12):
             while True:
-                with contextlib.suppress(BlockingIOError), files.held(tmp_path):
+                with contextlib.suppress(BlockingIOError), files.locked(tmp_path):
                     before = repaired(tmp_path / "results.jsonl")
                     add(tmp_path / "results.jsonl", finished(name, i))
                     assert kept(tmp_path / "results.jsonl") == before + finished(name, i)
@@ -224,7 +224,7 @@ def test_a_write_that_fails_leaves_nothing_and_names_the_file(path):
         files.replace(path, whole * 2)
     assert path.read_bytes() == whole
     assert os.listdir(path.parent) == [path.name]
-    with largest_file(0), pytest.raises(OSError, match=r"File too large: '.*\.lock'"), files.held(path.parent):
+    with largest_file(0), pytest.raises(OSError, match=r"File too large: '.*\.lock'"), files.locked(path.parent):
         pass
 
 
@@ -259,7 +259,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
         if root:
             os.seteuid(65534)
         for out in (tmp_path / "out", tmp_path / "out" / "below"):
-            with pytest.raises(PermissionError, match=str(out)), files.held(out):
+            with pytest.raises(PermissionError, match=str(out)), files.locked(out):
                 pass
     finally:
         if root:

@@ -71,13 +71,13 @@ def room_for_files(tmp_path, monkeypatch):
 @pytest.fixture
 def streamed(monkeypatch):
     """The shapes of features that solves have read in blocks."""
-    shapes, made = [], fit.source_of
+    shapes, made = [], fit.as_source
 
-    def source_of(X):
+    def as_source(X):
         shapes.append((type(X), X.shape))
         return made(X)
 
-    monkeypatch.setattr(fit, "source_of", source_of)
+    monkeypatch.setattr(fit, "as_source", as_source)
     return shapes
 
 

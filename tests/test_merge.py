@@ -357,19 +357,19 @@ def test_results_that_are_there_already_stay_or_are_refused(swept, parts, tmp_pa
 
 
 def test_a_part_that_is_being_written_is_refused_and_one_that_is_read_only_is_not(parts, tmp_path, capsys):
-    with files.held(parts[1]):
+    with files.locked(parts[1]):
         code, said = stopped(["merge", tmp_path / "out", *parts], capsys)
     assert code == 1
     assert f"PART {parts[1]} is held by process {os.getpid()} on" in said
     assert said.endswith("Wait until it ends, or stop it.")
     assert not (tmp_path / "out").exists()
-    with files.held(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         code, said = stopped(["merge", tmp_path / "out", *parts], capsys)
     assert code == 1
     assert f"out is held by process {os.getpid()} on" in said
     (parts[2] / ".lock").unlink()  # a copy without hidden files
     with files.at_rest(parts[0], "PART"), files.at_rest(parts[0], "PART"), files.at_rest(parts[2], "PART"):
-        with pytest.raises(BlockingIOError, match="is held by another process"), files.held(parts[0]):
+        with pytest.raises(BlockingIOError, match="is held by another process"), files.locked(parts[0]):
             pass
         assert len(merge(tmp_path / "out", parts)) == 12
     assert not (parts[2] / ".lock").exists()

@@ -24,7 +24,7 @@ from jax import Array
 from cronos_flax._alternation import optimizer_code
 from cronos_flax._alternation.silence import silence
 from cronos_flax._head import fingerprint
-from cronos_flax._head.files import check_path, held_by_all, named
+from cronos_flax._head.files import check_path, locked_by_all, named
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
 from cronos_flax._solver.arrays import is_key
@@ -74,7 +74,7 @@ def save_checkpoint(
     check_path("save_checkpoint", "directory", directory)
     content = _content(state, step, extra, keep)
     directory = Path(directory).absolute()
-    with held_by_all(directory, "save_checkpoint: `directory`"):
+    with locked_by_all(directory, "save_checkpoint: `directory`"):
         _write(directory, step, content, keep)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cronos_flax._head.head import Head
-from cronos_flax._solver.checks import choice, in_python, positive_integer
+from cronos_flax._solver.checks import in_python, one_of, positive_integer
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.user_warnings import warn
 
@@ -100,13 +100,13 @@ class Alternation:
     choose_beta: float | None = None
 
     def __post_init__(self) -> None:
-        choice("head", self.head, HEADS, where="Alternation")
+        one_of("head", self.head, HEADS, where="Alternation")
         for name, least in (("first_epoch", 0), ("dense_epochs", 1), ("then_every", 1)):
             value = getattr(self, name)
             if value is not None:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
-            choice("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
+            one_of("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
         for name in ("largest_step", "largest_growth", "choose_beta"):
             limit: Any = getattr(self, name)
             is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
@@ -119,22 +119,22 @@ class Alternation:
         return self.head == "moving" and head.frozen > 0
 
     def solve_is_due(
-        self, epoch: int, end: float = math.inf, choice: float = math.inf, first: int | None = None
+        self, epoch: int, end: float = math.inf, chooses_at: float = math.inf, first: int | None = None
     ) -> bool:
         """Whether a solve comes before this epoch; the first is number 0.
 
         Args:
             epoch: the epoch.
             end: their number. The end has a solve of its own.
-            choice: the epoch before which β is chosen, by a solve of its own. If ``first_epoch`` is None, there is none
-                shortly before it; and shortly after it, as shortly before the end, none but those of dense epochs.
+            chooses_at: the epoch before which β is chosen, by a solve of its own. If ``first_epoch`` is None, there is
+                none shortly before it; and shortly after it, as shortly before the end, none but those of dense epochs.
             first: the epoch before which the head was first solved for; None for the usual one.
         """
         given = first if self.first_epoch is None else self.first_epoch, self.dense_epochs, self.then_every
         first, dense, every = (
             usual if value is None else value for value, usual in zip(given, _SOLVES[self.head], strict=True)
         )
-        ahead = choice - epoch if self.first_epoch is None else math.inf
+        ahead = chooses_at - epoch if self.first_epoch is None else math.inf
         if epoch < first or 0 <= ahead < every / 2:
             return False
         later = epoch - first - (dense - 1)  # than the last of the dense epochs

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._alternation.backbone import check_optimizer
-from cronos_flax._alternation.choice import chosen, weaker
+from cronos_flax._alternation.choose_beta import chosen, weaker
 from cronos_flax._alternation.defaults import Alternation, alternation_defaults, alternation_settings, growth_limit
 from cronos_flax._alternation.first_solve import first_solved
 from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings
@@ -61,7 +61,7 @@ def asked_for(
     return Solving(alternation_defaults(solver, head, alternation), alternation, guard_settings(where, guard))
 
 
-class Solved(NamedTuple):
+class GuardedSolve(NamedTuple):
     """What a solve makes of a state: the guard's new state, the weight decay, the parts to go on with, the solution.
 
     ``solution.status`` says if the guard rejected it: then the parts are those of before.
@@ -90,7 +90,7 @@ def solve_guarded(
     callback: Callable[[dict[str, float]], Any] | None,
     throw: bool,
     compare: Compare | None = None,
-) -> Solved:
+) -> GuardedSolve:
     """Solve for a head, and accept the new state or go back.
 
     Args:
@@ -158,7 +158,7 @@ def solve_guarded(
     rounding = _rounding(rows)
     if guard is None:
         _warn_if_constant(new, solution.stats, rounding, is_first)
-        return Solved(None, beta, changed, solution)
+        return GuardedSolve(None, beta, changed, solution)
     guard, changed = guard.judge(changed, solution.stats, rounding)
     if not on_host(guard.accepted):
         solution = dataclasses.replace(solution, status_code=on_device(Status.rejected, jnp.int32))
@@ -166,7 +166,7 @@ def solve_guarded(
         _warn_if_constant(new, solution.stats, rounding, is_first)
     if callback is not None:
         callback(guard.figures)
-    return Solved(guard, beta, changed, solution)
+    return GuardedSolve(guard, beta, changed, solution)
 
 
 def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, is_first: bool) -> None:

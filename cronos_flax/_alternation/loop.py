@@ -49,7 +49,7 @@ class Clock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Solved:
+class LastSolve:
     """What a solve said of the loss, until the gradient steps after it have said theirs.
 
     Args:
@@ -124,7 +124,7 @@ class Loop:
     seconds: float | None
     checkpoints: Checkpoints
     losses: list[Array] = dataclasses.field(default_factory=list)
-    last: Solved | None = None
+    last: LastSolve | None = None
     told: bool = False
     lost: bool = False
 
@@ -152,7 +152,7 @@ class Loop:
         return self.held_back.rest if self.held_back is not None and self.position.holds_back else None
 
     @property
-    def choice(self) -> float:
+    def chooses_at(self) -> float:
         """The epoch before which β is chosen; infinity if it is not."""
         if self.position.chosen_at is not None:
             return self.position.chosen_at
@@ -235,7 +235,7 @@ class Loop:
         position = self.position
         if self.schedule is None or position.last_solve_step == position.step:
             return
-        if anyway or position.solve_is_due(self.schedule, self.epochs, self.choice):
+        if anyway or position.solve_is_due(self.schedule, self.epochs, self.chooses_at):
             self.solve()
 
     def solve(self, **choice: Any) -> None:
@@ -246,7 +246,7 @@ class Loop:
         self.state, solution = self.solved(self.state, **choice)
         stats = solution.stats
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
-        self.last = None if solution.status is Status.rejected else Solved(len(self.losses), after, null)
+        self.last = None if solution.status is Status.rejected else LastSolve(len(self.losses), after, null)
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
         position.null_loss = null
         figures = {"initial_objective": before, "objective": after, "beta": float(on_host(stats.beta))}

@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 from cronos_flax._alternation.checkpoint import restored, save_held
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.train_state import module_params
-from cronos_flax._head.files import held_by_all
+from cronos_flax._head.files import locked_by_all
 from cronos_flax._head.fingerprint import Fingerprint, checksum, difference
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.transfer import on_host
@@ -70,17 +70,17 @@ class Position:
         """The epoch before which the head was first solved for; None before that."""
         return next((int(row["epoch"]) for row in self.history if "beta" in row), None)
 
-    def solve_is_due(self, schedule: int | Alternation, epochs: int, choice: float = math.inf) -> bool:
+    def solve_is_due(self, schedule: int | Alternation, epochs: int, chooses_at: float = math.inf) -> bool:
         """Whether a solve comes before the next step.
 
         Args:
             schedule: when to solve: every so many steps, or by epochs.
             epochs: of the run.
-            choice: the epoch before which β is chosen; infinity if it is not.
+            chooses_at: the epoch before which β is chosen; infinity if it is not.
         """
         if isinstance(schedule, int):
             return self.step % schedule == 0
-        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, choice, self.first_solve)
+        return self.batch == 0 and schedule.solve_is_due(self.epoch, epochs, chooses_at, self.first_solve)
 
     def has_risen(self, loss: float) -> bool:
         """Whether the mean loss of an epoch is clearly above that of an earlier one, if there was a solve."""
@@ -119,11 +119,11 @@ class Checkpoints:
     every: int | None
     newest: int | None = None
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other runs from the directory."""
         if self.directory is None:
             return contextlib.nullcontext()
-        return held_by_all(Path(self.directory).absolute(), "train: `directory`")
+        return locked_by_all(Path(self.directory).absolute(), "train: `directory`")
 
     def resumed(self, state: State) -> tuple[State, Position]:
         """The saved state and its position, or, if there is none, the state given."""

@@ -218,7 +218,7 @@ def train(
         marks["solve_data"] = marks["data"] if to_solve is source else to_solve.fingerprint()
     start = {} if directory is None else some_entries(module_params(state.params))
     checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
-    with checkpoints.held():
+    with checkpoints.locked():
         state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
         check = BatchCheck(state, loss, train_kwargs, streams)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cronos_flax._head.data import Batch
-from cronos_flax._head.files import append, held, named
+from cronos_flax._head.files import append, locked, named
 from cronos_flax._head.fingerprint import Fingerprint, checksum, crc, difference
 from cronos_flax._head.norms import Population
 from cronos_flax._head.room import release
@@ -56,7 +56,7 @@ def from_cache(
         except StaleError:
             if not renew:
                 raise
-    with held(directory, "gather_features: `cache`"):
+    with locked(directory, "gather_features: `cache`"):
         try:
             return gathered(Cache(directory, backbone))
         except StaleError:
@@ -165,7 +165,7 @@ class Cache:
         dtype, shape = self._form_of(name)
         return dtype.itemsize * int(np.prod(shape))
 
-    def held(self, number: int, batch: Batch) -> int | None:
+    def rows_left(self, number: int, batch: Batch) -> int | None:
         """How many rows batch ``number`` has left; None if it has not been passed yet.
 
         Raises:

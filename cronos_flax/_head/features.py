@@ -129,7 +129,7 @@ class FromFile:
             release(self._X)
 
 
-def source_of(X: np.ndarray) -> Source:
+def as_source(X: np.ndarray) -> Source:
     """The source of a solve in blocks on finite features."""
     blocks: Any = FromFile(X) if isinstance(X, np.memmap) else in_blocks(X)
     return Source(blocks, X.shape, jax.dtypes.canonicalize_dtype(X.dtype), known_finite=True)
@@ -194,11 +194,11 @@ class _Gathering:
         try:
             for batch in self._data.batches(shuffled):
                 count += 1
-                held = None if self._store is None else self._store.held(count - 1, batch)
-                if self._store is not None and held is not None:
+                left = None if self._store is None else self._store.rows_left(count - 1, batch)
+                if self._store is not None and left is not None:
                     if count == 1:
                         self._store.compare(self._piece_of(self._tap(batch.args, batch.kwargs), batch))
-                    self._tell(held)
+                    self._tell(left)
                     continue
                 seen = self._tap(batch.args, batch.kwargs)
                 if pending is not None:  # copied to the host while the device works on this batch

@@ -27,7 +27,7 @@ def check_path(where: str, name: str, value: Any) -> None:
 
 
 @contextmanager
-def held(directory: Path, name: str = "`out`") -> Iterator[None]:
+def locked(directory: Path, name: str = "`out`") -> Iterator[None]:
     """Hold a directory, so that nobody else writes results there; it is made if it does not exist.
 
     The lock is the operating system's, on the file ``.lock``, which says who holds it. It ends with its process, also
@@ -64,11 +64,11 @@ def held(directory: Path, name: str = "`out`") -> Iterator[None]:
 
 
 @contextmanager
-def held_by_all(directory: Path, name: str) -> Iterator[None]:
-    """:func:`held`, by the first of several processes for all of them; they see the same directory."""
+def locked_by_all(directory: Path, name: str) -> Iterator[None]:
+    """:func:`locked`, by the first of several processes for all of them; they see the same directory."""
     with ExitStack() as stack:
         try:
-            by_first(lambda: stack.enter_context(held(directory, name)))
+            by_first(lambda: stack.enter_context(locked(directory, name)))
         except OSError as error:
             if is_first():
                 raise

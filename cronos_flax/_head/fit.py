@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.features import source_of
+from cronos_flax._head.features import as_source
 from cronos_flax._head.head import Head
 from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.checks import all_finite, folds_of_path, relu_only
@@ -118,7 +118,7 @@ def _fit_rows(
     order, streamed = None if rows.order is None else on_device(rows.order), _are_streamed(rows, solver)
 
     def features() -> Any:
-        return source_of(rows.X) if streamed else rows.X
+        return as_source(rows.X) if streamed else rows.X
 
     solution = solver.solve_features(features(), rows.y, order=order, **arguments)
     if throw and solution.status == Status.nonfinite:

@@ -73,7 +73,7 @@ class Gathered(NamedTuple):
 class Store(Protocol):
     """Where the rows of a pass are kept, batch by batch."""
 
-    def held(self, number: int, batch: Batch) -> int | None:
+    def rows_left(self, number: int, batch: Batch) -> int | None:
         """How many rows batch ``number`` has left in an earlier pass; None if it has not been passed yet."""
 
     def compare(self, piece: Piece) -> None:
@@ -96,7 +96,7 @@ class Collected:
         self._pieces: list[GatheredRows] = []
         self._population = Population()
 
-    def held(self, number: int, batch: Batch) -> None:
+    def rows_left(self, number: int, batch: Batch) -> None:
         """Nothing is there from an earlier pass."""
         del number, batch
 

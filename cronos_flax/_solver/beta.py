@@ -22,7 +22,7 @@ from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Network, Solution, predict
 from cronos_flax._solver.staging import ONCE, Program
 from cronos_flax._solver.transfer import on_device, on_host, taken
-from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
+from cronos_flax._solver.types import Design, Neurons, Outputs, RowVector, Scalar
 
 _STARTS, _STEPS = 16, 12  # of the climb to β_max
 _LONGER, _SHORTER = 2.0, 0.25  # what a step's length is multiplied by after it went up, and after it did not
@@ -37,7 +37,7 @@ def _or_one(size: Float[Array, " k"]) -> Float[Array, "1 k"]:
     return jnp.where(size > 0, size, 1)[None, :]
 
 
-def climb(X: Features | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -> tuple[Neurons, Float[Array, " k"]]:
+def climb(X: Design | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -> tuple[Neurons, Float[Array, " k"]]:
     """Unit neurons of large violation ``‖relu(X u)ᵀ α‖``, from neurons u, and their violation.
 
     A neuron lowers the loss if its violation is above β. Where the violation h of a unit neuron u is largest, its

@@ -29,7 +29,7 @@ from cronos_flax._solver.transfer import on_device, on_host
 _WEIGHTS = 1e-30, 1e30  # the smallest and the largest of a row
 
 
-def choice(name: str, value: Any, choices: Iterable[str], other: str = "", where: str = "Cronos") -> None:
+def one_of(name: str, value: Any, choices: Iterable[str], other: str = "", where: str = "Cronos") -> None:
     """A setting of :class:`cronos_flax.Cronos`, or of another class, that is one of a few words."""
     if not (isinstance(value, str) and value in choices):
         expected = " or ".join([repr(c) for c in choices] + [other] * bool(other))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from cronos_flax._solver.blocks import Blocks, fold
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.sample import Sample
-from cronos_flax._solver.types import Features, Neurons, Outputs, RowVector, Scalar
+from cronos_flax._solver.types import Design, Neurons, Outputs, RowVector, Scalar
 
 
 @partial(
@@ -42,7 +42,7 @@ class Rows:
         place: how the rows are sharded over devices; None where they are on one, and where it is not known.
     """
 
-    X: Features | Blocks
+    X: Design | Blocks
     Y: Outputs
     root: RowVector
     loss: Loss
@@ -215,7 +215,7 @@ def scaled(
     """
     root = jnp.sqrt(weight)
     scale = root_mean_square_norm(features, weight)
-    X: Features | Blocks
+    X: Design | Blocks
     if isinstance(features, Blocks):
         X = dataclasses.replace(features, scale=scale, root=root, hidden_bias=hidden_bias)
     else:

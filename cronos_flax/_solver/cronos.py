@@ -134,12 +134,12 @@ class Cronos:
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
-            checks.choice("loss", self.loss, LOSSES, "a cf.Loss")
+            checks.one_of("loss", self.loss, LOSSES, "a cf.Loss")
         else:
             check_told_apart("Cronos", self.loss)
         if self.class_weight is not None:
-            checks.choice("class_weight", self.class_weight, ("balanced",), "None")
-        checks.choice("gates", self.gates, GATES)
+            checks.one_of("class_weight", self.class_weight, ("balanced",), "None")
+        checks.one_of("gates", self.gates, GATES)
         if not isinstance(self.linear_solver, (Structured, NystromPCG)):
             raise ValueError(
                 f"Cronos: `linear_solver` must be a cf.Structured or a cf.NystromPCG, got {self.linear_solver!r}."

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 Scalar: TypeAlias = Float[Array, ""]
 RowVector: TypeAlias = Float[Array, " n"]
-Features: TypeAlias = Float[Array, "n d"]
+Design: TypeAlias = Float[Array, "n d"]
 Outputs: TypeAlias = Float[Array, "n C"]
 Gates: TypeAlias = Bool[Array, "n m"]
 Activations: TypeAlias = Float[Array, "n m"]

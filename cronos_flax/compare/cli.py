@@ -74,7 +74,7 @@ def _wrapped(text: str, first: str, others: str) -> str:
 
 def _check_free(out: Path, name: str = "`--out`") -> None:
     """Raise before any work if the directory cannot be written to, or another process holds it."""
-    from cronos_flax._head.files import LOCK, held
+    from cronos_flax._head.files import LOCK, locked
 
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -82,7 +82,7 @@ def _check_free(out: Path, name: str = "`--out`") -> None:
             f"{name} must be a directory, or one that can be made, got {out}: {there} cannot be written to."
         )
     if (out / LOCK).exists():
-        with held(out):
+        with locked(out):
             pass
 
 
@@ -107,7 +107,7 @@ def _settings(args: argparse.Namespace, shots: int | None = None) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from cronos_flax._head.files import held, replace
+    from cronos_flax._head.files import locked, replace
     from cronos_flax.compare.task import Task
 
     if args.epochs is None and args.seconds is None:
@@ -138,7 +138,7 @@ def _compare(args: argparse.Namespace) -> int:
         return 0
     from cronos_flax.compare import shots
 
-    with held(args.out):
+    with locked(args.out):
         replace(args.out / "shots.md", (text := shots.table(sweeps)).encode())
         shots.draw(sweeps, args.out / "shots.png")
     if not args.quiet:
@@ -148,7 +148,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _compare_once(args: argparse.Namespace, whole: Path, runs: list[Any], task: Any) -> list[Any]:
     """One comparison, or a part of it, into a directory; its rows."""
-    from cronos_flax._head.files import held
+    from cronos_flax._head.files import locked
     from cronos_flax.compare.methods import has_head
     from cronos_flax.compare.progress import Progress
     from cronos_flax.compare.results import by_run
@@ -160,7 +160,7 @@ def _compare_once(args: argparse.Namespace, whole: Path, runs: list[Any], task: 
     if any(has_head(run.method) for run in runs):
         _ = task.head
     mine = shard.deal(runs) if shard else runs
-    with held(out):
+    with locked(out):
         with Progress(len(mine), quiet=args.quiet) as progress:
             rows = fill(task.settings, runs, out, jobs=args.jobs, watch=progress, task=task, shard=shard)
         done = by_run(rows)  # an earlier call may have done more runs, in another order
@@ -196,7 +196,7 @@ def _runs(args: argparse.Namespace) -> list[Any]:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from cronos_flax._head.files import held
+    from cronos_flax._head.files import locked
     from cronos_flax.compare.merge import collected
     from cronos_flax.compare.progress import Progress
 
@@ -205,7 +205,7 @@ def _merge(args: argparse.Namespace) -> int:
     figures = {name for part in merged.parts for run in part.runs.values() for row in run for name in row}
     if "validation_loss" in figures:  # or all runs failed
         _check_target(args.target, "validation_accuracy" in figures)
-    with held(args.out):
+    with locked(args.out):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             rows = merged.add_to(args.out)
@@ -237,7 +237,7 @@ def _write_figures(rows: list[Any], out: Path, target: float | None) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from cronos_flax._head.files import held, replace
+    from cronos_flax._head.files import locked, replace
     from cronos_flax.compare import plots
     from cronos_flax.compare.methods import ALTERNATION, BASELINES
     from cronos_flax.compare.progress import Progress
@@ -252,7 +252,7 @@ def _train(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print_notes(task.dataset)
     run = Run(f"{ALTERNATION}:{args.optimizer}", args.rate, args.seed)
-    with held(args.out):
+    with locked(args.out):
         with Progress(args.epochs, quiet=args.quiet) as progress:
             rows = rows_of(task, run, progress.epoch, directory=args.out / "checkpoints")
         rows = [{**task.settings.shared(), **run._asdict(), **row} for row in rows]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cronos_flax._head.files import at_rest, held, replace
+from cronos_flax._head.files import at_rest, locked, replace
 from cronos_flax._solver.user_warnings import warn
 from cronos_flax.compare.results import by_run, check_same, kept, lines_of, repaired
 from cronos_flax.compare.shards import PLAN, Plan, Shard
@@ -38,7 +38,7 @@ def merge(out: Path, parts: Sequence[Path]) -> list[Row]:
         UserWarning: if rows come from different devices, numbers of cores or versions: seconds cannot be compared then.
     """
     merged = collected(parts)
-    with held(out):
+    with locked(out):
         return merged.add_to(out)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from cronos_flax._head.files import held
+from cronos_flax._head.files import locked
 from cronos_flax.compare.results import add, by_run, check_same, repaired
 from cronos_flax.compare.runs import rows_of
 from cronos_flax.compare.shards import Plan, Shard
@@ -59,7 +59,7 @@ def sweep(
         OSError: if the directory cannot be written to.
     """
     out = shard.directory(out) if shard else out
-    with held(out):
+    with locked(out):
         return fill(settings, runs, out, jobs=jobs, watch=watch, task=task, shard=shard)
 
 
