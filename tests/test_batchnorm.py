@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import drawn
 from flax import nnx
 
 import cronos_flax as cf
@@ -19,6 +20,7 @@ from cronos_flax._head.norms import bound_axes
 
 X = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))
 Y = (X[:, 0] > 3).astype(int)
+KEY = jax.random.key(0)
 SOLVER = cf.Cronos(loss="softmax", max_iters=3)
 
 
@@ -257,6 +259,46 @@ def test_statistics_that_no_batch_norm_keeps_are_not_passed_over():
     variables = jax.jit(Own().init)(jax.random.key(0), X)
     with pytest.raises(ValueError, match=r"must find nn.BatchNorm layers.*mutable="):
         cf.find_head(Own(), variables, X, statistics="batch")
+
+
+class Noisy(nn.Module):
+    """Dropout before the head, on unless told otherwise; a stream of random numbers that nothing uses if it is off."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.tanh(nn.Dense(8)(x)))
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+
+class NoisyNnx(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.encoder, self.dropout = nnx.Linear(5, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.hidden, self.out = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.hidden(self.dropout(nnx.tanh(self.encoder(x))))))
+
+
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3), np.asarray(jax.random.PRNGKey(3))])
+@pytest.mark.parametrize("named", [True, False])
+def test_features_with_dropout_warn(key, named):
+    """Solves fitted the noise of one draw, without a word: a model whose default is train=True, with its keys."""
+    variables = drawn(Noisy(), {"params": KEY, "dropout": KEY}, X)
+    rngs = {"dropout": key} if named else key
+    with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same .* train=False or"):
+        cf.find_head(Noisy(), variables, X, rngs=rngs)
+    cf.find_head(Noisy(), variables, X, train=False, rngs=rngs)
+
+
+def test_features_with_dropout_warn_in_nnx():
+    model = NoisyNnx(nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same .* with eval_mode=True"):
+        cf.nnx.find_head(model, X, eval_mode=False)
+    cf.nnx.find_head(model, X)
+    model.eval()
+    cf.nnx.find_head(model, X, eval_mode=False)
 
 
 def linen_state(rate):

@@ -96,6 +96,7 @@ def test_a_mask_is_found_to_belong_to_its_rows(name):
     ],
 )
 @pytest.mark.parametrize("name", ["drawn", "of nothing padded"])
+@pytest.mark.filterwarnings("ignore:find_head. the head's input must be the same")
 def test_it_is_in_half_precision_with_noise_and_where_rows_are_coupled(model, name):
     argument, mask = MASKS[name]
     assert found(model, **{argument: mask})[1].of_rows == (argument,)

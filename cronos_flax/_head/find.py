@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cronos_flax._head import noise
 from cronos_flax._head.candidates import called_again, candidates, given
 from cronos_flax._head.functional import Call, Functional, Watched
 from cronos_flax._head.head import Head, check_there, predicted, relative_difference
@@ -148,6 +149,9 @@ def find(
                 times = max(call.layer.times for call in calls if call.layer.path in pair)
                 if verdict.others or (len(watched.every) > 1 and times > 1):
                     warn(warning(module.name, module.output, verdict.others, times, module.graft))
+                other_keys = noise.reseeded(variables, kwargs, args)
+                if other_keys and not relative_difference(features_of(pair[0], *other_keys), seen.features) <= tol:
+                    warn(noise.warning(module.finder))
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
                 own = own_rows(partial(features_of, pair[0]), variables, others, args, kwargs)
