@@ -618,6 +618,19 @@ def test_features_that_float32_hardly_tells_apart_are_told_of(mean, told):
     assert (stats.objective > 0.9 * stats.null_loss) == told
 
 
+@pytest.mark.parametrize(("mean", "kind", "told"), [(1e5, "d", False), (1e7, "f", True), (1e8, "d", True)])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_targets_that_float32_hardly_tells_apart_are_told_of(mean, kind, told, columns):
+    """Their loss was zero, as of a perfect network, and the network was worse than the mean, without a word."""
+    X = np.random.default_rng(0).normal(size=(300, 5)).astype("float32")
+    y = np.abs(X[:, :1]) + np.zeros(columns)
+    y[:, -1] += mean  # of several columns one is enough
+    y, solver = (y if columns > 1 else y[:, 0]).astype(kind), cf.Cronos(max_iters=3)
+    with pytest.warns(UserWarning, match="`y` should vary around zero") if told else contextlib.nullcontext():
+        solver.solve(X, y, hidden=8)
+    solver.solve(X, np.full_like(y, 1e9), hidden=8)  # of constants nothing is lost
+
+
 @pytest.mark.parametrize(("times", "told"), [(1.0, False), (1e6, True)])
 def test_rows_beside_which_all_others_are_next_to_nothing_are_told_of(times, told):
     """The default weight decay was that of two rows, and all others got the best constant, without a word."""

@@ -275,6 +275,7 @@ class Cronos:
     ) -> Solution:
         outputs = _outputs_of(init, state)
         features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
+        doubts.warn_of_rounding(y, targets.dtype, loss_of(self.loss))
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
         if callback is not None or isinstance(features, Source):

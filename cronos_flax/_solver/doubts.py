@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from cronos_flax._solver.arrays import opened
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import Huber
@@ -21,6 +23,8 @@ _LITTLE = 0.2  # of it left: then the features are looked at
 _SMALL = 1e-3  # of the root mean squared norm of rows: where the median is below, a few rows set it
 _FLAT = 1e6  # residuals, in deltas of Huber's loss, from which on its curvature is lost
 _ROUNDED = 1e-4  # rounding of the features, relative to how much they vary, from which on solves end early
+_HIDDEN = 0.2  # the same of the targets, from which on a network explains clearly less of them
+_LOOKED_AT = 2**16  # targets, of more
 
 
 def is_full(start: Any) -> bool:
@@ -34,6 +38,31 @@ def is_lost(solution: Solution) -> bool:
     As from a network that takes a class for impossible, or whose hidden neurons are off in all rows.
     """
     return _ended_above(_NOTHING, solution)
+
+
+def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
+    """Warn if real targets are so far from zero that their rounding is of the size of what tells them apart.
+
+    Then the loss shows nothing of it: it may be that of a perfect network.
+
+    Args:
+        y: the targets as they came, in more bits perhaps than the solve has.
+        dtype: of the solve.
+        loss: what they are for.
+    """
+    if not loss.takes_values or (isinstance(y, Array) and not (concrete(y) and y.is_fully_addressable)):
+        return
+    values = on_host(opened(y, "solve: `y`"))
+    values = np.asarray(values[:: 1 + len(values) // _LOOKED_AT], float)
+    deviation = np.atleast_1d(np.std(values - values[:1], axis=0))  # of constants it is zero
+    size = np.atleast_1d(np.max(np.abs(values), axis=0))
+    worst = np.argmax(np.divide(size, deviation, out=np.zeros_like(size), where=deviation > 0))
+    if 0 < deviation[worst] * _HIDDEN < size[worst] * float(jnp.finfo(dtype).eps):
+        warn(
+            f"solve: `y` should vary around zero, got values up to {size[worst]:.3g} with a standard deviation of "
+            f"{deviation[worst]:.3g}: rounding to {jnp.dtype(dtype).name} hides most of what tells them apart. "
+            "Subtract their mean first, in float64, and add it to the outputs."
+        )
 
 
 def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None:
