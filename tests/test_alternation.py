@@ -274,6 +274,31 @@ def test_what_is_no_alternation_is_refused():
         made(alternation="frozen")
 
 
+KEEP_PARAMETERS = {
+    "prodigy": optax.contrib.prodigy(),
+    "sam": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)),
+    "cocob": optax.contrib.cocob(),
+    "dog": optax.contrib.dog(),
+    "mechanize": optax.contrib.mechanize(optax.adam(1e-2)),
+}
+
+
+@pytest.mark.parametrize("head", ["moving", "frozen"])
+@pytest.mark.parametrize("name", list(KEEP_PARAMETERS))
+def test_a_new_state_has_each_buffer_once(name, head):
+    """A step of the user's that donates the state failed: the optimizer's state held the parameters themselves."""
+    state = made(KEEP_PARAMETERS[name], alternation=cf.Alternation(head=head))
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.guard))
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves if isinstance(leaf, jax.Array) and leaf.size]
+    assert len(set(buffers)) == len(buffers)
+
+
+def test_an_optimizer_that_needs_the_gradient_as_a_function_is_refused():
+    state = made(optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True))
+    with pytest.raises(ValueError, match=r"got one that needs grad_fn.* SAM with opaque_mode=False"):
+        state.apply_gradients(grads=PARAMS)
+
+
 def of_backbone(tree):
     return path_aware_map(lambda path, _: path[0] not in KERNELS, tree)
 

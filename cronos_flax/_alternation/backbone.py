@@ -20,7 +20,8 @@ from cronos_flax._head.linen import Collections
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.transfer import on_device
 
-_OF_THE_LOSS = {"grad", "value_fn", "obj_fn"}  # what line searches and Hessians are made from, of the loss as it is
+# What line searches, Hessians and the opaque mode of SAM are made from, of the loss as it is.
+_OF_THE_LOSS = {"grad", "grad_fn", "value_fn", "obj_fn"}
 
 
 class RatedState(NamedTuple):
@@ -73,7 +74,8 @@ def rated(
 def with_arguments(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """As ``optax.with_extra_args_support``; an update that takes less than its type says, as SAM's, gets no more.
 
-    An update that needs more than the loss is refused.
+    An update that needs more than the loss is refused. The state begins with buffers of its own, where Prodigy's, SAM's
+    and others hold the parameters themselves: a user's step may donate both.
     """
     extended = optax.with_extra_args_support(tx)
     taken = inspect.signature(extended.update).parameters
@@ -91,7 +93,20 @@ def with_arguments(tx: optax.GradientTransformation) -> optax.GradientTransforma
                 raise _unsupported(needed) from error
             raise
 
-    return optax.GradientTransformationExtraArgs(extended.init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: _of_its_own(extended.init(params), params), update)
+
+
+def _of_its_own(opt_state: optax.OptState, params: Any) -> optax.OptState:
+    """The state with a copy of each array that is a parameter, or that is there a second time."""
+    seen = set(map(id, jax.tree.leaves(params)))
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Array) and id(leaf) in seen:
+            return leaf.copy()
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, opt_state)
 
 
 def _needed(message: str) -> list[str]:
@@ -112,8 +127,9 @@ def _unsupported(names: list[str]) -> ValueError:
     return ValueError(
         f"update: `tx` must need no more than gradients, parameters and the loss, got one that needs {needs}. In an "
         "alternation the loss has the weight decay of the head, or the head stands still, so a function of yours would "
-        "be another loss. Take an optimizer without line search, such as optax.lbfgs(linesearch=None), or without "
-        "second derivatives; or use this one in a loop of your own, with cf.fit_head between its steps."
+        "be another loss. Take an optimizer without line search, such as optax.lbfgs(linesearch=None), without second "
+        "derivatives, or SAM with opaque_mode=False; or use this one in a loop of your own, with cf.fit_head between "
+        "its steps."
     )
 
 
