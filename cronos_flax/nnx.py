@@ -1,4 +1,4 @@
-"""The layer-solver for Flax NNX, by its public names; each is documented where it is defined."""
+"""Heads and CRONOS-AM for Flax NNX, by their public names; each is documented where it is defined."""
 
 from cronos_flax._alternation.nnx import CronosOptimizer as CronosOptimizer
 from cronos_flax._alternation.nnx_state import CronosTrainState as CronosTrainState

@@ -157,7 +157,7 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
 
     Raises:
         ValueError: if the checkpoint's leaves differ from those of ``state`` in name, shape or dtype, if its format is
-            unknown, or if all checkpoints are damaged.
+            unknown, if ``step`` is not there, or if all checkpoints are damaged.
 
     Warns:
         UserWarning: if a train state has another backbone or optimizer than the one that was saved, as far as the names

@@ -78,6 +78,10 @@ class CronosOptimizer(nnx.Optimizer):
 
     Raises:
         ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind.
+
+    Warns:
+        UserWarning: if ``tx`` passes gradients on as they are, and if the head was found with the running statistics of
+            batch norms.
     """
 
     def __init__(
@@ -170,6 +174,9 @@ class CronosOptimizer(nnx.Optimizer):
             ValueError: for data that do not fit.
             OSError: if the temporary directory has no room for features that memory should not hold.
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
+
+        Warns:
+            UserWarning: as :meth:`cronos_flax.CronosTrainState.solve_head` does.
         """
         solving = self.solving
         guard, beta, changed, solution = solve_guarded(

@@ -143,8 +143,9 @@ def train(
         OSError: if it cannot be written to; the checkpoints there are as before.
 
     Warns:
-        UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. And if ``loss``
-            is not that of ``state.solver``.
+        UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. If ``loss`` is
+            not that of ``state.solver``. If the loss of gradient steps contradicts that of a solve. And where
+            :meth:`CronosTrainState.solve_head` warns.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf

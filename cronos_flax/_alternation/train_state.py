@@ -123,6 +123,10 @@ class CronosTrainState(TrainState):
         Raises:
             ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind, and for a
                 keyword that is no field, such as ``batch_stats``.
+
+        Warns:
+            UserWarning: if ``tx`` passes gradients on as they are, and if the head was found with the running
+                statistics of batch norms.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in kwargs.keys() - known:
@@ -289,7 +293,9 @@ class CronosTrainState(TrainState):
             FloatingPointError: if the loss is not finite at the first solve, or without guard, and ``throw``.
 
         Warns:
-            UserWarning: at the first solve, if ``apply_fn`` is another function than the module of the head.
+            UserWarning: at the first solve, if ``apply_fn`` is another function than the module of the head. If the
+                guard goes back twice in a row, or lowers the rate below a hundredth of the optimizer's own. If the
+                network explains next to nothing after a solve. And where :meth:`cronos_flax.Cronos.solve` warns.
         """
         self._check_parts()
         compare = None

@@ -209,7 +209,7 @@ def prune_head(params: TwoLayer, tol: float = 1e-3) -> TwoLayer:
         A network of at least one and at most m neurons.
 
     Raises:
-        ValueError: for a ``tol`` outside its range, or something that is not a network.
+        ValueError: for a ``tol`` outside its range, and for what is not a network or not finite.
 
     Example:
         >>> import jax.numpy as jnp, cronos_flax as cf

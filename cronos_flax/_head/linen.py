@@ -297,6 +297,10 @@ def find_head(
     Raises:
         ValueError: if the module has no such head; the message says what was found instead and what to do.
 
+    Warns:
+        UserWarning: if other outputs of the module use the head's hidden layer too; and if the head's input changes
+            with the random keys, as under dropout.
+
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf
         >>> model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(16), nn.relu, nn.Dense(3)])
@@ -362,6 +366,10 @@ def fit_head(
         ValueError: for data that do not fit the module, or each other, and for features that are not finite.
         OSError: if the temporary directory has no room for features that memory should not hold.
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
+
+    Warns:
+        UserWarning: if a head with an output bias ends above the loss of the best constant outputs, and where
+            :meth:`cronos_flax.Cronos.solve` warns.
     """
     check_head("fit_head", head, Collections)
     solver = solver_or_default("fit_head", solver)

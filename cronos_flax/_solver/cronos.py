@@ -211,6 +211,11 @@ class Cronos:
 
         Raises:
             ValueError: for arguments that do not fit, naming the argument, what was expected and what came.
+
+        Warns:
+            UserWarning: if the features are the same in all rows. If targets, or features that explain little, lie so
+                far from zero that rounding hides what tells them apart. If little is explained, and a few rows are far
+                larger than the others, or the residuals far larger than ``delta`` of :class:`cronos_flax.Huber`.
         """
         checks.folds_of_path("solve", self.folds, self.beta)
         return self._solve(

@@ -25,7 +25,7 @@ def table(rows: list[Row], target: float | None = None) -> str:
     """The comparison as Markdown.
 
     Args:
-        rows: of :func:`cronos_flax.compare.sweep`.
+        rows: of :func:`cronos_flax.compare.sweep.sweep`.
         target: validation score (accuracy in %, or the negative of a loss) that times are given to.
     """
     methods = summaries(rows)
