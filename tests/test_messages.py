@@ -45,6 +45,10 @@ def test_replicated_variables_are_named_as_such():
     """Findings 2.9: the message did not help."""
     with pytest.raises(ValueError, match=r"fit_head: .*\(1, 8, 6\) at layers_2.*unreplicate"):
         cf.fit_head(HEAD, jax_utils.replicate(VARIABLES), (X, np.zeros(32, int)))
+    given = {"apply_fn": MODEL.apply, "params": VARIABLES["params"], "tx": optax.sgd(0.1), "head": HEAD}
+    state = cf.CronosTrainState.create(**given, solver=cf.Cronos(loss="softmax"))
+    with pytest.raises(ValueError, match=r"solve_head: .*\(1, 8, 6\) at layers_2.*unreplicate"):
+        jax_utils.replicate(state).solve_head((X, np.zeros(32, int)))
 
 
 def test_collections_given_by_their_name_are_refused_with_the_right_keyword():

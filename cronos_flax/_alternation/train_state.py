@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -298,9 +298,11 @@ class CronosTrainState(TrainState):
                 network explains next to nothing after a solve. And where :meth:`cronos_flax.Cronos.solve` warns.
         """
         self._check_parts()
-        compare = None
-        if self._is_unsolved:
-            compare = functools.partial(warn_if_another, self.apply_fn, self.head, self.variables)
+
+        def compare(args: tuple, kwargs: Mapping, out: Array) -> None:
+            if self._is_unsolved:
+                warn_if_another(self.apply_fn, self.head, self.variables, args, kwargs, out)
+
         guard, beta, changed, solution = solve_guarded(
             self.guard,
             self.beta,
