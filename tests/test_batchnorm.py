@@ -330,6 +330,12 @@ def test_train_takes_a_norm_that_averages_over_devices():
     assert history[-1]["validation_loss"] < 0.7
 
 
+def test_gradient_steps_that_see_no_statistics_of_the_batch_are_told_of():
+    """Without train=True they saw the running ones, and solves those of the batch, without a word."""
+    with pytest.warns(UserWarning, match="train: `train_kwargs` must call the module as in training"):
+        cf.train(linen_state(0.1), (X, Y), epochs=1, batch_size=64)
+
+
 def test_an_axis_that_is_there_is_averaged_over():
     """A module that binds the axis itself, as nn.vmap does, is left alone."""
     assert bound_axes("batch") is None

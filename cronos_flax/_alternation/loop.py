@@ -78,6 +78,13 @@ class LastSolve:
         )
 
 
+_STAND_STILL = (
+    "train: `train_kwargs` must call the module as in training, such as {'train': True}, for its head was found on the "
+    "statistics of the batch, got a call that leaves the running statistics as they are: gradient steps see other "
+    'features than solves. If they should take the running statistics, find the head with statistics="running".'
+)
+
+
 @dataclasses.dataclass
 class Loop:
     """A run of :func:`train` under way.
@@ -181,7 +188,10 @@ class Loop:
             if every is not None and position.step % every == 0 and position.batch:
                 self.save()
             self.solve_if_due()
+            before = self.statistics_of_batches() if position.step == 0 else []
             self.state, value = self.stepped(self.state, batch)
+            if before and all(map(np.array_equal, before, self.statistics_of_batches())):
+                warn(_STAND_STILL)
             self.losses.append(value)
             position.step, position.batch = position.step + 1, position.batch + 1
         self.sum_losses()
@@ -206,6 +216,12 @@ class Loop:
         self.tell(loss=mean_loss, **figures)
         self.save()
         return is_last
+
+    def statistics_of_batches(self) -> list[np.ndarray]:
+        """The running statistics, which gradient steps change if their batch norms see what solves see: a batch."""
+        head = getattr(self.state, "head", None)
+        is_seen = head is not None and head.in_training
+        return on_host(jax.tree.leaves(self.state.model_state.get("batch_stats", {}))) if is_seen else []
 
     def solved(self, state: Any, **choice: Any) -> tuple[Any, Solution]:
         """A state with its head solved for, and the solution."""
