@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cronos_flax._head.paths import Path
+from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.transfer import on_host
 
@@ -58,7 +58,7 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
 
     def filled(node: Any, keys: Path) -> Any:  # keys of dicts since the last field of a state
         if isinstance(node, optax.MaskedNode):
-            return _at(params, keys) if any(keys[: len(path)] == path for path in paths) else node
+            return at_path(params, keys) if any(keys[: len(path)] == path for path in paths) else node
         if not any(map(_is_masked, jax.tree.leaves(node, is_leaf=_is_masked))):
             return node
         children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
@@ -114,12 +114,6 @@ def _is_inside(path: tuple, paths: tuple[Path, Path]) -> bool:
         if keys in paths:
             return True
     return False
-
-
-def _at(tree: Any, keys: Path) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
 
 
 def _is_masked(node: Any) -> bool:

@@ -17,7 +17,7 @@ from cronos_flax._solver.checks import all_finite, folds_of_path, relu_only
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.memory import most_bytes
 from cronos_flax._solver.meshes import on_automatic_axes_of
-from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
+from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer, with_stats
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
@@ -133,9 +133,9 @@ def _fit_rows(
     objective = solver.objective(as_solved(rounded), features(), rows.y, solution.stats.beta, sample_weight=rows.weight)
     before = solution.stats.initial_objective
     better = bool(on_host(objective) <= on_host(before))
-    stats = dataclasses.replace(solution.stats, objective=objective if better else before)
+    solution = with_stats(solution, objective=objective if better else before)
     kept = rounded if better else network
-    return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept), stats=stats)
+    return rounded if better else None, dataclasses.replace(solution, params=as_solved(kept))
 
 
 def most_in_memory(solver: Cronos) -> int | None:

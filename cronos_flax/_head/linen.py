@@ -1,7 +1,6 @@
 """Heads of linen modules: find one, and replace it by a solve."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +18,7 @@ from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
-from cronos_flax._head.paths import Path
+from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
@@ -128,7 +127,7 @@ class Collections:
         layers = (network.kernel1, network.bias1), (network.kernel2, network.bias2)
         for path, (kernel, bias) in zip(paths, layers, strict=True):
             new = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
-            old = dict(functools.reduce(lambda tree, name: tree[name], path, params))
+            old = dict(at_path(params, path))
             new = {name: in_place_of(value, jax.tree.leaves(old[name])[0]) for name, value in new.items()}
             params = _replace(params, path, nn.meta.replace_boxed(old, new))
         return _replace(variables, ("params",), params)
@@ -138,7 +137,7 @@ class Collections:
     def recalibrated(self, given: Mapping, moments: Mapping[Path, tuple[Any, Any]]) -> Mapping:
         for path, (mean, var) in moments.items():
             try:
-                old = dict(functools.reduce(lambda tree, name: tree[name], path, given[_STATS]))
+                old = dict(at_path(given[_STATS], path))
             except KeyError:  # statistics that the user does not keep
                 continue
             unboxed = nn.meta.unbox(old)
@@ -247,9 +246,7 @@ def _moments(collection: Mapping, path: Path) -> Moments:
 
 
 def _at(tree: Mapping, path: Path) -> Mapping:
-    for key in path:
-        tree = tree[key]
-    return nn.meta.unbox(tree)
+    return nn.meta.unbox(at_path(tree, path))
 
 
 def _replace(tree: Mapping, path: Path, value: Mapping) -> Mapping:

@@ -23,7 +23,7 @@ from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
-from cronos_flax._head.paths import Path, format_path
+from cronos_flax._head.paths import Path, at_path, format_path
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -179,12 +179,12 @@ class NnxModule:
 
     def kernel_shape(self, variables: Any, path: Path) -> tuple[int, ...]:
         try:
-            return jnp.shape(_at(variables, path)["kernel"][...])
+            return jnp.shape(at_path(variables, path)["kernel"][...])
         except KeyError:  # shared with a layer that comes before
             return ()
 
     def own_parameters(self, variables: Any, path: Path) -> tuple[str, ...]:
-        layer = _at(variables, path) if self.kernel_shape(variables, path) else {}
+        layer = at_path(variables, path) if self.kernel_shape(variables, path) else {}
         return tuple(sorted(map(str, layer.keys() - {"kernel", "bias"})))
 
     def read(self, given: Any, paths: tuple[Path, Path]) -> TwoLayer:
@@ -223,14 +223,10 @@ class NnxModule:
         return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(nnx.filter_state(variables, nnx.Param)))
 
 
-def _at(state: Any, path: Path) -> Any:
-    return functools.reduce(lambda tree, key: tree[key], path, state)
-
-
 def _weights(given: Any, path: Path) -> Mapping[str, nnx.Variable]:
     """The Variables of a layer by name, in a model or in a state of it."""
     if not isinstance(given, nnx.Module):
-        return _at(given, path)
+        return at_path(given, path)
     return {name: value for name, value in vars(module_at(given, path)).items() if isinstance(value, nnx.Variable)}
 
 

@@ -1,5 +1,6 @@
 """Where a layer is in a module: paths, and how they are written."""
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -9,6 +10,11 @@ Path = tuple[Hashable, ...]
 def format_path(path: Path) -> str:
     """A path as text, ``"backbone/fc"``."""
     return "/".join(map(str, path)) or "the module itself"
+
+
+def at_path(tree: Any, path: Path) -> Any:
+    """What is there in nested mappings, or in anything else that is read by keys."""
+    return functools.reduce(lambda node, key: node[key], path, tree)
 
 
 def as_path(where: str, path: Any, numbered: bool = False) -> Path:

@@ -10,6 +10,7 @@ from jax import Array
 
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -106,8 +107,7 @@ def _scaled_to(draw: TwoLayer, features: Array, size: Array, largest: Array) -> 
     Of a smaller size, biases with them, where the kernel would else exceed ``largest``.
     """
     rows = features.reshape(-1, features.shape[-1]).astype(jnp.float32)
-    norm = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1)))
-    norm = jnp.where(norm > 0, norm, 1)
+    norm = or_one(jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1))))
     reached = jnp.minimum(size, largest * norm)
     return TwoLayer(
         kernel1=reached * draw.kernel1 / norm,

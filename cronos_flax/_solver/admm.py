@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import adjoint
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.program import Program, group_prox, norms
 from cronos_flax._solver.settings import Held
 from cronos_flax._solver.types import Activations, Bias, Neurons, Outputs, Scalar
@@ -115,7 +116,7 @@ def init(program: Program, U: Neurons, b: Bias, rho: Scalar, settings: Held) -> 
     """The iterate for a start from U and b: ``V = U``, ``S = G X U``, ``Z = F X U + 1bᵀ``, stationary Λ and M."""
     size, rows = norms(U), program.rows
     XU = rows.X @ U
-    dual = (program.beta / rho) * U / jnp.where(size > 0, size, 1)[None, :]
+    dual = (program.beta / rho) * U / or_one(size)[None, :]
     outputs = program.outputs(XU, b)
     zero = jnp.zeros((), jnp.int32)
     S = jnp.maximum(program.G(XU), 0) if program.has_cones else None

@@ -18,6 +18,7 @@ from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.program import norms
 from cronos_flax._solver.solution import Network, Solution, predict
 from cronos_flax._solver.staging import ONCE, Program
@@ -30,11 +31,6 @@ RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of 
 TOL = 1e-2  # of the solves on the way, which are for comparing
 PATIENCE = 4  # of refreshed ones, in place of that: they end when so many iterations bring little
 _EVERY = 5  # one row in so many is held out
-
-
-def _or_one(size: Float[Array, " k"]) -> Float[Array, "1 k"]:
-    """What to divide the columns of a matrix by: their sizes; 1 for a column of zeros."""
-    return jnp.where(size > 0, size, 1)[None, :]
 
 
 def climb(X: Design | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -> tuple[Neurons, Float[Array, " k"]]:
@@ -54,13 +50,13 @@ def climb(X: Design | Blocks, alpha: Outputs, u: Neurons, steps: int = _STEPS) -
     def ascend(_: int, at: tuple[Neurons, Neurons, Array, Array]) -> tuple[Neurons, Neurons, Array, Array]:
         u, onward, height, length = at
         v = u + length[None, :] * onward
-        v = v / _or_one(norms(v))
+        v = v / or_one(norms(v))[None, :]
         Z = X @ v
         c = alpha.T @ jax.nn.relu(Z)
         h = norms(c)
-        g = adjoint(X, jnp.where(Z > 0, alpha @ (c / _or_one(h)), 0))
+        g = adjoint(X, jnp.where(Z > 0, alpha @ (c / or_one(h)[None, :]), 0))
         up = h > height
-        onward = jnp.where(up[None, :], g / _or_one(h) - v, onward)
+        onward = jnp.where(up[None, :], g / or_one(h)[None, :] - v, onward)
         length = length * jnp.where(up, jnp.asarray(_LONGER, h.dtype), jnp.asarray(_SHORTER, h.dtype))
         return jnp.where(up[None, :], v, u), onward, jnp.maximum(height, h), length
 
@@ -88,7 +84,7 @@ def starts(rows: Rows) -> Neurons:
     score = (place ^ (place >> 13)) >> 8  # 24 bits, which a float32 holds
     _, index = jax.lax.top_k(jnp.where(root > 0, score.astype(jnp.float32), -1), min(_STARTS, n))
     x = rows.X[index if rows.order is None else rows.order[index]].T
-    x = jnp.pad(x / _or_one(norms(x)), ((0, 0), (0, _STARTS - len(index))))
+    x = jnp.pad(x / or_one(norms(x))[None, :], ((0, 0), (0, _STARTS - len(index))))
     return x - jnp.where(np.arange(_STARTS)[None, :] % 8 == 0, 0, jnp.roll(x, 1, axis=1))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, fold
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.sample import Sample
 from cronos_flax._solver.types import Design, Neurons, Outputs, RowVector, Scalar
 
@@ -77,7 +78,7 @@ class Rows:
         return jnp.square(self.root)
 
     def _unscaled(self, T: Outputs) -> Outputs:
-        return T / jnp.where(self.root > 0, self.root, 1)[:, None]
+        return T / or_one(self.root)[:, None]
 
     def _counted(self, each: Array) -> Array:
         """What the loss says of each row; 0 for rows of no weight: at their outputs, 0, it need not be finite."""
@@ -180,7 +181,7 @@ def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVec
     """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero."""
     zero = jnp.zeros((), weight.dtype)
     largest = fold(features, lambda largest, X: jnp.maximum(largest, jnp.max(jnp.abs(X))), zero)
-    safe = jnp.where(largest > 0, largest, 1)
+    safe = or_one(largest)
     total = fold(features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(X / safe)), zero, weight)
     return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
 

@@ -23,7 +23,7 @@ from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
 from cronos_flax._solver.settings import Held, Refreshed
-from cronos_flax._solver.solution import Network, Solution, TwoLayer, check_network
+from cronos_flax._solver.solution import Network, Solution, TwoLayer, check_network, with_stats
 from cronos_flax._solver.solve import BETA_RATIO, RHO, TOL, Asked, State, biases, solve
 from cronos_flax._solver.staging import OnHost, control_of
 from cronos_flax._solver.transfer import default_key, on_device, on_host
@@ -348,7 +348,7 @@ class Cronos:
             if not on_host(again.stats.objective < solution.stats.objective):
                 return solution
             first = solution.stats.initial_objective
-            return dataclasses.replace(again, stats=dataclasses.replace(again.stats, initial_objective=first))
+            return with_stats(again, initial_objective=first)
 
         if callback is None and not isinstance(features, Source):
             return solved(features, None)
@@ -400,9 +400,7 @@ class Cronos:
         beta, best = path.best
         solution = solve(data, beta, best, final=True)
         tried, losses = on_device(path.betas), on_device(path.losses)
-        return dataclasses.replace(
-            solution, stats=dataclasses.replace(solution.stats, path_betas=tried, path_losses=losses)
-        )
+        return with_stats(solution, path_betas=tried, path_losses=losses)
 
     def _user_beta_max(
         self, data: tuple[Any, Array, Array], network: Network | None, order: Array | None = None

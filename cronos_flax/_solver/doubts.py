@@ -13,6 +13,7 @@ from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import Huber
 from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.solution import Solution, Status, TwoLayer
 from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.types import RowVector, Scalar
@@ -134,6 +135,6 @@ def _all_alike(X: Float[Array, "n p"]) -> Array:
 def _typical(X: Float[Array, "n p"], weight: RowVector) -> Scalar:
     """The median norm of the rows that are not zero, relative to the root mean square of all norms."""
     largest = jnp.max(jnp.abs(X))
-    squares = jnp.sum(jnp.square(X / jnp.where(largest > 0, largest, 1)), axis=1)
+    squares = jnp.sum(jnp.square(X / or_one(largest)), axis=1)
     median = jnp.nanmedian(jnp.where((squares > 0) & (weight > 0), squares, jnp.nan))
     return jnp.sqrt(median / (weight @ squares / jnp.sum(weight)))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import adjoint, fold
 from cronos_flax._solver.coordinates import Rows
-from cronos_flax._solver.numerics import conjugate_gradient, sketch, test_matrix
+from cronos_flax._solver.numerics import conjugate_gradient, or_one, sketch, test_matrix
 from cronos_flax._solver.program import norms
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
@@ -207,7 +207,7 @@ def gradient(model: LocalModel, beta: Scalar, U: Neurons) -> Step:
     """Of the regularised loss; at ``uᵢ = 0`` the subgradient of least norm."""
     g, W, b = model.effect_adjoint(model.outputs_adjoint(model.rows.gradient(model.outputs)))
     size, slope = norms(U), norms(g)
-    shrunk = g * (jnp.maximum(slope - beta, 0) / jnp.where(slope > 0, slope, 1))[None, :]
+    shrunk = g * (jnp.maximum(slope - beta, 0) / or_one(slope))[None, :]
     lives = (size > 0)[None, :]
     return Step(jnp.where(lives, g + beta * U / jnp.where(lives, size[None, :], 1), shrunk), W, b)
 
@@ -330,5 +330,4 @@ def direction(
 def floored(U: Neurons, settings: Refreshed) -> Float[Array, " m"]:
     """``‖uᵢ‖``, at least a fraction of the mean, to divide by."""
     size = norms(U)
-    size = jnp.maximum(size, settings.norm_floor * jnp.mean(size))
-    return jnp.where(size > 0, size, 1)
+    return or_one(jnp.maximum(size, settings.norm_floor * jnp.mean(size)))

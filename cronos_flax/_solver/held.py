@@ -18,7 +18,7 @@ from cronos_flax._solver import host
 from cronos_flax._solver.admm import Iterate, Iteration, init, step
 from cronos_flax._solver.blocks import adjoint
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
-from cronos_flax._solver.numerics import Memory
+from cronos_flax._solver.numerics import Memory, least
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
     Program,
@@ -353,7 +353,7 @@ def held(
         return network_objective(rows, program.A, b, beta, U, Z, gated_by)
 
     values = jax.lax.map(objective, lengths)
-    U, b, Z = moved(lengths[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))])
+    U, b, Z = moved(lengths[least(values)])
     return Ended(
         (U, program.A, b, Z),
         status=jnp.where(run.check.converged(problem.tol), Status.converged, Status.max_iters),

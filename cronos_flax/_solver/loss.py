@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.arrays import native
+from cronos_flax._solver.numerics import least
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
@@ -180,7 +181,7 @@ class Loss:
             bend = weight @ self.mean_curvature(outputs, targets)
             candidates = b[None, :] - lengths * slope[None, :] / _positive(bend)
             values = jax.vmap(objective)(candidates)
-            return candidates[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
+            return candidates[least(values)]
 
         return jax.lax.fori_loop(0, _CONSTANT_STEPS, improve, jnp.zeros(C, targets.dtype))
 

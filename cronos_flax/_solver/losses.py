@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from cronos_flax._solver.arrays import native
 from cronos_flax._solver.checks import in_python
 from cronos_flax._solver.loss import Loss, where_taken, wide
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
@@ -80,8 +82,8 @@ class Softmax(Loss):
                 raise ValueError(f"`y` of two dimensions must be probabilities, rows ≥ 0 that sum to one; got {got}.")
         elif y.size and y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
             low, high = _range(y)
-            if low < 0 or high >= (high + 1 if num_classes is None else num_classes):
-                C = max(high + 1, 2) if num_classes is None else num_classes
+            C = max(high + 1, 2) if num_classes is None else num_classes
+            if low < 0 or high >= C:
                 raise ValueError(f"`y` must have labels in [0, {C}), got values from {low} to {high}.")
             if num_classes is None and high >= _MOST_CLASSES:
                 raise ValueError(
@@ -137,9 +139,9 @@ class Softmax(Loss):
     def balance(self, dual: Outputs, targets: Outputs, weight: RowVector) -> Outputs:
         # Mixed with π − y, π the same for all rows: the least that leaves π a probability.
         mean, total = weight @ targets, weight @ dual
-        share = jnp.min(jnp.where(total > 0, mean / jnp.where(total > 0, total, 1), jnp.inf))
+        share = jnp.min(jnp.where(total > 0, mean / or_one(total), jnp.inf))
         mix = 1 / (1 + share)
-        pi = (mean - jnp.where(mix > 0, (1 - mix) / jnp.where(mix > 0, mix, 1), 0) * total) / jnp.sum(weight)
+        pi = (mean - jnp.where(mix > 0, (1 - mix) / or_one(mix), 0) * total) / jnp.sum(weight)
         return (1 - mix) * dual + mix * (jnp.maximum(pi, 0)[None, :] - targets)
 
     def constant(self, targets: Outputs, weight: RowVector) -> Float[Array, " C"]:
@@ -169,12 +171,7 @@ class Logistic(Loss):
             raise ValueError("`y` must be 0 or 1, or probabilities between; got other values.")
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        known = not isinstance(y, jax.core.Tracer)
-        if known:
-            self.check_targets(y, num_classes)
-        y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
-        y = y if known else where_taken((y >= 0) & (y <= 1), y)
-        return y[:, None] if y.ndim == 1 else y
+        return _one_each(self, y, num_classes, lambda y: (y >= 0) & (y <= 1))
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jnp.sum(jax.nn.softplus(outputs) - targets * outputs, axis=1)
@@ -262,12 +259,7 @@ class Hinge(Loss):
             )
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        known = not isinstance(y, jax.core.Tracer)
-        if known:
-            self.check_targets(y, num_classes)
-        y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
-        y = y if known else where_taken(jnp.abs(y) == 1, y)
-        return y[:, None] if y.ndim == 1 else y
+        return _one_each(self, y, num_classes, lambda y: jnp.abs(y) == 1)
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:
         return jnp.sum(jnp.maximum(1 - targets * outputs, 0), axis=1)
@@ -309,6 +301,16 @@ def loss_of(loss: str | Loss) -> Loss:
     return loss if isinstance(loss, Loss) else LOSSES[loss]
 
 
+def _one_each(loss: Loss, y: Array, num_classes: int | None, is_taken: Callable[[Array], Array]) -> Array:
+    """Targets ``(n, C)``, a float for each output; traced ones that the loss does not take are NaN."""
+    known = not isinstance(y, jax.core.Tracer)
+    if known:
+        loss.check_targets(y, num_classes)
+    y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
+    y = y if known else where_taken(is_taken(y), y)
+    return y[:, None] if y.ndim == 1 else y
+
+
 def _most_off(dtype: np.dtype) -> float:
     """How far from one the sum of probabilities may be that were rounded to this type."""
     return max(_MOST_OFF, 8 * float(jnp.finfo(dtype).eps))
@@ -336,4 +338,4 @@ def _one_hot_on_device(labels: Array, num_classes: int) -> Array:
 def _entropy(p: Array) -> Array:
     """``p log p``, zero at zero; rounding may have put p just outside [0, 1]."""
     p = jnp.clip(p, 0, 1)
-    return jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0)
+    return jnp.where(p > 0, p * jnp.log(or_one(p)), 0)

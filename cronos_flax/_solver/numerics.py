@@ -18,6 +18,16 @@ _POINTS = 10  # that an extrapolation is made from
 _WORSE = 2.0  # growth of the residual at which an extrapolated point is taken back
 
 
+def or_one(size: Array) -> Array:
+    """Sizes ≥ 0 to divide by: 1 in place of 0, for what has no size stays zero."""
+    return jnp.where(size > 0, size, 1)
+
+
+def least(values: Float[Array, " k"]) -> Int[Array, ""]:
+    """Where the least of the values is that are finite."""
+    return jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+
+
 def conjugate_gradient(
     operator: Callable[[Tree], Tree],
     rhs: Tree,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from cronos_flax._solver.blocks import Blocks, adjoint
 from cronos_flax._solver.coordinates import Basis, Rows, root_mean_square_norm
 from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.solution import GatedTwoLayer, Network, TwoLayer, predict
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, RowVector, Scalar
 
@@ -34,7 +35,7 @@ def norms(U: Neurons) -> Float[Array, " m"]:
 def unit_rows(T: Float[Array, "k C"], fallback: Float[Array, "k C"]) -> Float[Array, "k C"]:
     """Rows of T divided by their norms; the row of ``fallback`` where T's is zero."""
     size = jnp.linalg.norm(T, axis=1, keepdims=True)
-    return jnp.where(size > 0, T / jnp.where(size > 0, size, 1), fallback)
+    return jnp.where(size > 0, T / or_one(size), fallback)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "A", "beta"], meta_fields=["has_cones"])
@@ -111,7 +112,7 @@ def objective_of(rows: Rows, outputs: Outputs, A: Directions, beta: Scalar, U: N
 def group_prox(U: Neurons, threshold: Scalar) -> Neurons:
     """``argmin_V ½‖V − U‖² + threshold Σᵢ ‖vᵢ‖``."""
     size = norms(U)
-    return U * (jnp.maximum(size - threshold, 0) / jnp.where(size > 0, size, 1))[None, :]
+    return U * (jnp.maximum(size - threshold, 0) / or_one(size))[None, :]
 
 
 def lower_bound(program: Program, alpha: Outputs, nu: Activations | Scalar) -> Scalar:
@@ -160,7 +161,7 @@ def to_network(
     """
     size = jnp.sqrt(norms(U))
     root_scale = jnp.sqrt(basis.scale)
-    W1 = U / jnp.where(size > 0, size, 1)[None, :]
+    W1 = U / or_one(size)[None, :]
     kernel1, bias1 = basis.lower(W1 * root_scale)
     bias2 = None if b is None else b - rows.mean(activated(Z, D) @ A)
     return TwoLayer(kernel1, bias1, (size / root_scale)[:, None] * A, bias2)

@@ -23,6 +23,7 @@ from cronos_flax._solver.gauss_newton import (
     floored,
     gradient,
 )
+from cronos_flax._solver.numerics import least
 from cronos_flax._solver.program import (
     dead,
     network_objective,
@@ -95,7 +96,7 @@ def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
 
     shares = jnp.asarray([*(0.25**k for k in range(_QUARTERED)), 0.0], iterate.U.dtype)
     values = jax.lax.map(objective, shares)
-    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    best = least(values)
     U, b, Z = at(shares[best])
     outputs = network_outputs(rows, iterate.A, b, Z)
     return dataclasses.replace(
@@ -142,7 +143,7 @@ def search(
     objective, outputs = now
     lengths = jnp.asarray(settings.step_lengths, objective.dtype)
     values = jax.lax.map((lambda length: reached(length)[0]) if estimate is None else estimate, lengths)
-    first = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    first = least(values)
     if estimate is None:  # what no length lowers, a shorter one does not
         chosen = jnp.where(values[first] < objective, first, len(lengths) - 1)
         return chosen, values[chosen], reached(lengths[chosen])[1]

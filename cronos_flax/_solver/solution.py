@@ -284,6 +284,11 @@ class Solution:
         return Status(int(on_host(self.status_code)))
 
 
+def with_stats(solution: Solution, **figures: Any) -> Solution:
+    """The solution with some of its figures replaced."""
+    return dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, **figures))
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "damping", "key", "last"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RefreshedState:

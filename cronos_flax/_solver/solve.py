@@ -19,6 +19,7 @@ from cronos_flax._solver.gauss_newton import Prepared
 from cronos_flax._solver.held import figures, held, program_of, solve_program
 from cronos_flax._solver.losses import loss_of
 from cronos_flax._solver.meshes import beside_rows, place_of_rows
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.padding import padded
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
@@ -41,6 +42,7 @@ from cronos_flax._solver.solution import (
     Status,
     TwoLayer,
     gates_on,
+    with_stats,
 )
 from cronos_flax._solver.staging import ONCE, OnHost, Program, control_of
 from cronos_flax._solver.transfer import on_device
@@ -126,7 +128,7 @@ def _not_too_small(U: Neurons, size: Scalar, key: Array) -> Neurons:
     Neurons that are all zero count as of norm one, as in a step (see ``floored``); too small, they become random ones.
     """
     mean = jnp.mean(norms(U))
-    divisor = jnp.where(mean > 0, mean, 1)
+    divisor = or_one(mean)
     longer = _FIRST_SIZE * size * jnp.where(mean > 0, U / divisor, random_neurons(key, U))
     return jnp.where(divisor < jnp.sqrt(jnp.finfo(U.dtype).eps) * size, longer, U)
 
@@ -282,7 +284,7 @@ def _solve_held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:
     stats = solution.stats
     traces = {"objective_trace": stats.objective_trace, "lower_bound_trace": stats.lower_bound_trace}
     cut = {name: control.beside(trace[:shown], stats.objective) for name, trace in control.seen(traces).items()}
-    return dataclasses.replace(solution, stats=dataclasses.replace(stats, **cut))
+    return with_stats(solution, **cut)
 
 
 def _padded(asked: Asked) -> Asked:
@@ -340,4 +342,4 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     data = asked.features, asked.targets, asked.weight
     solution = control.run(end_refreshed, begun, last.iterate, done, stagnated, last.key, *data)
     trace = control.beside(last.trace / total_seen, solution.stats.objective)
-    return dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, objective_trace=trace))
+    return with_stats(solution, objective_trace=trace)
