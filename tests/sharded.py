@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cronos_flax as cf
 from cronos_flax._solver import descent, gauss_newton, refreshed
-from cronos_flax._solver.beta import choosable
+from cronos_flax._solver.beta_path import Data, choosable
 from cronos_flax._solver.meshes import place_of_rows
 from cronos_flax._solver.sample import Sample
 
@@ -146,7 +146,7 @@ def solved(mesh, spec, directory):
     places = [PartitionSpec("data"), spec] if mesh is not None else [None, None]
     given = [X if place is None else jax.device_put(X, NamedSharding(mesh, place)) for place in places]
     if mesh is not None:
-        chosen = choosable(given[0], *by_rows((y, weight), mesh))  # for beta="path"
+        chosen = choosable(Data(given[0], *by_rows((y, weight), mesh)))  # for beta="path"
         np.testing.assert_array_equal(chosen.X, X[:ROWS])
     found = [
         balanced.solve(x, *by_rows((y,), mesh), sample_weight=by_rows(weight, mesh), **start).stats.objective

@@ -26,7 +26,7 @@ from cronos_flax._solver import (
     numerics,
     refreshed,
 )
-from cronos_flax._solver import beta as betas
+from cronos_flax._solver import beta_max as betas
 from cronos_flax._solver import program as programs
 from cronos_flax._solver.staging import OnHost
 

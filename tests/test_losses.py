@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import beta as betas
+from cronos_flax._solver import beta_path as betas
 from cronos_flax._solver import checks, losses
+from cronos_flax._solver.beta_max import user_beta_max
 
 LOSSES = list(losses.LOSSES)
 seeds = st.integers(0, 10_000)
@@ -322,7 +323,7 @@ def test_above_beta_max_every_loss_has_a_constant_network(loss):
     made = losses.loss_of(loss)
     Y = made.targets(jnp.asarray(y), None)
     arrays = X, Y, jnp.ones(200)
-    beta_max = float(betas.user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
+    beta_max = float(user_beta_max(*arrays, loss=made, hidden_bias=True, output_bias=True))
     constant = float(jnp.mean(made.value(jnp.broadcast_to(made.constant(Y, jnp.ones(200)), Y.shape), Y)))
     above, below = (
         cf.Cronos(loss=loss, beta=factor * beta_max, max_iters=300, tol=1e-7).solve(X, y, hidden=16).stats

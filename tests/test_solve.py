@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import beta as betas
+from cronos_flax._solver import beta_max as betas
 from cronos_flax._solver import coordinates, cronos, descent, losses, padding, staging
 from cronos_flax._solver import solve as solve_module
 

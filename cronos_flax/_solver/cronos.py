@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from cronos_flax._solver import beta as betas
-from cronos_flax._solver import checks, doubts, host
+from cronos_flax._solver import beta_path, checks, doubts, host
+from cronos_flax._solver.beta_max import user_beta_max
+from cronos_flax._solver.beta_path import Data
 from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss, check_told_apart
@@ -218,18 +219,17 @@ class Cronos:
                 larger than the others, or the residuals far larger than ``delta`` of :class:`cronos_flax.Huber`.
         """
         checks.folds_of_path("solve", self.folds, self.beta)
+        data = self._data(X, y, num_classes, _outputs_of(init, state), sample_weight)
+        doubts.warn_of_rounding(y, data.y.dtype, loss_of(self.loss))
         return self._solve(
-            X,
-            y,
+            data,
+            is_weighted=sample_weight is not None,
             hidden=hidden,
-            num_classes=num_classes,
-            sample_weight=sample_weight,
             init=init,
             state=state,
             key=key,
             callback=callback,
             validation=validation,
-            known_finite=False,
         )
 
     def solve_features(
@@ -251,41 +251,36 @@ class Cronos:
         stand.
         """
         checks.relu_only("solve", self.gates)
-        solver, key = self, default_key() if key is None else key
-        if self.beta is None and not isinstance(X, Source):
-            data = self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
+        solver, data = self, self._data(X, y, None, _outputs_of(init, None), sample_weight, known_finite=True)
+        doubts.warn_of_rounding(y, data.y.dtype, loss_of(self.loss))
+        if self.beta is None and not isinstance(data.X, Source):
             ratio = BETA_RATIO if self.beta_ratio is None else self.beta_ratio
             beta_max = self._user_beta_max(data, init, order)
             if not np.isfinite(on_host(beta_max)):  # nor is the loss, as the status of the solve says
                 beta_max = on_device(0, beta_max.dtype)
             solver = dataclasses.replace(self, beta=on_device(ratio, beta_max.dtype) * beta_max)
-        given: Any = {"sample_weight": sample_weight, "init": init, "key": key, "callback": callback, "order": order}
-        return solver._solve(X, y, **given, known_finite=True)
+        is_weighted = sample_weight is not None
+        return solver._solve(data, is_weighted=is_weighted, init=init, key=key, callback=callback, order=order)
 
     def _solve(
         self,
-        X: Any,
-        y: ArrayLike,
+        data: Data,
         *,
-        sample_weight: ArrayLike | None,
+        is_weighted: bool,
         init: Network | None,
         key: Array | None,
         callback: Callable[[dict[str, float]], Any] | None,
-        known_finite: bool,
         hidden: int | None = None,
-        num_classes: int | None = None,
         state: State | None = None,
         validation: tuple[ArrayLike, ArrayLike] | None = None,
         order: Array | None = None,
     ) -> Solution:
-        outputs = _outputs_of(init, state)
-        features, targets, weight = self._data(X, y, num_classes, outputs, sample_weight, known_finite)
-        doubts.warn_of_rounding(y, targets.dtype, loss_of(self.loss))
+        """:meth:`solve` on data that are checked; ``is_weighted`` says whether some of their weights may be zero."""
         if callback is not None and not callable(callback):
             raise ValueError(f"solve: `callback` must be a function of one dict, got {callback!r}.")
-        if callback is not None or isinstance(features, Source):
+        if callback is not None or isinstance(data.X, Source):
             what = "`X` in blocks" if callback is None else "`callback`"
-            checks.on_the_host(what, (self, features, targets, weight, init, state, key))
+            checks.on_the_host(what, (self, *data, init, state, key))
         callback = on_first(callback)
         if key is not None:
             checks.random_key("solve", key)
@@ -295,32 +290,28 @@ class Cronos:
             raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         if validation is not None and self.folds is not None:
             raise ValueError(f"solve: `validation` takes the place of folds, got both, and folds={self.folds}.")
-        start, m = checks.start(self.gates, (features.shape[0], features.shape[1]), targets, hidden, init, state)
+        start, m = checks.start(self.gates, (data.X.shape[0], data.X.shape[1]), data.y, hidden, init, state)
         key = default_key() if key is None else key
         if isinstance(self.beta, str):
             first: Any = getattr(start, "params", start)
-            rows = betas.choosable(features, targets, weight, order)
+            rows = beta_path.choosable(data, order)
             solution = self._solve_on_path(rows, first, m, key, callback, validation)
-            doubts.warn_of_units(features, weight, loss_of(self.loss), solution)
+            doubts.warn_of_units(data.X, data.weight, loss_of(self.loss), solution)
             return solution
-        is_weighted = sample_weight is not None and checks.concrete(weight)
-        if self.gates == "refreshed" and is_weighted and isinstance(features, Array) and order is None:
-            counts = on_host(weight) > 0  # a row of no weight must not take a sample's place
-            if not counts.all() and mesh_of(features) is None:
-                features, targets, weight = betas.Data(features, targets, weight).take(counts)
+        is_weighted = is_weighted and checks.concrete(data.weight)
+        if self.gates == "refreshed" and is_weighted and isinstance(data.X, Array) and order is None:
+            counts = on_host(data.weight) > 0  # a row of no weight must not take a sample's place
+            if not counts.all() and mesh_of(data.X) is None:
+                data = data.take(counts)
             elif not counts.all():  # rows stay on their devices
                 order = on_device(np.flatnonzero(counts), np.int32)
-        solution = self._solve_checked(
-            features, targets, weight, start=start, hidden=m, key=key, callback=callback, order=order
-        )
-        doubts.warn_of_units(features, weight, loss_of(self.loss), solution)
+        solution = self._solve_checked(data, start=start, hidden=m, key=key, callback=callback, order=order)
+        doubts.warn_of_units(data.X, data.weight, loss_of(self.loss), solution)
         return solution
 
     def _solve_checked(
         self,
-        features: Array | Source,
-        y: Array,
-        weight: Array,
+        data: Data,
         *,
         start: Network | State | None,
         hidden: int,
@@ -330,6 +321,7 @@ class Cronos:
         patience: int | None = None,
     ) -> Solution:
         """Run the compiled solve on arguments that fit together."""
+        features, y, weight = data
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
         # What does not matter to the compiled programs must not compile them anew.
         solver = dataclasses.replace(self, max_iters=None, class_weight=None, max_bytes=None, folds=None)
@@ -359,7 +351,7 @@ class Cronos:
 
     def _solve_on_path(
         self,
-        data: betas.Data,
+        data: Data,
         network: Network | None,
         hidden: int,
         key: Array,
@@ -369,48 +361,36 @@ class Cronos:
         """Choose β on held-out rows, of one split or of all folds, then fit all rows from a network found with it."""
         key, split_key, _ = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
         if validation is not None:
-            X, y, weight = self._data(*betas.pair("validation", validation), data.y.shape[1], None, None)
-            parts = [(data, betas.Data(betas.same_columns(X, data.X), y, weight))]
-        elif self.folds is None:
-            held_out = betas.held_out(data.y, split_key)
-            parts = [(data.take(~held_out), data.take(held_out))]
+            given = self._data(*beta_path.pair("validation", validation), data.y.shape[1], None, None)
+            parts = [(data, beta_path.same_columns(given, data))]
         else:
-            if self.folds > len(data.y):
-                raise ValueError(
-                    f"solve: `folds` must not exceed the number of rows of positive weight, got folds={self.folds} for "
-                    f"{len(data.y)} rows."
-                )
-            fold = betas.folds(data.y, split_key, self.folds)
-            parts = [(data.take(fold != k), data.take(fold == k)) for k in range(self.folds)]
+            parts = beta_path.parts(data, split_key, self.folds)
 
-        def solve(rows: betas.Data, beta: float, init: Network | None, final: bool = False) -> Solution:
+        def solve(rows: Data, beta: float, init: Network | None, final: bool = False) -> Solution:
             tol, patience = self.tol, None
             if not final and tol is None and self.gates == "refreshed":
-                patience = betas.PATIENCE
+                patience = beta_path.PATIENCE
             elif not final:
-                tol = betas.TOL if tol is None else max(float(on_host(tol)), betas.TOL)
+                tol = beta_path.TOL if tol is None else max(float(on_host(tol)), beta_path.TOL)
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
             start, tell = network if init is None else init, callback if final else None
-            return plain._solve_checked(*rows, start=start, hidden=hidden, key=key, callback=tell, patience=patience)
+            return plain._solve_checked(rows, start=start, hidden=hidden, key=key, callback=tell, patience=patience)
 
         beta_max, loss = float(on_host(self._user_beta_max(parts[0][0], network))), loss_of(self.loss)
-        paths = [betas.follow(solve, loss, beta_max, fit, chosen_on) for fit, chosen_on in parts]
-        path = betas.Path.mean(paths, [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts])
+        path = beta_path.follow_all(solve, loss, beta_max, parts)
         beta, best = path.best
         solution = solve(data, beta, best, final=True)
         tried, losses = on_device(path.betas), on_device(path.losses)
         return with_stats(solution, path_betas=tried, path_losses=losses)
 
-    def _user_beta_max(
-        self, data: tuple[Any, Array, Array], network: Network | None, order: Array | None = None
-    ) -> Array:
+    def _user_beta_max(self, data: Data, network: Network | None, order: Array | None = None) -> Array:
         hidden_bias, output_bias = biases(self.gates, network)
         static = {"loss": loss_of(self.loss), "hidden_bias": hidden_bias, "output_bias": output_bias}
         control = control_of(data)
         if control is OnHost and order is None:
-            data = padded(data, self.refreshed) or data
-        return control.run(betas.user_beta_max, *data, order, **static)
+            data = Data(*(padded(data, self.refreshed) or data))
+        return control.run(user_beta_max, *data, order, **static)
 
     def objective(
         self,
@@ -460,12 +440,12 @@ class Cronos:
         outputs: int | None,
         sample_weight: ArrayLike | None,
         known_finite: bool = False,
-    ) -> tuple[Array | Source, Array, Array]:
-        """Features, targets and weights, checked."""
+    ) -> Data:
+        """Features, targets and weights, checked; the weights with those of the classes."""
         loss = loss_of(self.loss)
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
-        return features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight)
+        return Data(features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight))
 
 
 def _outputs_of(init: Any, state: Any) -> int | None:

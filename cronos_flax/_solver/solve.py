@@ -10,8 +10,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
-from cronos_flax._solver import beta as betas
 from cronos_flax._solver import descent, gauss_newton, refreshed
+from cronos_flax._solver.beta_max import beta_max
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.coordinates import normalised, scaled
 from cronos_flax._solver.descent import Descent, Limits
@@ -145,7 +145,7 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     d, total = rows.X.shape[1], jnp.sum(weight)
     # β of the program is in sums over rows and scaled features (docs/method.md, "Units").
     ratio = BETA_RATIO if solver.beta_ratio is None else solver.beta_ratio
-    beta = ratio * betas.beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
+    beta = ratio * beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
     beta = jnp.where(beta >= 0, beta, jnp.nan)  # what is refused where it can be seen
     problem = Problem(
         rows,

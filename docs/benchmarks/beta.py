@@ -24,7 +24,7 @@ from rows import missing, parser
 from sets import Split, score, splits
 
 import cronos_flax as cf
-from cronos_flax._solver.beta import user_beta_max
+from cronos_flax._solver.beta_max import user_beta_max
 from cronos_flax._solver.cronos import BETA_RATIO
 from cronos_flax._solver.losses import loss_of
 

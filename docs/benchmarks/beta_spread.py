@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rows import missing, parser
 
-from cronos_flax._solver import beta
+from cronos_flax._solver import beta_max as beta
 from cronos_flax._solver.coordinates import Rows, scaled
 from cronos_flax._solver.losses import loss_of
 

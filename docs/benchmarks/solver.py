@@ -31,7 +31,7 @@ from rows import missing, parser
 from sklearn.datasets import load_digits
 
 import cronos_flax as cf
-from cronos_flax._solver import beta as betas
+from cronos_flax._solver import beta_max as betas
 from cronos_flax._solver import coordinates, descent, gauss_newton, program, refreshed, solve, staging
 from cronos_flax.compare.data import load_tfds
 

@@ -1,0 +1,198 @@
+"""A path of values of the weight decay β, to choose from on held-out rows.
+
+On the path, each solve starts from the solution of the one before, from a large β to a small one.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from cronos_flax._solver.blocks import Source
+from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.loss import Loss
+from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.solution import Network, Solution, predict
+from cronos_flax._solver.transfer import on_device, on_host, taken
+from cronos_flax._solver.types import Outputs, RowVector, Scalar
+
+RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
+TOL = 1e-2  # of the solves on the way, which are for comparing
+PATIENCE = 4  # of refreshed ones, in place of that: they end when so many iterations bring little
+_EVERY = 5  # one row in so many is held out
+
+
+class Data(NamedTuple):
+    """Rows with their targets and weights; the features may be a source of blocks, but not on a path."""
+
+    X: Any
+    y: Outputs
+    weight: RowVector
+
+    def take(self, index: Bool[np.ndarray, " n"]) -> "Data":
+        """Some of the rows."""
+        return self.at(np.flatnonzero(index))
+
+    def at(self, places: Int[np.ndarray, " k"]) -> "Data":
+        """The rows at these places."""
+        there = on_device(places)
+        return Data(*(automatically(taken, rows, there) for rows in self))
+
+
+def choosable(data: Data, order: Array | None = None) -> Data:
+    """The rows that a path can choose from: in memory of one process, not traced, and of positive weight, in order.
+
+    Raises:
+        ValueError: if they are in blocks, traced, on several processes, or fewer than ten.
+    """
+    if isinstance(data.X, Source):
+        raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
+    if not all(concrete(value) for value in data):
+        raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
+    if not data.X.is_fully_addressable:
+        raise ValueError(
+            'solve: beta="path" holds rows out, which must lie on one process, got rows on several. Give a number, or '
+            "None."
+        )
+    there = on_host(data.weight) > 0
+    if there.sum() < 10:
+        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {there.sum()}.')
+    return data.at(np.flatnonzero(there) if order is None else on_host(order))
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _mean_loss(network: Network, rows: Data, loss: Loss) -> Scalar:
+    return rows.weight @ loss.value(predict(network, rows.X), rows.y) / jnp.sum(rows.weight)
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Features and targets.
+
+    Raises:
+        ValueError: if ``value`` is not a pair.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
+    return value[0], value[1]
+
+
+def same_columns(validation: Data, fit: Data) -> Data:
+    """Validation rows, with as many columns as the rows to fit.
+
+    Raises:
+        ValueError: if they have others, or come in blocks.
+    """
+    columns, X = fit.X.shape[1], validation.X
+    if isinstance(X, Source) or X.shape[1] != columns:
+        raise ValueError(f"solve: `validation` must be (X, y) with X of {columns} columns, got {X.shape}.")
+    return validation
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _uniform(key: Array, count: int) -> Array:
+    return jax.random.uniform(key, (count,), jnp.float32)
+
+
+def folds(targets: Outputs, key: Array, count: int) -> Int[np.ndarray, " n"]:
+    """The fold of each row, from 0 to count − 1: rows in the order of their targets take turns, from a random one on.
+
+    So every class, or every range of a real target, has its share in each fold. Rows that are left over are in others
+    than the first one.
+    """
+    host = on_host(targets)
+    rank = host[:, 0] if host.shape[1] == 1 else np.argmax(host, axis=1)
+    tie_key, place_key = jax.random.split(key)
+    order = np.lexsort((on_host(jax.random.permutation(tie_key, len(rank))), rank))
+    stretches = np.array_split(order, max(len(rank) // count, 1))
+    place = on_host(_uniform(place_key, len(stretches)))
+    fold = np.zeros(len(rank), int)
+    for rows, at in zip(stretches, place, strict=True):
+        turn = (np.arange(len(rows)) - int(at * len(rows))) % len(rows)
+        fold[rows] = np.where(turn < count, turn, 1 + (turn - count) % (count - 1))
+    return fold
+
+
+def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
+    """Which rows to hold out: about one in five."""
+    return folds(targets, key, _EVERY) == 0
+
+
+def parts(data: Data, key: Array, count: int | None) -> list[tuple[Data, Data]]:
+    """Rows to fit and rows to choose on: of one split, or with each of so many folds held out in turn.
+
+    Raises:
+        ValueError: if there are more folds than rows.
+    """
+    if count is None:
+        held = held_out(data.y, key)
+        return [(data.take(~held), data.take(held))]
+    if count > len(data.y):
+        raise ValueError(
+            f"solve: `folds` must not exceed the number of rows of positive weight, got folds={count} for "
+            f"{len(data.y)} rows."
+        )
+    fold = folds(data.y, key, count)
+    return [(data.take(fold != k), data.take(fold == k)) for k in range(count)]
+
+
+class Path(NamedTuple):
+    """What was tried on the way from a large β to a small one.
+
+    Args:
+        betas: all β.
+        losses: the mean loss at each on the rows to choose on, without penalty.
+        networks: what was found at each; of several folds in the first.
+    """
+
+    betas: Float[np.ndarray, " k"]
+    losses: Float[np.ndarray, " k"]
+    networks: list[Network]
+
+    @property
+    def best(self) -> tuple[float, Network]:
+        """The β of least loss, and its network."""
+        best = int(np.argmin(np.nan_to_num(self.losses, nan=np.inf)))
+        return float(self.betas[best]), self.networks[best]
+
+
+def follow_all(
+    solve: Callable[[Data, float, Network | None], Solution],
+    loss: Loss,
+    beta_max: float,
+    parts: Sequence[tuple[Data, Data]],
+) -> Path:
+    """The mean of the paths of all parts, by the weights of the rows to choose on; see :func:`follow`."""
+    paths = [follow(solve, loss, beta_max, fit, chosen_on) for fit, chosen_on in parts]
+    weights = [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts]
+    losses = np.average([path.losses for path in paths], axis=0, weights=weights)
+    return paths[0]._replace(losses=losses)
+
+
+def follow(
+    solve: Callable[[Data, float, Network | None], Solution],
+    loss: Loss,
+    beta_max: float,
+    fit: Data,
+    validation: Data,
+) -> Path:
+    """The path from ``beta_max`` on.
+
+    Args:
+        solve: takes rows, β and a network to start from, None for the first.
+        loss: of one row.
+        beta_max: where the path starts from.
+        fit: rows to fit.
+        validation: rows to choose on.
+    """
+    betas = beta_max * np.asarray(RATIOS)
+    losses, networks, network = [], [], None
+    for beta in betas:
+        network = solve(fit, float(beta), network).params
+        losses.append(float(on_host(_mean_loss(network, validation, loss))))
+        networks.append(network)
+    return Path(betas, np.asarray(losses), networks)
