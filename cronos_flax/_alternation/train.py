@@ -144,7 +144,8 @@ def train(
 
     Warns:
         UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. If ``loss`` is
-            not that of ``state.solver``. If the loss of gradient steps contradicts that of a solve. And where
+            not that of ``state.solver``. If the loss of gradient steps contradicts that of a solve. If these have
+            the running statistics of batch norms, and solves those of the batch. And where
             :meth:`CronosTrainState.solve_head` warns.
 
     Example:
