@@ -43,5 +43,5 @@ def _made_of(tx: optax.GradientTransformation, treedef: Any, leaves: tuple) -> d
         closed, (new, _) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
     counts = [not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(new)]
     of_counts = counts + [False] * (len(closed.jaxpr.outvars) - len(counts))
-    found = with_versions(operations(closed.jaxpr, closed.jaxpr.outvars), optax)
+    found = with_versions(operations(closed.jaxpr, closed.jaxpr.outvars), "optax", "cronos_flax")
     return {**found, "integers": integers(dce_jaxpr(closed.jaxpr, of_counts)[0])}

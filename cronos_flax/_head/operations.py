@@ -1,12 +1,10 @@
 """What a function computes, as far as the names of its operations tell: parameters alone do not tell relu from tanh."""
 
+import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
-import flax
-import jax
 import jax.numpy as jnp
 
 Operations = dict[str, int]  # how often each is there
@@ -50,9 +48,15 @@ def _inner(equation: Any) -> list[Any]:
     return [one for value in values for one in value if hasattr(one, "eqns")]
 
 
-def with_versions(found: Mapping[str, int], *others: ModuleType) -> dict[str, Any]:
-    """Operations as JSON takes them, and the versions that made them: others may write the same function otherwise."""
-    return {"versions": [module.__version__ for module in (jax, flax, *others)], "operations": dict(found)}
+def with_versions(found: Mapping[str, int], *others: str) -> dict[str, Any]:
+    """Operations as JSON takes them, and the versions that made them: others may write the same function otherwise.
+
+    Args:
+        found: the operations.
+        *others: names of distributions that made them too, besides JAX and Flax.
+    """
+    versions = [importlib.metadata.version(name) for name in ("jax", "flax", *others)]
+    return {"versions": versions, "operations": dict(found)}
 
 
 def other_names(then: Mapping[str, int], now: Mapping[str, int]) -> str:
