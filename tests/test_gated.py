@@ -274,11 +274,11 @@ def test_the_u_step_without_cones_solves_its_system(monkeypatch, plan, output_bi
             rng.uniform(size=(12, 3)) > 0.5,
             programs.unit_rows(jnp.asarray(rng.normal(size=(3, 2))), jnp.ones((3, 2))),
         )
-        program = programs.Program(rows, jnp.asarray(D), A, jnp.asarray(0.1), has_cones=False)
+        program = programs.Program(rows, jnp.asarray(D), A, jnp.asarray(0.1), basis.eigenvalues, has_cones=False)
         rhs, z = jnp.asarray(rng.normal(size=(5, 3))), jnp.zeros((12, 2))
         solver = cf.NystromPCG(1000, 200) if plan == "published" else cf.Structured(200)
-        prepared = solver.prepare(program, basis.eigenvalues, kappa, jax.random.key(0))
-        U, XU, _ = solver.solve(program, basis.eigenvalues, kappa, prepared, rhs, z, jnp.asarray(10**7), rhs)
+        prepared = solver.prepare(program, kappa, jax.random.key(0))
+        U, XU, _ = solver.solve(program, kappa, prepared, rhs, z, jnp.asarray(10**7), rhs)
         residual = U + rows.X.T @ program.Ft(program.F(rows.X @ U)) / kappa - rhs
         np.testing.assert_allclose(residual, 0, atol=1e-6)
         np.testing.assert_allclose(XU, rows.X @ U, atol=1e-12)

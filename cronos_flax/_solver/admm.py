@@ -118,9 +118,16 @@ def init(program: Program, U: Neurons, b: Bias, rho: Scalar, settings: Held) -> 
     XU = rows.X @ U
     dual = (program.beta / rho) * U / or_one(size)[None, :]
     outputs = program.outputs(XU, b)
-    zero = jnp.zeros((), jnp.int32)
     S = jnp.maximum(program.G(XU), 0) if program.has_cones else None
-    first = Iterate(U + dual, S, outputs, jnp.zeros_like(outputs), rho, zero, settings.kappa)
+    first = Iterate(
+        V_plus_dual=U + dual,
+        S_plus_dual=S,
+        Z_plus_dual=outputs,
+        z=jnp.zeros_like(outputs),
+        rho=rho,
+        iteration=jnp.zeros((), jnp.int32),
+        kappa_of_split=settings.kappa,
+    )
     Z_plus_dual = None if rows.loss.is_quadratic else outputs + rows.gradient(outputs) / first.tau
     return dataclasses.replace(first, Z_plus_dual=Z_plus_dual)
 
@@ -139,7 +146,6 @@ class Iteration:
 def step(
     program: Program,
     linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"] | None,
     prepared: Any,
     iterate: Iterate,
     settings: Held,
@@ -148,7 +154,7 @@ def step(
     V, Lambda, S, N = iterate.split(program.beta)
     Z, M = iterate.split_outputs(program)
     rhs = V - Lambda + adjoint(program.rows.X, program.G(S - N) + program.Ft(Z - M) / iterate.kappa)
-    U, XU, z = linear_solver.solve(program, eigenvalues, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration, V)
+    U, XU, z = linear_solver.solve(program, iterate.kappa, prepared, rhs, iterate.z, iterate.iteration, V)
     GXU = program.G(XU)
     relax = settings.over_relaxation if linear_solver.accelerated else 1
     image = dataclasses.replace(

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from cronos_flax._solver import host
 from cronos_flax._solver.admm import Iterate, Iteration, init, step
 from cronos_flax._solver.blocks import adjoint
-from cronos_flax._solver.linear_solvers import NystromPCG, Structured
-from cronos_flax._solver.numerics import Memory, least
+from cronos_flax._solver.coordinates import Basis
+from cronos_flax._solver.numerics import Memory, best_of
 from cronos_flax._solver.problem import Ended, Problem
 from cronos_flax._solver.program import (
     Program,
@@ -29,7 +29,7 @@ from cronos_flax._solver.program import (
     random_neurons,
 )
 from cronos_flax._solver.settings import Held
-from cronos_flax._solver.solution import HeldState, Status
+from cronos_flax._solver.solution import HeldState, Network, Status
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Scalar
 
 _SAME = 1e-5  # relative difference of the marks of the same rows, at most
@@ -135,111 +135,19 @@ def _blank(function: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function))
 
 
-def run(
-    program: Program,
-    linear_solver: Structured | NystromPCG,
-    eigenvalues: Float[Array, " d"] | None,
-    first: Iterate,
-    key: Array,
-    *,
-    tol: Scalar,
-    until: Int[Array, ""] | int,
-    length: int,
-    settings: Held,
-    tell: Callable[[Int[Array, ""], Check, Iterate], None],
-) -> HeldLoop:
-    """Iterate until a check passes, or ``until`` iterations are done; ``tell`` is called with every check.
-
-    What stands in the loop is compiled for every place where it stands. So step, check and preparation stand there
-    once: the loop first checks the start, after no step.
-
-    Args:
-        program: the program.
-        linear_solver: of the U-step.
-        eigenvalues: of the Gram matrix, on the eigenbasis.
-        first: the iterate to start from.
-        key: of the linear solver.
-        tol: of the checks.
-        until: most iterations.
-        length: of the traces, at least ``until + 1``.
-        settings: constants of the loop.
-        tell: takes iterations done, check and iterate, with 0 of the start.
-    """
-    renews = linear_solver.accelerated and first.Z_plus_dual is None  # else κ does not change
-
-    def prepare(iterate: Iterate) -> Any:
-        return linear_solver.prepare(program, eigenvalues, iterate.kappa, key)
-
-    def unmoved(iterate: Iterate) -> Iteration:
-        V, _, S, _ = iterate.split(program.beta)
-        return Iteration(iterate, V, S, iterate.Z_plus_dual)
-
-    def unfinished(now: HeldLoop) -> Array:
-        goes_on = (now.done < until) & ~now.check.converged(tol) & jnp.isfinite(now.check.program_objective)
-        return (now.done < 0) | goes_on
-
-    def body(now: HeldLoop) -> HeldLoop:
-        prepared, is_start = now.prepared, now.done < 0
-        if renews:
-            prepared = jax.lax.cond(now.stale, lambda: prepare(now.iterate), lambda: now.prepared)
-        count = jnp.where(is_start, 0, jnp.minimum(settings.check_every, until - now.done))
-
-        def advance(i: Array, carry: tuple) -> tuple[Iterate, Iteration, Memory | None]:
-            _, last, memory = carry
-            before = last.image
-            last = step(program, linear_solver, eigenvalues, prepared, before, settings)
-            if memory is None:
-                return before, last, None
-            # Never at a check, whose figures are of a plain step.
-            image, to_check = last.image.flat(), i == count - 1
-            extrapolate = last.image.iteration % settings.extrapolate_every == settings.extrapolate_every // 2
-            point, memory = memory.advance(before.flat(), image, extrapolate & ~to_check)
-            moved = last.image.at(jnp.where(to_check, image, point))
-            return before, dataclasses.replace(last, image=moved), memory
-
-        before, last, memory = jax.lax.fori_loop(0, count, advance, (now.iterate, unmoved(now.iterate), now.memory))
-        figures, image, stale = check(program, before, last, is_start), last.image, jnp.zeros((), bool)
-        if memory is not None:
-            rho, change = better_rho(figures, image, settings)
-            stale = change & ~is_start
-            image = image.with_rho(jnp.where(stale, rho, image.rho), program)
-            memory = dataclasses.replace(memory, count=jnp.where(stale, 0, memory.count))
-        done = jnp.maximum(now.done, 0) + count
-        tell(done, figures, image)
-        later = jnp.arange(length, dtype=jnp.int32) > now.done
-        return HeldLoop(
-            done,
-            image,
-            memory,
-            prepared,
-            stale,
-            figures,
-            objectives=jnp.where(later, figures.program_objective, now.objectives),
-            bounds=jnp.where(later, figures.lower_bound, now.bounds),
-        )
-
-    blank = jnp.zeros(length, first.rho.dtype)
-    start = HeldLoop(
-        done=jnp.asarray(-1, jnp.int32),
-        iterate=first,
-        memory=Memory.empty(first.flat()) if linear_solver.accelerated else None,
-        prepared=_blank(lambda: prepare(first)) if renews else prepare(first),
-        stale=jnp.ones((), bool),
-        check=_blank(lambda: check(program, first, unmoved(first), jnp.ones((), bool))),
-        objectives=blank,
-        bounds=blank,
-    )
-    return jax.lax.while_loop(unfinished, body, start)
-
-
 def gates_of(problem: Problem, U: Neurons, key: Array) -> Gates:
     """The gates of neurons U, random ones for dead neurons."""
     return problem.rows.X @ jnp.where(dead(U)[None, :], random_neurons(key, U), U) >= 0
 
 
+def _program(problem: Problem, D: Gates, A: Directions, *, has_cones: bool) -> Program:
+    """The program of these data with these gates and directions."""
+    return Program(problem.rows, D, A, problem.beta, problem.basis.eigenvalues, has_cones)
+
+
 def program_of(problem: Problem, U: Neurons, A: Directions, b: Bias, key: Array) -> tuple[Program, Iterate]:
     """The program with the gates of neurons U, random ones for dead neurons, and U as its iterate."""
-    program = Program(problem.rows, gates_of(problem, U, key), A, problem.beta)
+    program = _program(problem, gates_of(problem, U, key), A, has_cones=True)
     return program, init(program, U, b, problem.rho, problem.held)
 
 
@@ -252,13 +160,40 @@ def _mark(problem: Problem) -> tuple[Scalar, Scalar]:
     return jnp.cos(jnp.arange(n, dtype=X.dtype)) @ each, jnp.sum(jnp.abs(each))
 
 
-def solve_program(
-    problem: Problem, program: Program, first: Iterate, key: Array, until: Int[Array, ""] | int, length: int
-) -> HeldLoop:
-    """ADMM to a certificate, or ``until`` iterations; traces have this length."""
-    method = program, problem.linear_solver, problem.basis.eigenvalues
+def _unmoved(program: Program, iterate: Iterate) -> Iteration:
+    """The iteration that leaves the iterate where it is."""
+    V, _, S, _ = iterate.split(program.beta)
+    return Iteration(iterate, V, S, iterate.Z_plus_dual)
 
-    def tell(done: Array, check: Check, iterate: Iterate) -> None:
+
+def _iterate(
+    problem: Problem, program: Program, prepared: Any, now: HeldLoop, count: Int[Array, ""]
+) -> tuple[Iterate, Iteration, Memory | None]:
+    """``count`` iterations: the iterate before the last of them, the last, and the memory of the acceleration."""
+    settings = problem.held
+
+    def advance(i: Array, carry: tuple) -> tuple[Iterate, Iteration, Memory | None]:
+        _, last, memory = carry
+        before = last.image
+        last = step(program, problem.linear_solver, prepared, before, settings)
+        if memory is None:
+            return before, last, None
+        # Never at a check, whose figures are of a plain step.
+        image, to_check = last.image.flat(), i == count - 1
+        extrapolate = last.image.iteration % settings.extrapolate_every == settings.extrapolate_every // 2
+        point, memory = memory.advance(before.flat(), image, extrapolate & ~to_check)
+        moved = last.image.at(jnp.where(to_check, image, point))
+        return before, dataclasses.replace(last, image=moved), memory
+
+    return jax.lax.fori_loop(0, count, advance, (now.iterate, _unmoved(program, now.iterate), now.memory))
+
+
+def _tell(problem: Problem, done: Int[Array, ""], check: Check, iterate: Iterate) -> None:
+    """Tell the caller's callback of a check, if there is one, and the check was not of the start."""
+    if problem.progress is None:
+        return
+
+    def tell() -> None:
         gap = jnp.abs(check.program_objective - check.lower_bound) / jnp.abs(check.program_objective)
         host.report(
             problem.progress,
@@ -273,12 +208,66 @@ def solve_program(
             active_neurons=jnp.sum(~dead(check.V)),
         )
 
-    def tell_if_done(done: Array, *now: Any) -> None:
-        if problem.progress is not None:
-            jax.lax.cond(done > 0, lambda: tell(done, *now), lambda: None)
+    jax.lax.cond(done > 0, tell, lambda: None)
 
-    settings = problem.held
-    return run(*method, first, key, tol=problem.tol, until=until, length=length, settings=settings, tell=tell_if_done)
+
+def solve_program(
+    problem: Problem, program: Program, first: Iterate, key: Array, until: Int[Array, ""] | int, length: int
+) -> HeldLoop:
+    """ADMM until a check passes, or ``until`` iterations are done; the caller's callback is told of every check.
+
+    What stands in the loop is compiled for every place where it stands. So step, check and preparation stand there
+    once: the loop first checks the start, after no step.
+
+    Args:
+        problem: the settings; the data and β are those of the program.
+        program: the program.
+        first: the iterate to start from.
+        key: of the linear solver.
+        until: most iterations.
+        length: of the traces, at least ``until + 1``.
+    """
+    settings, linear_solver = problem.held, problem.linear_solver
+    renews = linear_solver.accelerated and first.Z_plus_dual is None  # else κ does not change
+
+    def prepare(iterate: Iterate) -> Any:
+        return linear_solver.prepare(program, iterate.kappa, key)
+
+    def unfinished(now: HeldLoop) -> Array:
+        goes_on = (now.done < until) & ~now.check.converged(problem.tol) & jnp.isfinite(now.check.program_objective)
+        return (now.done < 0) | goes_on
+
+    def body(now: HeldLoop) -> HeldLoop:
+        prepared, is_start = now.prepared, now.done < 0
+        if renews:
+            prepared = jax.lax.cond(now.stale, lambda: prepare(now.iterate), lambda: now.prepared)
+        count = jnp.where(is_start, 0, jnp.minimum(settings.check_every, until - now.done))
+        before, last, memory = _iterate(problem, program, prepared, now, count)
+        found, image, stale = check(program, before, last, is_start), last.image, jnp.zeros((), bool)
+        if memory is not None:
+            rho, change = better_rho(found, image, settings)
+            stale = change & ~is_start
+            image = image.with_rho(jnp.where(stale, rho, image.rho), program)
+            memory = dataclasses.replace(memory, count=jnp.where(stale, 0, memory.count))
+        done = jnp.maximum(now.done, 0) + count
+        _tell(problem, done, found, image)
+        later = jnp.arange(length, dtype=jnp.int32) > now.done
+        objectives = jnp.where(later, found.program_objective, now.objectives)
+        bounds = jnp.where(later, found.lower_bound, now.bounds)
+        return HeldLoop(done, image, memory, prepared, stale, found, objectives, bounds)
+
+    blank = jnp.zeros(length, first.rho.dtype)
+    start = HeldLoop(
+        done=jnp.asarray(-1, jnp.int32),
+        iterate=first,
+        memory=Memory.empty(first.flat()) if linear_solver.accelerated else None,
+        prepared=_blank(lambda: prepare(first)) if renews else prepare(first),
+        stale=jnp.ones((), bool),
+        check=_blank(lambda: check(program, first, _unmoved(program, first), jnp.ones((), bool))),
+        objectives=blank,
+        bounds=blank,
+    )
+    return jax.lax.while_loop(unfinished, body, start)
 
 
 def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
@@ -292,6 +281,69 @@ def figures(problem: Problem, run: HeldLoop) -> dict[str, Array]:
         "primal_residual": run.check.primal_residual,
         "dual_residual": run.check.dual_residual,
     }
+
+
+def _gates(problem: Problem, U: Neurons, gated_by: Gates | None, key: Array) -> Gates:
+    """The gates to hold: those of a gated network, those of neurons U, or random ones that two neurons each share."""
+    if gated_by is not None:
+        return gated_by
+    if problem.gates == "fixed":
+        return gates_of(problem, U, key)
+    # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
+    return problem.rows.X @ jnp.repeat(random_neurons(key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]] >= 0
+
+
+def _iterate_of(state: HeldState, basis: Basis) -> Iterate:
+    """Where ADMM stood when it left this state."""
+    return Iterate(
+        V_plus_dual=basis.lift(*state.hidden_plus_dual),
+        S_plus_dual=state.S_plus_dual,
+        Z_plus_dual=state.Z_plus_dual,
+        z=state.z,
+        rho=state.rho,
+        iteration=state.iteration,
+        kappa_of_split=state.kappa,
+    )
+
+
+def _state_of(params: Network, problem: Problem, program: Program, last: Iterate, mark: Scalar) -> HeldState:
+    """The state from which :func:`_iterate_of` has the last iterate again."""
+    return HeldState(
+        params=params,
+        hidden_plus_dual=problem.basis.lower(last.V_plus_dual),
+        D=program.D,
+        A=program.A,
+        S_plus_dual=last.S_plus_dual,
+        Z_plus_dual=last.Z_plus_dual,
+        z=last.z,
+        rho=last.rho,
+        iteration=last.iteration,
+        kappa=last.kappa_of_split,
+        mark=mark,
+        gates=problem.gates,
+    )
+
+
+def _toward(
+    program: Program, start: tuple[Neurons, Bias], end: tuple[Neurons, Bias], gated_by: Gates | None, settings: Held
+) -> tuple[Neurons, Bias, Activations]:
+    """U, b and ``X U`` on the way from the start to the program's iterate, where the network's loss is least.
+
+    That iterate may break the program's cones, and its network then be worse than the start's.
+    """
+    rows = program.rows
+    here, there = ((U, b, rows.X @ U) for U, b in (start, end))
+    way = jax.tree.map(jnp.subtract, there, here)
+
+    def at(length: Scalar) -> tuple[Neurons, Bias, Activations]:
+        return jax.tree.map(lambda now, step: now + length * step, here, way)
+
+    def objective(network: tuple[Neurons, Bias, Activations]) -> Scalar:
+        U, b, Z = network
+        return network_objective(rows, program.A, b, program.beta, U, Z, gated_by)
+
+    found, _ = best_of(at, objective, jnp.asarray(settings.step_lengths, way[0].dtype))
+    return found
 
 
 def held(
@@ -314,66 +366,30 @@ def held(
         until: most iterations.
         length: of the traces, at least ``until + 1``.
     """
-    rows, basis, beta = problem.rows, problem.basis, problem.beta
     (U, A, b), (gate_key, run_key) = network, jax.random.split(key)
+    state, has_cones = start if isinstance(start, HeldState) else None, gated_by is None
+    if gated_by is None and problem.gates == "paired" and state is None:
+        U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
+    D = _gates(problem, U, gated_by, gate_key)
     mark, size = _mark(problem)
-    if gated_by is not None:
-        D = gated_by
-    elif problem.gates == "fixed":
-        D = gates_of(problem, U, gate_key)
-    else:
-        # Directions alternate in sign, so neighbours are the pairs (v, w) of the paper.
-        D = rows.X @ jnp.repeat(random_neurons(gate_key, U[:, ::2]), 2, axis=1)[:, : U.shape[1]] >= 0
-        if not isinstance(start, HeldState):
-            U, A = jnp.zeros_like(U), default_directions(A.shape[0], A.shape[1], A.dtype)
-    if isinstance(start, HeldState):
-        # With the gates of other rows the lower bound would be none.
-        of_these = jnp.abs(mark - start.mark) <= _SAME * size
-        D = D if gated_by is not None else jnp.where(of_these, start.D, D)
-        program = Program(rows, D, start.A, beta, has_cones=gated_by is None)
-        V_plus_dual = basis.lift(*start.hidden_plus_dual)
-        first = Iterate(
-            V_plus_dual, start.S_plus_dual, start.Z_plus_dual, start.z, start.rho, start.iteration, start.kappa
-        )
-    else:
-        program = Program(rows, D, A, beta, has_cones=gated_by is None)
+    if state is None:
+        program = _program(problem, D, A, has_cones=has_cones)
         first = init(program, U, b, problem.rho, problem.held)
+    else:
+        # With the gates of other rows the lower bound would be none.
+        of_these = jnp.abs(mark - state.mark) <= _SAME * size
+        D = D if gated_by is not None else jnp.where(of_these, state.D, D)
+        program = _program(problem, D, state.A, has_cones=has_cones)
+        first = _iterate_of(state, problem.basis)
     run = solve_program(problem, program, first, run_key, until, length)
-    last = run.iterate
-    # The program's iterate may break its cones, and its network then be worse than the start's.
-    Z = rows.X @ U
-    toward = jax.tree.map(jnp.subtract, (run.check.V, run.check.b, rows.X @ run.check.V), (U, b, Z))
-    lengths = jnp.asarray(problem.held.step_lengths, U.dtype)
-
-    def moved(length: Scalar) -> tuple[Neurons, Bias, Activations]:
-        return jax.tree.map(lambda now, step: now + length * step, (U, b, Z), toward)
-
-    def objective(length: Scalar) -> Scalar:
-        U, b, Z = moved(length)
-        return network_objective(rows, program.A, b, beta, U, Z, gated_by)
-
-    values = jax.lax.map(objective, lengths)
-    U, b, Z = moved(lengths[least(values)])
+    U, b, Z = _toward(program, (U, b), (run.check.V, run.check.b), gated_by, problem.held)
     return Ended(
-        (U, program.A, b, Z),
+        network=(U, program.A, b, Z),
         status=jnp.where(run.check.converged(problem.tol), Status.converged, Status.max_iters),
         figures={
             **figures(problem, run),
             "iterations": run.done,
             "objective_trace": run.objectives / problem.total_weight,
         },
-        state_of=lambda params: HeldState(
-            params,
-            basis.lower(last.V_plus_dual),
-            program.D,
-            program.A,
-            last.S_plus_dual,
-            last.Z_plus_dual,
-            last.z,
-            last.rho,
-            last.iteration,
-            last.kappa_of_split,
-            mark,
-            problem.gates,
-        ),
+        state_of=lambda params: _state_of(params, problem, program, run.iterate, mark),
     )

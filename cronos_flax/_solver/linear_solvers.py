@@ -38,13 +38,13 @@ class Kronecker:
     eigenvalues: Neurons
 
     @classmethod
-    def of(cls, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar) -> "Kronecker":
+    def of(cls, program: Program, kappa: Scalar) -> "Kronecker":
         """Of the U-step's system."""
-        assert eigenvalues is not None
+        assert program.eigenvalues is not None
         D, weight = program.D.astype(kappa.dtype), program.rows.weight
         M = (D.T @ (weight[:, None] * D) / jnp.sum(weight)) * (program.A @ program.A.T)
         shares, vectors = jnp.linalg.eigh(M)
-        return cls(vectors, 1 + jnp.outer(eigenvalues, jnp.maximum(shares, 0)) / kappa)
+        return cls(vectors, 1 + jnp.outer(program.eigenvalues, jnp.maximum(shares, 0)) / kappa)
 
     def divide(self, R: Neurons) -> Neurons:
         """Its inverse, times R."""
@@ -136,16 +136,14 @@ class Structured:
         plan = min(sizes, key=sizes.__getitem__)
         return plan if sizes[plan] <= _LARGEST_FACTOR else "kronecker"
 
-    def prepare(
-        self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array
-    ) -> "Float[Array, 'N N'] | Kronecker | Primal | None":
+    def prepare(self, program: Program, kappa: Scalar, key: Array) -> "Float[Array, 'N N'] | Kronecker | Primal | None":
         """The Cholesky factor or the preconditioner that :meth:`solve` wants, if any; to be renewed when κ changes."""
         del key
         X, D = program.rows.X, program.D.astype(program.rows.X.dtype)
         shape = *X.shape, *program.A.shape
         plan = self.plan(*shape) if program.has_cones else self.plan_without_cones(*shape)
         if plan == "kronecker" or (isinstance(X, Blocks) and not program.has_cones):
-            return Kronecker.of(program, eigenvalues, kappa)
+            return Kronecker.of(program, kappa)
         if not program.has_cones:
             kappa = kappa + _rounding(program)
         if plan == "primal":
@@ -153,7 +151,7 @@ class Structured:
         if plan == "plain" or isinstance(X, Blocks):  # a factor needs all rows at once
             return None
         n, C = len(D), len(program.A.T)
-        H = (X / program.K(eigenvalues)[None, :]) @ X.T
+        H = (X / program.K[None, :]) @ X.T
         if plan == "dense":
             # F acts on (row, output) pairs: F K⁻¹ F* = H ∘ (E Eᵀ) with one row of E for each pair.
             E = (D[:, None, :] * program.A.T[None]).reshape(n * C, -1)
@@ -168,7 +166,6 @@ class Structured:
     def solve(
         self,
         program: Program,
-        eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
         prepared: "Float[Array, 'N N'] | Kronecker | Primal | None",
         rhs: Neurons,
@@ -201,7 +198,7 @@ class Structured:
         if isinstance(prepared, Primal):
             U = prepared.divide(kappa * rhs)
             return U, X @ U, z
-        inverse_K = (1 / program.K(eigenvalues))[:, None]
+        inverse_K = (1 / program.K)[:, None]
 
         def inner(z: Outputs) -> Outputs:
             return kappa * z + program.F(X @ (inverse_K * adjoint(X, program.Ft(z))))
@@ -255,9 +252,8 @@ class NystromPCG:
         positive_integer("NystromPCG", "max_steps", self.max_steps)
         in_python(self, "rank", "max_steps")
 
-    def prepare(self, program: Program, eigenvalues: Float[Array, " d"] | None, kappa: Scalar, key: Array) -> Sketch:
+    def prepare(self, program: Program, kappa: Scalar, key: Array) -> Sketch:
         """The sketch of ``G*G + κ⁻¹ F*F``."""
-        del eigenvalues
         X, m = program.rows.X, program.A.shape[0]
         shape = X.shape[1], m
         test = test_matrix(shape[0] * m, self.rank, key, X.dtype)
@@ -273,7 +269,6 @@ class NystromPCG:
     def solve(
         self,
         program: Program,
-        eigenvalues: Float[Array, " d"] | None,
         kappa: Scalar,
         prepared: Sketch,
         rhs: Neurons,
@@ -282,7 +277,7 @@ class NystromPCG:
         V: Neurons | float = 0.0,
     ) -> tuple[Neurons, Activations, Outputs]:
         """As :meth:`Structured.solve`; the inner solution is handed through unused."""
-        del eigenvalues, V
+        del V
         U, _ = conjugate_gradient(
             lambda V: V + self._product(program, kappa, V),
             rhs,

@@ -28,6 +28,18 @@ def least(values: Float[Array, " k"]) -> Int[Array, ""]:
     return jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
 
 
+def best_of(
+    at: Callable[[Scalar], Tree], objective: Callable[[Tree], Scalar], places: Float[Array, " k"]
+) -> tuple[Tree, Scalar]:
+    """What is ``at`` the place of least finite objective, of these places, and its objective.
+
+    Each is made anew to be looked at, one after the other, so that only one is in memory.
+    """
+    values = jax.lax.map(lambda place: objective(at(place)), places)
+    best = least(values)
+    return at(places[best]), values[best]
+
+
 def conjugate_gradient(
     operator: Callable[[Tree], Tree],
     rhs: Tree,

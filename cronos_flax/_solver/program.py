@@ -38,7 +38,9 @@ def unit_rows(T: Float[Array, "k C"], fallback: Float[Array, "k C"]) -> Float[Ar
     return jnp.where(size > 0, T / or_one(size), fallback)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "A", "beta"], meta_fields=["has_cones"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["rows", "D", "A", "beta", "eigenvalues"], meta_fields=["has_cones"]
+)
 @dataclasses.dataclass(frozen=True)
 class Program:
     """The program for given gates and directions.
@@ -48,6 +50,7 @@ class Program:
         D: gates, True where a neuron is on.
         A: unit output directions.
         beta: β, the group penalty (in sums over rows).
+        eigenvalues: of the Gram matrix, where the rows are on its eigenbasis; else None.
         has_cones: whether ``G X U ≥ 0`` is asked for; not of a gated network.
     """
 
@@ -55,6 +58,7 @@ class Program:
     D: Gates
     A: Directions
     beta: Scalar
+    eigenvalues: Float[Array, " d"] | None
     has_cones: bool = True
 
     def F(self, Z: Activations) -> Outputs:
@@ -71,12 +75,13 @@ class Program:
         """``(2D − 1) ∘ Z``, its own adjoint and inverse; without cones the number zero."""
         return jnp.where(self.D, Z, -Z) if self.has_cones else jnp.zeros((), Z.dtype)
 
-    def K(self, eigenvalues: Float[Array, " d"] | None) -> Float[Array, " d"]:
+    @property
+    def K(self) -> Float[Array, " d"]:
         """The diagonal of ``K = I + X* G*G X``, which is ``I + XᵀX`` on its eigenbasis, and I without cones."""
         if not self.has_cones:
             return jnp.ones(self.rows.X.shape[1], self.A.dtype)
-        assert eigenvalues is not None
-        return 1 + eigenvalues
+        assert self.eigenvalues is not None
+        return 1 + self.eigenvalues
 
     def outputs(self, Z: Activations, b: Bias) -> Outputs:
         """``F Z + 1bᵀ``."""

@@ -23,7 +23,7 @@ from cronos_flax._solver.gauss_newton import (
     floored,
     gradient,
 )
-from cronos_flax._solver.numerics import least
+from cronos_flax._solver.numerics import best_of, least
 from cronos_flax._solver.program import (
     dead,
     network_objective,
@@ -90,18 +90,14 @@ def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
         b = None if iterate.b is None or constant is None else constant + share * (iterate.b - constant)
         return share * iterate.U, b, share * iterate.Z
 
-    def objective(share: Scalar) -> Scalar:
-        U, b, Z = at(share)
+    def objective(network: tuple[Neurons, Bias, Activations]) -> Scalar:
+        U, b, Z = network
         return network_objective(rows, iterate.A, b, beta, U, Z)
 
     shares = jnp.asarray([*(0.25**k for k in range(_QUARTERED)), 0.0], iterate.U.dtype)
-    values = jax.lax.map(objective, shares)
-    best = least(values)
-    U, b, Z = at(shares[best])
+    (U, b, Z), value = best_of(at, objective, shares)
     outputs = network_outputs(rows, iterate.A, b, Z)
-    return dataclasses.replace(
-        iterate, U=U, b=b, Z=Z, outputs=outputs, objective=values[best], has_dead=jnp.any(dead(U))
-    )
+    return dataclasses.replace(iterate, U=U, b=b, Z=Z, outputs=outputs, objective=value, has_dead=jnp.any(dead(U)))
 
 
 shrunk = Program(_shrunk, few=ONCE)

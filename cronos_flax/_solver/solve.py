@@ -148,18 +148,18 @@ def _begin(asked: Asked, *, hidden: int, place: NamedSharding | None = None) -> 
     beta = ratio * beta_max(rows) if solver.beta is None else solver.beta * total / basis.scale
     beta = jnp.where(beta >= 0, beta, jnp.nan)  # what is refused where it can be seen
     problem = Problem(
-        rows,
-        basis,
-        total,
-        beta,
-        jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype),
-        jnp.asarray(TOL if solver.tol is None else solver.tol, rows.X.dtype),
-        solver.gates,
-        solver.certify_iters,
-        solver.linear_solver,
-        solver.refreshed,
-        solver.held,
-        progress,
+        rows=rows,
+        basis=basis,
+        total_weight=total,
+        beta=beta,
+        rho=jnp.asarray(RHO if solver.rho is None else solver.rho, rows.X.dtype),
+        tol=jnp.asarray(TOL if solver.tol is None else solver.tol, rows.X.dtype),
+        gates=solver.gates,
+        certify_iters=solver.certify_iters,
+        linear_solver=solver.linear_solver,
+        refreshed=solver.refreshed,
+        held=solver.held,
+        progress=progress,
     )
     if solver.gates != "refreshed" and solver.linear_solver.on_eigenbasis:
         problem = problem.rotated()
