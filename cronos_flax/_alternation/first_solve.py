@@ -22,7 +22,7 @@ from cronos_flax._solver.losses import Loss, loss_of
 from cronos_flax._solver.meshes import on_automatic_axes_of
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Solution, TwoLayer, predict
-from cronos_flax._solver.staging import ONCE, Program
+from cronos_flax._solver.staging import ONCE, Stage
 from cronos_flax._solver.transfer import on_device, on_host, taken
 
 _STRONGER = 2.0  # a β that is too small is multiplied by this
@@ -111,4 +111,4 @@ def _gradient_growth(before: TwoLayer, after: TwoLayer, X: Array, y: Array, weig
     return size(gradient(after)) / jnp.maximum(usual, jnp.finfo(X.dtype).tiny)  # constant targets may leave none
 
 
-_growth = Program(_gradient_growth, few=ONCE)
+_growth = Stage(_gradient_growth, few=ONCE)

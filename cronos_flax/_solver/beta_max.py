@@ -10,7 +10,7 @@ from cronos_flax._solver.coordinates import Rows, normalised, scaled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.program import norms
-from cronos_flax._solver.staging import ONCE, Program
+from cronos_flax._solver.staging import ONCE, Stage
 from cronos_flax._solver.types import Design, Neurons, Outputs, RowVector, Scalar
 
 _STARTS, _STEPS = 16, 12  # of the climb to β_max
@@ -99,4 +99,4 @@ def _user_beta_max(
     return beta_max(rows) * basis.scale / jnp.sum(weight)
 
 
-user_beta_max = Program(_user_beta_max, few=ONCE)
+user_beta_max = Stage(_user_beta_max, few=ONCE)

@@ -15,7 +15,7 @@ from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.gauss_newton import Prepared, Step, places, sample_size
 from cronos_flax._solver.refreshed import Iterate, init, revived, stepped, stepped_in_warm_up
 from cronos_flax._solver.settings import Refreshed
-from cronos_flax._solver.staging import ONCE, Control, Program
+from cronos_flax._solver.staging import ONCE, Control, Stage
 from cronos_flax._solver.types import Bias, Directions, Neurons, Scalar
 
 
@@ -141,7 +141,7 @@ def _drawn(
     return key, probe_key, index, tried
 
 
-drawn = Program(_drawn, few=ONCE)
+drawn = Stage(_drawn, few=ONCE)
 
 
 def descend(
@@ -153,12 +153,12 @@ def descend(
     start: Descent,
     settings: Refreshed,
     tell: Callable[[Descent], None] = lambda _: None,
-    stepped: Program = stepped,
+    stepped: Stage = stepped,
 ) -> Descent:
     """Step until the loss stagnates or ``limits.max_iters``; ``tell`` is called after every step.
 
     Steps take their curvature from a sample of the rows until that leads no further, and then from all of them.
-    ``stepped`` is the program of a step.
+    ``stepped`` is the stage of a step.
     """
 
     def body(now: Descent) -> Descent:
@@ -209,7 +209,7 @@ def _better(rows: Rows, beta: Scalar, start: Iterate, found: Point) -> Iterate:
     return jax.tree.map(lambda new, old: jnp.where(there.objective < start.objective, new, old), there, start)
 
 
-few, better = Program(_few, few=ONCE), Program(_better, few=ONCE)
+few, better = Stage(_few, few=ONCE), Stage(_better, few=ONCE)
 
 
 def warm_up(

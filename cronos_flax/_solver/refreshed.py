@@ -34,7 +34,7 @@ from cronos_flax._solver.program import (
     unit_rows,
 )
 from cronos_flax._solver.settings import Refreshed
-from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Program
+from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Stage
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Outputs, Scalar
 
 _QUARTERED = 30  # how often outputs that are too large may be divided by four
@@ -100,7 +100,7 @@ def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
     return dataclasses.replace(iterate, U=U, b=b, Z=Z, outputs=outputs, objective=value, has_dead=jnp.any(dead(U)))
 
 
-shrunk = Program(_shrunk, few=ONCE)
+shrunk = Stage(_shrunk, few=ONCE)
 
 
 def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:
@@ -121,7 +121,7 @@ def _revived(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
     return on_gates_of(rows.X @ random_neurons(key, iterate.U), rows, iterate)
 
 
-revived = Program(_revived, few=ONCE)
+revived = Stage(_revived, few=ONCE)
 
 
 def search(
@@ -241,4 +241,4 @@ def step(
     return jax.tree.map(lambda new, old: jnp.where(falls, new, old), after, stayed)
 
 
-stepped, stepped_in_warm_up = Program(step, few=EVERY_STEP), Program(step, few=SOME_STEPS)
+stepped, stepped_in_warm_up = Stage(step, few=EVERY_STEP), Stage(step, few=SOME_STEPS)

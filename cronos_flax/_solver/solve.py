@@ -44,7 +44,7 @@ from cronos_flax._solver.solution import (
     gates_on,
     with_stats,
 )
-from cronos_flax._solver.staging import ONCE, OnHost, Program, control_of
+from cronos_flax._solver.staging import ONCE, OnHost, Stage, control_of
 from cronos_flax._solver.transfer import on_device
 from cronos_flax._solver.types import Bias, Directions, Gates, Neurons, RowVector, Scalar
 
@@ -268,8 +268,8 @@ def _figures(now: refreshed.Iterate, done: Array, total: Scalar) -> dict[str, Ar
     return {"iteration": done, "objective": now.objective / total, "active_neurons": active}
 
 
-begin_refreshed, end_refreshed = Program(_begin_refreshed, few=ONCE), Program(_end_refreshed, few=ONCE)
-held_solve, figures_of = Program(_held), Program(_figures, few=ONCE)
+begin_refreshed, end_refreshed = Stage(_begin_refreshed, few=ONCE), Stage(_end_refreshed, few=ONCE)
+held_solve, figures_of = Stage(_held), Stage(_figures, few=ONCE)
 
 
 def _solve_held(asked: Asked, *, hidden: int, max_iters: int) -> Solution:

@@ -1,6 +1,6 @@
-"""How a solve is compiled: as small programs with a loop on the host, or inside a program that is being traced.
+"""How a solve is compiled: in stages with a loop on the host, or inside a program that is being traced.
 
-Called from Python, each :class:`Program` is compiled by itself, and the loop between them runs on the host: what is
+Called from Python, each :class:`Stage` is compiled by itself, and the loop between them runs on the host: what is
 never reached is never compiled, and another number of iterations compiles nothing anew. (A solve with held gates is one
 program with its loop in it, which takes the number of iterations as an array.) Inside the caller's ``jit`` or ``vmap``
 the same functions are traced, with JAX's own control flow between them.
@@ -34,8 +34,8 @@ _UNOPTIMISED: dict[str, Any] = _COMMON | {"xla_backend_optimization_level": 0}
 ONCE, SOME_STEPS, EVERY_STEP = 4_000_000, 1_000_000, 50_000
 
 
-class Program:
-    """A function of arrays, compiled with products at full precision.
+class Stage:
+    """A part of a solve that is compiled as a whole: a function of arrays, with products at full precision.
 
     Args:
         function: the function; keyword arguments are static.
@@ -115,9 +115,9 @@ class OnHost:
     xp = np
 
     @staticmethod
-    def run(program: Program, *arguments: Any, **static: Any) -> Any:
-        """The program, compiled by itself."""
-        return program(*arguments, **static)
+    def run(stage: Stage, *arguments: Any, **static: Any) -> Any:
+        """The stage, compiled by itself."""
+        return stage(*arguments, **static)
 
     @staticmethod
     def cond(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
@@ -131,7 +131,7 @@ class OnHost:
 
     @staticmethod
     def back(tree: Any) -> Any:
-        """The same for a program."""
+        """The same for a stage."""
         return jax.tree.map(on_device, tree)
 
     @staticmethod
@@ -141,7 +141,7 @@ class OnHost:
 
     @staticmethod
     def known(decision: Any) -> bool | None:
-        """A decision that a program is compiled for."""
+        """A decision that a stage is compiled for."""
         return bool(decision)
 
     @staticmethod
@@ -166,9 +166,9 @@ class Traced:
     while_loop = staticmethod(jax.lax.while_loop)
 
     @staticmethod
-    def run(program: Program, *arguments: Any, **static: Any) -> Any:
-        """The program as part of the one that is traced."""
-        return program.inside(*arguments, **static)
+    def run(stage: Stage, *arguments: Any, **static: Any) -> Any:
+        """The stage as part of the program that is traced."""
+        return stage.inside(*arguments, **static)
 
     @staticmethod
     def seen(tree: Any) -> Any:

@@ -53,7 +53,7 @@ class Compiler:
         """An array that is not there."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows if by_rows else self.whole)
 
-    def compiled(self, run: staging.Program, *arguments: Any, **static: Any) -> tuple[Compiled, Any]:
+    def compiled(self, run: staging.Stage, *arguments: Any, **static: Any) -> tuple[Compiled, Any]:
         """The program, and the shapes and shardings of what it returns."""
         lowered = run.compiled(arguments).lower(arguments, tuple(sorted(static.items())))
         made = lowered.compile()

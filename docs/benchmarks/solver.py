@@ -155,7 +155,7 @@ def iteration(n: int, d: int, m: int, data_dir: Path) -> dict[str, Any]:
 def memory(n: int, d: int, m: int) -> dict[str, Any]:
     """Peak of the compiled programs of a solve over the bytes of 2 X + 4 n m floats."""
 
-    def planned(run: staging.Program, *arguments: Any, **static: Any) -> tuple[float, Any]:
+    def planned(run: staging.Stage, *arguments: Any, **static: Any) -> tuple[float, Any]:
         """Bytes of arguments, results and what lies between them; and the shapes of the results."""
         lowered = run.compiled(arguments).lower(arguments, tuple(sorted(static.items())))
         plan = lowered.compile().memory_analysis()
@@ -351,7 +351,7 @@ def revival(name: str, data_dir: Path) -> dict[str, Any]:
     X, labels = X[:3000].reshape(len(X[:3000]), -1).astype("float32"), labels[:3000]
     y = np.asarray(cf.signed_targets(labels, int(labels.max()) + 1))
     random, ends = descent.revived, {}
-    for way, revive in (("random", random), ("violating", staging.Program(violating))):
+    for way, revive in (("random", random), ("violating", staging.Stage(violating))):
         descent.revived = revive
         for ratio in (0.03, 0.1):
             beta = ratio / solve.BETA_RATIO * float(cf.Cronos(max_iters=1).solve(X, y, hidden=4).stats.beta)
