@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cronos_flax as cf
-from cronos_flax._solver import blocks, host
+from cronos_flax._solver import blocks, host, u_step
 
 
 def cut(X, *at):
@@ -45,8 +45,8 @@ def test_products_of_blocks_are_those_of_the_matrix(seed, n, piece, cuts):
 @pytest.mark.parametrize("gates", ["refreshed", "fixed", "paired", "gated"])
 def test_a_solve_in_blocks_is_the_solve_in_memory(gates, monkeypatch):
     monkeypatch.setattr(blocks, "_ROWS", 100)
-    monkeypatch.setattr(cf.Structured, "plan", lambda *_: "plain")  # in memory, too
-    monkeypatch.setattr(cf.Structured, "plan_without_cones", lambda *_: "kronecker")
+    monkeypatch.setattr(cf.Structured, "plan", lambda *_: u_step.Plain)  # in memory, too
+    monkeypatch.setattr(cf.Structured, "plan_without_cones", lambda *_: u_step.Kronecker)
     with jax.enable_x64(True):
         X, y = random_problem(0, n=350, p=6, C=2, dtype="float64")
         weight = np.random.default_rng(0).uniform(0, 2, size=350)

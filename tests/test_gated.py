@@ -13,7 +13,7 @@ from conftest import random_network, random_problem
 from flax import nnx
 
 import cronos_flax as cf
-from cronos_flax._solver import coordinates, linear_solvers, losses
+from cronos_flax._solver import coordinates, linear_solvers, losses, u_step
 from cronos_flax._solver import program as programs
 from cronos_flax._solver.solution import gates_on
 
@@ -258,7 +258,7 @@ def test_small_and_degenerate_data():
     assert float(there.stats.objective) == pytest.approx(float(absent.stats.objective), rel=1e-3)
 
 
-@pytest.mark.parametrize("plan", ["dense", "primal", "kronecker", "published"])
+@pytest.mark.parametrize("plan", [u_step.Woodbury, u_step.Primal, u_step.Kronecker, "published"])
 @pytest.mark.parametrize("output_bias", [True, False])
 def test_the_u_step_without_cones_solves_its_system(monkeypatch, plan, output_bias):
     monkeypatch.setattr(linear_solvers.Structured, "plan_without_cones", lambda self, n, d, m, C: plan)
