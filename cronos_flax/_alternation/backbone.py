@@ -14,6 +14,7 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
+from cronos_flax._alternation.optimizer_state import learns_from_steps
 from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections
@@ -63,7 +64,8 @@ def rated(
                 extra["value"] = extra["value"] + _decay_of(params, state.head_decay, paths)
         updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
         if largest_step is not None:
-            updates = limited(updates, _given(params, "steps are limited by the size of kernels"), largest_step)
+            kernels = _given(params, "steps are limited by the size of kernels")
+            updates = limited(updates, kernels, largest_step, together=learns_from_steps(optimizer_state))
         rate = state.backbone_rate * state.run_decay
         updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         return updates, state._replace(optimizer_state=optimizer_state)

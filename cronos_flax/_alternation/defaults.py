@@ -63,7 +63,7 @@ class Alternation:
             The spectral norm of an update is at most this share of that of a random matrix as large as the kernel; a
             larger update is made smaller as a whole. So a rate that is too high for a layer (Adam at .003 on thousands
             of inputs of one sign, wide blocks) does not wreck it. The guard's rate and ``decay`` come on top. Biases
-            and scales are not limited.
+            and scales are not limited; but a step of L-BFGS is made smaller as a whole, with all kernels and biases.
         largest_growth: how many times larger the loss's gradient in the features (root mean square over rows) may be
             after the first solve than before it, ``> 0``. While it is larger, that solve is done again with twice the
             β. A gradient that is smaller than that of a head of fresh weights counts as such a one. None takes 16,

@@ -106,6 +106,15 @@ def sets_its_rate(optimizer_state: Any) -> bool:
     return any(map(is_one, jax.tree.leaves(optimizer_state, is_leaf=is_one)))
 
 
+def learns_from_steps(optimizer_state: Any) -> bool:
+    """Whether an optimizer takes the curvature of the loss from the steps that were made, as L-BFGS does."""
+    return any(map(_has_secants, jax.tree.leaves(optimizer_state, is_leaf=_has_secants)))
+
+
+def _has_secants(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByLBFGSState)
+
+
 def _is_inside(path: tuple, paths: tuple[Path, Path]) -> bool:
     """Whether a leaf of a state belongs to a parameter of these layers."""
     keys: Path = ()  # of dicts since the last field of a state

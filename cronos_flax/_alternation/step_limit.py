@@ -5,6 +5,7 @@ one direction where the inputs have one sign. On many inputs a single step then 
 than they are. What counts is the spectral norm: it bounds how far a layer's outputs move.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ _ROUNDS = 2  # of power iteration: the norm comes out a few percent too small, m
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-def limited(updates: Any, params: Any, largest: float) -> Any:
+def limited(updates: Any, params: Any, largest: float, together: bool = False) -> Any:
     """Updates of which none moves a kernel by more than a share of its size.
 
     A kernel is a parameter of two or more axes, the last one its outputs. Its update ΔW becomes
@@ -30,20 +31,28 @@ def limited(updates: Any, params: Any, largest: float) -> Any:
         updates: of an optimizer, to be added to the parameters.
         params: the parameters, a tree of the same structure.
         largest: the share.
+        together: multiply all updates, those of vectors too, by the least factor of a kernel. So the direction of the
+            whole step stays, which L-BFGS needs: it takes the curvature along the step that was made.
 
     References:
         Yang, Simon, Bernstein, *A Spectral Condition for Feature Learning*, arXiv:2310.17813: features learn at
         the same pace in networks of all widths if the spectral norms of updates are in proportion to those of kernels.
     """
 
-    def limit(update: Array, param: Array) -> Array:
+    def factor(update: Array, param: Array) -> Array | None:
         if jnp.ndim(update) < 2 or jnp.size(update) == 0:
-            return update
+            return None
         step, kernel = (array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in (update, param))
-        factor = jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))
-        return (factor * update).astype(update.dtype)
+        return jnp.minimum(1.0, largest * size(kernel) / jnp.maximum(spectral_norm(step), _TINY))
 
-    return jax.tree.map(limit, updates, params)
+    def shortened(update: Array, factor: Array | None) -> Array:
+        return update if factor is None else (factor * update).astype(update.dtype)
+
+    factors = jax.tree.map(factor, updates, params)
+    if together and (known := jax.tree.leaves(factors)):
+        least = functools.reduce(jnp.minimum, known)
+        factors = jax.tree.map(lambda _: least, updates)
+    return jax.tree.map(shortened, updates, factors)
 
 
 def size(kernel: Float[Array, "*m n"]) -> Float[Array, ""]:
