@@ -277,8 +277,8 @@ class NoisyNnx(nnx.Module):
         self.encoder, self.dropout = nnx.Linear(5, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
         self.hidden, self.out = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
 
-    def __call__(self, x):
-        return self.out(nnx.relu(self.hidden(self.dropout(nnx.tanh(self.encoder(x))))))
+    def __call__(self, x, rngs=None):
+        return self.out(nnx.relu(self.hidden(self.dropout(nnx.tanh(self.encoder(x)), rngs=rngs))))
 
 
 @pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3), np.asarray(jax.random.PRNGKey(3))])
@@ -297,6 +297,9 @@ def test_features_with_dropout_warn_in_nnx():
     with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same .* with eval_mode=True"):
         cf.nnx.find_head(model, X, eval_mode=False)
     cf.nnx.find_head(model, X)
+    with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same"):
+        cf.nnx.find_head(model, X, eval_mode=False, rngs=nnx.Rngs(1))
+    cf.nnx.find_head(model, X, rngs=nnx.Rngs(1))
     model.eval()
     cf.nnx.find_head(model, X, eval_mode=False)
 
@@ -334,6 +337,13 @@ def test_gradient_steps_that_see_no_statistics_of_the_batch_are_told_of():
     """Without train=True they saw the running ones, and solves those of the batch, without a word."""
     with pytest.warns(UserWarning, match="train: `train_kwargs` must call the module as in training"):
         cf.train(linen_state(0.1), (X, Y), epochs=1, batch_size=64)
+
+
+def test_statistics_that_are_those_of_the_batch_already_may_stay():
+    state, _ = linen_state(1e-30).solve_head((X, Y))
+    state, _ = cf.train(state, (X, Y), epochs=1, batch_size=len(X), train_kwargs={"train": True})
+    with pytest.warns(UserWarning, match="train: `train_kwargs` must call the module as in training"):
+        cf.train(state.replace(step=0), (X, Y), epochs=1, batch_size=len(X))
 
 
 def test_an_axis_that_is_there_is_averaged_over():

@@ -1,4 +1,4 @@
-"""Data as users have them: each goes through one door, and comes out right or is refused by name."""
+"""Data as users have them: each comes out right or is refused by name."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from given import HEAD, MODEL, PARAMS, WIDE, Foreign, Interface, X, Y, alternati
 
 import cronos_flax as cf
 from cronos_flax._alternation.batch_check import balanced_weights
-from cronos_flax._head import data as door
+from cronos_flax._head.data import Batch
 from cronos_flax._solver.arrays import is_array, native
 from cronos_flax._solver.losses import LOSSES
 
@@ -275,7 +275,7 @@ def test_a_padded_row_that_is_not_finite_is_one_that_counts(as_):
         "scale": as_(np.float32("nan")),
     }
     before = jax.tree.map(np.array, given)
-    made = door.Batch.of((), given, np.zeros((3, 4), int), SEEN).kwargs
+    made = Batch.of((), given, np.zeros((3, 4), int), SEEN).kwargs
     same(given, before)
     words, padded = np.asarray(made["words"]), SEEN == 0
     padded[0, 3] = False
@@ -286,7 +286,7 @@ def test_a_padded_row_that_is_not_finite_is_one_that_counts(as_):
     np.testing.assert_array_equal(made["length"], [1, 1, np.nan])  # the last one counts
     np.testing.assert_array_equal(made["ids"], SEEN)
     assert np.isnan(made["scale"])
-    finite = door.Batch.of((WORDS,), {}, np.zeros((3, 4), int), SEEN)
+    finite = Batch.of((WORDS,), {}, np.zeros((3, 4), int), SEEN)
     assert finite.args[0] is WORDS
 
 
@@ -311,7 +311,7 @@ def test_weights_of_classes_are_in_gradients_and_in_the_losses_of_the_history(un
 
 
 def test_weights_of_classes_are_those_of_a_solve():
-    flat = [door.Batch.of((), {}, y).flat((64,), 3, LOSSES["softmax"], "train") for _, y in batched(X[:256], Y3)]
+    flat = [Batch.of((), {}, y).flat((64,), 3, LOSSES["softmax"], "train") for _, y in batched(X[:256], Y3)]
     weights = balanced_weights(LOSSES["softmax"], flat)
     there = np.bincount(Y3)
     np.testing.assert_allclose(weights, 256 / (3 * there), rtol=1e-6)
@@ -457,8 +457,8 @@ def test_what_a_mask_adds_to_scores_stays_and_tokens_that_are_not_finite_do_not(
     added = np.where(weight > 0, 0, -np.inf).astype("float32")
     tokens = np.where(weight[..., None] > 0, np.ones((2, 3, 4)), np.inf).astype("float32")
     for kind in (np.asarray, jnp.asarray):
-        batch = door.Batch.of((kind(tokens), kind(added)), {}, np.zeros((2, 3), int), weight, "here")
+        batch = Batch.of((kind(tokens), kind(added)), {}, np.zeros((2, 3), int), weight, "here")
         np.testing.assert_array_equal(batch.args[1], added)
         np.testing.assert_array_equal(batch.args[0], np.ones((2, 3, 4)))
-    missing = door.Batch.of((np.where(weight > 0, 2.0, np.nan),), {}, np.zeros((2, 3), int), weight, "here")
+    missing = Batch.of((np.where(weight > 0, 2.0, np.nan),), {}, np.zeros((2, 3), int), weight, "here")
     np.testing.assert_array_equal(missing.args[0], np.full((2, 3), 2.0))

@@ -629,6 +629,7 @@ def test_targets_that_float32_hardly_tells_apart_are_told_of(mean, kind, told, c
     with pytest.warns(UserWarning, match="`y` should vary around zero") if told else contextlib.nullcontext():
         solver.solve(X, y, hidden=8)
     solver.solve(X, np.full_like(y, 1e9), hidden=8)  # of constants nothing is lost
+    solver.solve(X, np.hstack([X[:, :1], np.where(X[:, 1:2] > 0, 0.1 + 0.2, 0.3)]), hidden=8)  # nor of rounding itself
 
 
 @pytest.mark.parametrize(("times", "told"), [(1.0, False), (1e6, True)])

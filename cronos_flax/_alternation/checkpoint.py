@@ -78,8 +78,8 @@ def save_checkpoint(
         _write(directory, step, content, keep)
 
 
-def save_held(directory: str | Path, state: Any, step: int, *, extra: Any = None, keep: int | None = None) -> None:
-    """As :func:`save_checkpoint`, into a directory that the caller holds."""
+def save_locked(directory: str | Path, state: Any, step: int, *, extra: Any = None, keep: int | None = None) -> None:
+    """As :func:`save_checkpoint`, into a directory that the caller has locked."""
     _write(Path(directory).absolute(), step, _content(state, step, extra, keep), keep)
 
 

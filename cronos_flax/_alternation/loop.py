@@ -20,6 +20,7 @@ from cronos_flax._alternation.position import Checkpoints, Position
 from cronos_flax._alternation.sources import Arrays, Batches, HeldBack
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Solution, Status
 from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
@@ -190,7 +191,7 @@ class Loop:
             self.solve_if_due()
             before = self.statistics_of_batches() if position.step == 0 else []
             self.state, value = self.stepped(self.state, batch)
-            if before and all(map(np.array_equal, before, self.statistics_of_batches())):
+            if before and same(before, self.statistics_of_batches()) and self.leaves_statistics(batch):
                 warn(_STAND_STILL)
             self.losses.append(value)
             position.step, position.batch = position.step + 1, position.batch + 1
@@ -222,6 +223,18 @@ class Loop:
         head = getattr(self.state, "head", None)
         is_seen = head is not None and head.in_training
         return on_host(jax.tree.leaves(self.state.model_state.get("batch_stats", {}))) if is_seen else []
+
+    def leaves_statistics(self, batch: Batch) -> bool:
+        """Whether a gradient step leaves the running statistics as they are, whatever they are.
+
+        Those of the batch itself stay where they are in any step.
+        """
+        state = copied(self.state)
+        shifted = automatically(_shifted, state.model_state["batch_stats"])
+        before = on_host(jax.tree.leaves(shifted))
+        state = state.replace(model_state={**state.model_state, "batch_stats": shifted})
+        after, _ = self.stepped(state, batch)
+        return same(before, on_host(jax.tree.leaves(after.model_state["batch_stats"])))
 
     def solved(self, state: Any, **choice: Any) -> tuple[Any, Solution]:
         """A state with its head solved for, and the solution."""
@@ -321,3 +334,13 @@ class Loop:
         if self.seconds is None:
             return False
         return agreed(self.clock.seconds + epoch_seconds if epoch_seconds > 0 else 0.0) > self.seconds
+
+
+def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:
+    """Whether two lists of arrays are equal."""
+    return all(map(np.array_equal, one, two))
+
+
+@jax.jit
+def _shifted(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf + 1, tree)

@@ -26,21 +26,21 @@ def made_of(state: Any) -> dict[str, Any] | None:
         return None
     leaves, treedef = jax.tree.flatten((module_params(state.params), state.opt_state, state.params))
     shapes = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf for leaf in leaves)
-    try:
-        return _made_of(state.tx, treedef, tuple(shapes))
-    except Exception:  # whatever an optimizer raises that needs more than is given here
-        return None
+    return _made_of(state.tx, treedef, tuple(shapes))
 
 
 @functools.lru_cache(maxsize=16)  # a run asks at each checkpoint
-def _made_of(tx: optax.GradientTransformation, treedef: Any, leaves: tuple) -> dict[str, Any]:
+def _made_of(tx: optax.GradientTransformation, treedef: Any, leaves: tuple) -> dict[str, Any] | None:
     grads, opt_state, params = jax.tree.unflatten(treedef, leaves)
 
     def update(grads: Any, opt_state: Any, params: Any) -> Any:
         return with_arguments(tx).update(grads, opt_state, params, value=jnp.float32(1))[::-1]
 
-    with jax.transfer_guard("allow"):  # Optax makes its constants on the host
-        closed, (new, _) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
+    try:
+        with jax.transfer_guard("allow"):  # Optax makes its constants on the host
+            closed, (new, _) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
+    except Exception:  # whatever an optimizer raises that needs more than is given here
+        return None
     counts = [not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(new)]
     of_counts = counts + [False] * (len(closed.jaxpr.outvars) - len(counts))
     found = with_versions(operations(closed.jaxpr, closed.jaxpr.outvars), "optax", "cronos_flax")

@@ -19,6 +19,8 @@ def warn_of_gradients_passed_on(
 ) -> None:
     """Warn if an optimizer leaves the gradients of some parameters as they are, as ``optax.masked`` does.
 
+    Not within ``optax.MultiSteps`` and other wrappers that decide on the device whether to step.
+
     Args:
         where: the caller's name.
         tx: the optimizer of the user; only one with ``optax.masked`` in it is looked at.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.training.train_state import TrainState
 
-from cronos_flax._alternation.checkpoint import restored, save_held
+from cronos_flax._alternation.checkpoint import restored, save_locked
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.files import locked_by_all
@@ -141,11 +141,11 @@ class Checkpoints:
         return self.directory is not None and self.newest != step
 
     def save(self, state: Any, position: Position) -> None:
-        """Save a checkpoint that is missing, while the directory is held."""
+        """Save a checkpoint that is missing, while the directory is locked."""
         assert self.directory is not None
         extra = {"settings": self.settings, "marks": self.marks, "start": self.start}
         extra["position"] = dataclasses.asdict(position)
-        save_held(self.directory, state, position.step, extra=extra, keep=_KEEP)
+        save_locked(self.directory, state, position.step, extra=extra, keep=_KEEP)
         self.newest = position.step
 
     def _check_same_run(self, extra: Any, params: Any) -> None:

@@ -377,7 +377,7 @@ def _check_what_is_in_memory(
         for batch in each.once() if isinstance(each, Arrays) else ():
             check(batch, place)
     for data in sets.values():
-        for batch in data.batches() if data.is_arrays else ():
+        for batch in data.batches() if isinstance(data.given, tuple) and data.unpack is None else ():
             check(batch, data.place)
 
 

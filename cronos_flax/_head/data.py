@@ -306,12 +306,24 @@ class UserData:
         if self.is_arrays:
             yield from _chunks(*self.arrays(), self.place, shuffled)
             return
-        for batch in (self.given,) if isinstance(self.given, Mapping) else self.given:
-            yield _of_loader(batch, self.unpack, self.place)
+        if isinstance(self.given, Mapping):
+            yield _unpacked(self.given, self.unpack, self.place)
+            return
+        for batch in self.given:
+            yield _of_its_own(_unpacked(batch, self.unpack, self.place))
 
 
-def _of_loader(batch: Any, unpack: Unpack | None, place: str) -> Batch:
+def _of_its_own(batch: Batch) -> Batch:
     """A batch that shares no memory with its loader, which may write the next one there while this is computed."""
+
+    def own(leaf: Any) -> Any:
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return batch._replace(args=jax.tree.map(own, batch.args), kwargs=jax.tree.map(own, batch.kwargs))
+
+
+def _unpacked(batch: Any, unpack: Unpack | None, place: str) -> Batch:
+    """A batch of a user, taken apart."""
     if unpack is not None:
         unpacked = unpack(batch)
         if not (isinstance(unpacked, tuple) and len(unpacked) in (2, 3) and isinstance(unpacked[0], tuple | dict)):
@@ -325,12 +337,7 @@ def _of_loader(batch: Any, unpack: Unpack | None, place: str) -> Batch:
         args, kwargs, y, weight = (batch[0],), {}, batch[1], None
     else:
         raise ValueError(f"{place}: each batch must be (x, y) with one array y, got {_kind(batch)}. Give unpack=.")
-
-    def own(leaf: Any) -> Any:
-        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-
-    made = Batch.of(args, kwargs, y, weight, place)
-    return made._replace(args=jax.tree.map(own, made.args), kwargs=jax.tree.map(own, made.kwargs))
+    return Batch.of(args, kwargs, y, weight, place)
 
 
 def _is_pair_of_arrays(value: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cronos_flax._solver.arrays import is_key
@@ -46,7 +47,8 @@ def warning(finder: str) -> str:
 
 
 def _new_style(key: Any) -> Any:
-    return key if is_key(key) else jax.random.wrap_key_data(on_device(key))
+    """A key of the new style; counts, such as those of ``nnx.Rngs``, as they are."""
+    return jax.random.wrap_key_data(on_device(key)) if np.ndim(key) and not is_key(key) else key
 
 
 @jax.jit

@@ -55,8 +55,15 @@ def with_versions(found: Mapping[str, int], *others: str) -> dict[str, Any]:
         found: the operations.
         *others: names of distributions that made them too, besides JAX and Flax.
     """
-    versions = [importlib.metadata.version(name) for name in ("jax", "flax", *others)]
+    versions = [_version(name) for name in ("jax", "flax", *others)]
     return {"versions": versions, "operations": dict(found)}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # it is on the path, and not installed
+        return "unknown"
 
 
 def other_names(then: Mapping[str, int], now: Mapping[str, int]) -> str:

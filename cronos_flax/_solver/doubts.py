@@ -53,15 +53,18 @@ def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
     """
     if not loss.takes_values or (isinstance(y, Array) and not (concrete(y) and y.is_fully_addressable)):
         return
-    values = on_host(opened(y, "solve: `y`"))
-    values = np.asarray(values[:: 1 + len(values) // _LOOKED_AT], float)
+    values = opened(y, "solve: `y`")
+    stride = 1 + len(values) // _LOOKED_AT
+    some = jax.lax.slice_in_dim(values, 0, None, stride) if isinstance(values, Array) else values[::stride]
+    values = np.asarray(on_host(some), float)
     deviation = np.atleast_1d(np.std(values - values[:1], axis=0))  # of constants it is zero
     size = np.atleast_1d(np.max(np.abs(values), axis=0))
-    worst = np.argmax(np.divide(size, deviation, out=np.zeros_like(size), where=deviation > 0))
-    if 0 < deviation[worst] * _HIDDEN < size[worst] * float(jnp.finfo(dtype).eps):
+    lost = np.minimum(deviation, size * float(jnp.finfo(dtype).eps))
+    if np.linalg.norm(lost) > _HIDDEN * np.linalg.norm(deviation):
+        most = np.argmax(lost)
         warn(
-            f"solve: `y` should vary around zero, got values up to {size[worst]:.3g} with a standard deviation of "
-            f"{deviation[worst]:.3g}: rounding to {jnp.dtype(dtype).name} hides most of what tells them apart. "
+            f"solve: `y` should vary around zero, got values up to {size[most]:.3g} with a standard deviation of "
+            f"{deviation[most]:.3g}: rounding to {jnp.dtype(dtype).name} hides most of what tells them apart. "
             "Subtract their mean first, in float64, and add it to the outputs."
         )
 

@@ -99,8 +99,7 @@ class Structured:
     ) -> tuple[Neurons, Activations, Outputs]:
         """``U`` with ``(K + κ⁻¹ F*F) U = rhs``, with ``X U`` and the inner solution for the next call.
 
-        V is where U leads to, and so near it. Without cones, a multiple of ``½‖U − V‖²`` that rounding asks for is
-        added to what the step minimises; where ADMM leads to is the same.
+        As :meth:`cronos_flax._solver.u_step.UStep.solve`; V is where U leads to, and so near it.
         """
         return prepared.solve(program, kappa, rhs, z, iteration, V)
 

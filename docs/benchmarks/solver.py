@@ -51,7 +51,7 @@ def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def fashion(data_dir: Path, n: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Pixels, ±1 for label < 5, and the door's β for .1 in sums over rows (method.md, "Units")."""
+    """Pixels, ±1 for label < 5, and the program's β for .1 in sums over rows (method.md, "Units")."""
     images, labels = load_tfds("fashion_mnist", "train", data_dir)
     X = images[:n].reshape(n, -1).astype("float32")
     y = np.where(labels[:n] < 5, 1.0, -1.0).astype("float32")
