@@ -4,6 +4,7 @@ import types
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,6 +12,7 @@ from conftest import drawn
 from flax import jax_utils, nnx
 
 import cronos_flax as cf
+from cronos_flax._head.data import UserData
 
 X = np.asarray(jax.random.normal(jax.random.key(0), (32, 5)))
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(3)])
@@ -131,3 +133,39 @@ def test_where_the_arguments_of_a_grafted_nnx_model_are_not_known_it_is_said():
     jitted = of_words("classify", jitted=True)  # compiled once, with the mask of the first call
     with pytest.raises(ValueError, match="must not be in a part of it that is transformed by itself"):
         jitted(WORDS, MASK)
+
+
+class ByIndex:
+    """As a data source of TFDS or a dataset of PyTorch: no __iter__."""
+
+    def __getitem__(self, index):
+        return np.ones((4, 3)), np.ones((4, 1))
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (ByIndex(), r"got ByIndex\. It can be read by index only.*loader"),
+        (lambda: iter(()), r"got function\. If it is a function that makes batches, .*__iter__"),
+        (3, "got int\\.$"),
+    ],
+)
+def test_data_that_cannot_be_iterated_over_are_refused_with_what_to_do(data, remedy):
+    with pytest.raises(ValueError, match=f"`data` must be .x, y. or an iterable of batches, {remedy}"):
+        UserData(data).check()
+
+
+def test_several_networks_in_arrays_are_refused_with_what_to_do():
+    """As vmap over keys gives: their status was a TypeError about Python scalars, and features were counted wrong."""
+    x = np.ones((5, 3), "float32")
+    one = cf.Cronos(loss="squared", max_iters=1).solve(x, x[:, :1], hidden=2)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), one)
+    with pytest.raises(ValueError, match=r"status: `solution` must be of one solve, got \(4,\) of them"):
+        several.status  # noqa: B018
+    with pytest.raises(ValueError, match=r"predict: `params` must be one network.*kernel1 has the shape \(4, 3, 2\)"):
+        cf.predict(several.params, x)
+    assert jax.tree.map(lambda leaf: leaf[0], several).status == one.status
+    assert jax.vmap(cf.predict, (0, None))(several.params, x).shape == (4, 5, 1)

@@ -247,7 +247,9 @@ class UserData:
             )
         kind = type(given).__name__
         if not isinstance(given, Iterable) or isinstance(given, str | bytes) or is_array(given):
-            raise ValueError(f"{self.where}: `{self.name}` must be (x, y) or an iterable of batches, got {kind}.")
+            raise ValueError(
+                f"{self.where}: `{self.name}` must be (x, y) or an iterable of batches, got {kind}.{_remedy(given)}"
+            )
         if repeatable and isinstance(given, Iterator):
             raise ValueError(
                 f"{self.where}: `{self.name}` must be re-iterable, got an iterator ({kind}), which can be read only "
@@ -350,6 +352,18 @@ def _kind(value: Any) -> str:
         return type(value).__name__
     inside = ", ".join(sorted({type(part).__name__ for part in value}))
     return f"{type(value).__name__} of {len(value)}" + (f" ({inside})" if inside else "")
+
+
+def _remedy(given: Any) -> str:
+    """What to do with what cannot be iterated over."""
+    if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not is_array(given):
+        return (
+            " It can be read by index only. If its items are batches, give [data[i] for i in range(len(data))]; if "
+            "rows, a loader that makes batches of them, or arrays of all rows as (x, y)."
+        )
+    if callable(given):
+        return " If it is a function that makes batches, give an object whose __iter__ calls it, or list(function())."
+    return ""
 
 
 def _chunks(x: Any, y: Any, where: str, shuffled: bool) -> Iterator[Batch]:

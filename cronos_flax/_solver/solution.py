@@ -126,6 +126,12 @@ def check_network(where: str, params: Any) -> None:
             f"{where}: `params` must be a cf.TwoLayer or a cf.GatedTwoLayer, got a {type(params).__name__}."
             f"{' Give its .params, as solution.params.' if has_one else ''}"
         )
+    if jnp.ndim(params.kernel1) > 2:
+        raise ValueError(
+            f"{where}: `params` must be one network, got several in arrays, as from vmap (kernel1 has the shape "
+            f"{jnp.shape(params.kernel1)}). Call it under jax.vmap, or take one of them, "
+            "jax.tree.map(lambda leaf: leaf[0], params)."
+        )
 
 
 def gates_on(params: GatedTwoLayer, X: Array | np.ndarray | Blocks) -> Gates:
@@ -280,7 +286,17 @@ class Solution:
 
     @property
     def status(self) -> Status:
-        """How the solve ended. Reads one integer from the device."""
+        """How the solve ended. Reads one integer from the device.
+
+        Raises:
+            ValueError: for the solutions of several solves in one object, as ``vmap`` makes it.
+        """
+        if jnp.ndim(self.status_code):
+            raise ValueError(
+                f"status: `solution` must be of one solve, got {jnp.shape(self.status_code)} of them, as from vmap. "
+                "Take one of them, jax.tree.map(lambda leaf: leaf[0], solution), or compare the array "
+                "solution.status_code with cf.Status.converged and others."
+            )
         return Status(int(on_host(self.status_code)))
 
 
