@@ -1,6 +1,7 @@
 """The comparison: baselines that are what Optax has, rows that survive a kill, choice by validation rows only."""
 
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -379,6 +380,25 @@ def test_a_model_of_ones_own_with_running_statistics_and_dropout(tmp_path, monke
     with pytest.raises(SystemExit, match="2"):
         main([*wider, "--quiet"])
     assert "must have the 2 outputs that it is asked for, got 3" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_of_ones_own_that_has_changed_is_not_added_to_the_runs_of_the_old_one(tmp_path, monkeypatch):
+    """The rows of the old model were taken for those of the new one, without a word."""
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "import flax.linen as nn\ndef net(n):\n    return nn.Sequential([nn.Dense({}), nn.relu, nn.Dense(n)])\n"
+
+    def swept(width):
+        (tmp_path / "changing.py").write_text(text.format(width))
+        sys.modules.pop("changing", None)
+        importlib.invalidate_caches()
+        task = Task.of(Settings("wine", model="changing:net", epochs=1, batch_size=32))
+        return sweep(task.settings, [Run("adam", 1e-3, 0)], tmp_path / "out", task=task)
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    rows = swept(8)
+    assert swept(8) == rows
+    with pytest.raises(ValueError, match=r"`out` \S+ holds runs of another model: changing:net has changed since"):
+        swept(9)
 
 
 def test_the_command_leaves_rows_tables_and_pictures(tmp_path, capsys):

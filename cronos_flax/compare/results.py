@@ -49,7 +49,8 @@ def check_same(rows: Iterable[Row], shared: Row, where: str, other: str, remedy:
 
     Args:
         rows: to check.
-        shared: settings by name, and ``"data"``, the checksum of the data, if it is known.
+        shared: settings by name, and of what they name ``"data"`` and ``"variables"``, the checksums of the data and of
+            the shapes of a model, if these are known.
         where: what holds the rows, for the message.
         other: what has the settings.
         remedy: what to do.
@@ -59,7 +60,7 @@ def check_same(rows: Iterable[Row], shared: Row, where: str, other: str, remedy:
     """
     rows = list(rows)
     for name, value in shared.items():
-        default = value if name == "data" else None  # which early versions did not keep
+        default = value if name in ("data", "variables") else None  # which early versions did not keep
         theirs = next((row.get(name, default) for row in rows if row.get(name, default) != value), value)
         if theirs == value:
             continue
@@ -68,6 +69,12 @@ def check_same(rows: Iterable[Row], shared: Row, where: str, other: str, remedy:
             raise ValueError(
                 f"{where} holds runs on other data: {dataset} has changed since (its checksum is {theirs}, and {other} "
                 f"has {value}). {remedy}"
+            )
+        if name == "variables":
+            model = rows[0]["model"]
+            raise ValueError(
+                f"{where} holds runs of another model: {model} has changed since (the checksum of its variables' names "
+                f"and shapes is {theirs}, and {other} has {value}). {remedy}"
             )
         raise ValueError(f"{where} holds a comparison with {name}={theirs!r}, and {other} has {value!r}. {remedy}")
 

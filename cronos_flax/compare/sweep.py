@@ -80,10 +80,9 @@ def fill(
     known = [*rows, *([plan.shared] if plan else [])]
     check_same(known, settings.shared(), f"`out` {out}", "this one", "Give another directory.")
     task = Task.of(settings) if task is None else task
-    data = {"data": task.checksum}
-    check_same(known, data, f"`out` {out}", "this one", "Give another directory.")
+    check_same(known, task.made_of, f"`out` {out}", "this one", "Give another directory.")
     if shard:
-        runs = Plan(shard, settings.shared() | data, tuple(dict.fromkeys(runs))).begin(out)
+        runs = Plan(shard, settings.shared() | task.made_of, tuple(dict.fromkeys(runs))).begin(out)
     done, missing = by_run(rows), []
     for run in dict.fromkeys(runs):
         if run in done:
@@ -148,7 +147,7 @@ def _finished(task: Task, run: Run, watch: Callable[[Row], Any] = lambda _: None
         if error in raised:  # the caller's, not the run's
             raise
         rows = [{"epoch": 0, "error": f"{type(error).__name__}: {error}"}]
-    known = {**task.settings.shared(), **run._asdict(), "data": task.checksum, **_environment()}
+    known = {**task.settings.shared(), **run._asdict(), **task.made_of, **_environment()}
     rows = [{**known, **{name: _plain(value) for name, value in row.items()}} for row in rows]
     rows[-1]["end"] = True
     return rows
