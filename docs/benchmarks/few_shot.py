@@ -39,7 +39,7 @@ from cronos_flax.compare.data import load_tfds
 
 WEIGHTS = "FEW_SHOT_WEIGHTS"  # the environment variable that tells the factories, which compare imports by name
 METHODS = "cronos-ft", "cronos-ft:adam", "lp-ft:adam", "lp-ft:adam+cosine", "adam+cosine", "cronos", "linear-probe"
-# With the decay of CRONOS-AM, and with its limit of steps too: what is left between them and it is due to the solves.
+# With the decay of CRONOS-AM, and with its limit of steps too: what is left is due to the solves, and to the guard.
 CONTROLS = "lp-ft:adam+wsd", "lp-ft:limited_adam+wsd"
 
 
