@@ -53,10 +53,8 @@ def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
     """
     if not loss.takes_values or (isinstance(y, Array) and not (concrete(y) and y.is_fully_addressable)):
         return
-    values = opened(y, "solve: `y`")
-    stride = 1 + len(values) // _LOOKED_AT
-    some = jax.lax.slice_in_dim(values, 0, None, stride) if isinstance(values, Array) else values[::stride]
-    values = np.asarray(on_host(some), float)
+    values = on_host(opened(y, "solve: `y`"))  # before it is cut: inside jit that would be traced
+    values = np.asarray(values[:: 1 + len(values) // _LOOKED_AT], float)
     deviation = np.atleast_1d(np.std(values - values[:1], axis=0))  # of constants it is zero
     size = np.atleast_1d(np.max(np.abs(values), axis=0))
     lost = np.minimum(deviation, size * float(jnp.finfo(dtype).eps))
