@@ -1,5 +1,6 @@
 """``cf.train``: an ordinary loop in a function; what is killed goes on to the same end."""
 
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -334,6 +335,55 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         train(epochs=4, solve_every=5, directory=tmp_path)
 
 
+def turning(figure, **keywords):
+    """A run of eight epochs, whose steps go down for three of them, and up from there on."""
+    turn = optax.chain(optax.sgd(0.3), optax.scale_by_schedule(lambda count: jnp.where(count < 12, 1, -1)))
+    start = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=turn)
+    return train(
+        **{"state": start, "epochs": 8, "validation": (X[256:], Y[256:]), "loss": "softmax"} | keywords,
+        keep_best=figure,
+    )
+
+
+@pytest.mark.parametrize("figure", ["validation_loss", "validation_accuracy"])
+def test_the_state_of_the_best_epoch_is_returned(figure):
+    state, history = turning(figure)
+    values = np.array([row[figure] for row in history])
+    best = values.argmax() if figure.endswith("accuracy") else values.argmin()
+    assert 0 < best < 7
+    assert int(state.step) == history[best]["step"]
+    last, again = turning(None)
+    assert again[-1][figure] == values[-1]
+    assert int(last.step) == history[-1]["step"]
+    short, _ = turning(None, epochs=int(best) + 1)
+    same(jax.tree.leaves(state.params), jax.tree.leaves(short.params))
+
+
+def test_a_run_that_keeps_the_best_goes_on_where_it_stopped(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(row):
+        if row["epoch"] == 7:
+            raise StopError
+
+    whole, _ = turning("validation_loss")
+    with pytest.raises(StopError):
+        turning("validation_loss", directory=tmp_path, callbacks=[stop])
+    assert {int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()} == {12, 16, 20, 24}
+    for epochs in (8, 8, 9):
+        resumed, _ = turning("validation_loss", directory=tmp_path, epochs=epochs)
+        same(jax.tree.leaves(resumed), jax.tree.leaves(whole))
+    gone_on, _ = turning("validation_loss", directory=tmp_path, epochs=10, state=whole)  # it has come to that one too
+    same(jax.tree.leaves(gone_on), jax.tree.leaves(whole))
+    with pytest.raises(ValueError, match="holds a run with keep_best='validation_loss'"):
+        turning(None, directory=tmp_path)
+    shutil.rmtree(tmp_path / "12")
+    with pytest.warns(UserWarning, match="step 12, the best by validation_loss, cannot be read any more"):
+        resumed, _ = turning("validation_loss", directory=tmp_path, epochs=11)
+    assert int(resumed.step) == 44
+
+
 BAD = {
     "state": (lambda: cf.train(PARAMS, (X, Y), epochs=1), "`state` must be"),
     "loss of a plain state": (lambda: train(plain()), "`loss` must be"),
@@ -346,6 +396,17 @@ BAD = {
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
     "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
     "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),
+    "keep_best without validation": (lambda: train(keep_best="validation_loss"), "`validation`, which is not given"),
+    "keep_best": (
+        lambda: train(keep_best="loss", validation=(X, Y)),
+        "must be 'validation_loss' or 'validation_accuracy', got 'loss'",
+    ),
+    "keep_best of no labels": (
+        lambda: train(
+            plain(), (X, X[:, :2]), loss="squared", keep_best="validation_accuracy", validation=(X, X[:, :2])
+        ),
+        "its rows have no labels",
+    ),
     "no batches": (lambda: train(plain(), data=[], loss="softmax"), "at least one batch"),
     "targets": (lambda: train(data=(X, np.ones((300, 3), "float32"))), "targets"),
     "x": (lambda: train(data=(X[:, :3], Y)), "the model takes"),

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cronos_flax._alternation import optimizer_code
 from cronos_flax._alternation.silence import silence
@@ -78,9 +79,11 @@ def save_checkpoint(
         _write(directory, step, content, keep)
 
 
-def save_locked(directory: str | Path, state: Any, step: int, *, extra: Any = None, keep: int | None = None) -> None:
-    """As :func:`save_checkpoint`, into a directory that the caller has locked."""
-    _write(Path(directory).absolute(), step, _content(state, step, extra, keep), keep)
+def save_locked(
+    directory: str | Path, state: Any, step: int, *, extra: Any, keep: int, besides: int | None = None
+) -> None:
+    """As :func:`save_checkpoint`, into a directory that the caller has locked; one more step is kept ``besides``."""
+    _write(Path(directory).absolute(), step, _content(state, step, extra, keep), keep, besides)
 
 
 def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     return {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
 
 
-def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None) -> None:
+def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None, besides: int | None = None) -> None:
     taken = directory / str(step)
     if taken.exists():
         try:
@@ -117,7 +120,7 @@ def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None
             raise ValueError(
                 f"save_checkpoint: `step` {step} is in {directory} already. Give a later step, or another directory."
             )
-    with _system_errors(directory), _manager(directory, keep) as manager:
+    with _system_errors(directory), _manager(directory, keep, besides) as manager:
         manager.save(step, args=ocp.args.Composite(**content), force=True)
         manager.wait_until_finished()
 
@@ -206,8 +209,10 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
     return state, None, None
 
 
-def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+def _manager(directory: Path, keep: int | None = None, besides: int | None = None) -> ocp.CheckpointManager:
+    one = preservation_policy.CustomSteps([] if besides is None else [besides])
+    kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), one])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
 
 

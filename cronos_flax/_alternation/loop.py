@@ -108,6 +108,8 @@ class Loop:
         callbacks: called with each row of the history.
         seconds: training time to keep to.
         checkpoints: of the run.
+        keep_best: the figure of validation by which the best state is kept; None for none.
+        best: the best state so far.
         losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
         last: the last solve, if its first gradient steps are not yet in ``position.loss_sum``.
         told: whether the user knows that gradient steps contradict a solve.
@@ -131,6 +133,8 @@ class Loop:
     callbacks: tuple[Callable[[Row], Any], ...]
     seconds: float | None
     checkpoints: Checkpoints
+    keep_best: str | None = None
+    best: Any = None
     losses: list[Array] = dataclasses.field(default_factory=list)
     last: LastSolve | None = None
     told: bool = False
@@ -215,8 +219,22 @@ class Loop:
         with self.clock.stopped():
             figures = self.validate(self.state)
         self.tell(loss=mean_loss, **figures)
+        self.keep_if_best()
         self.save()
         return is_last
+
+    def keep_if_best(self) -> None:
+        """Keep a copy of the state if its figure of validation is the best so far."""
+        name, position = self.keep_best, self.position
+        if name is None or self.lost:
+            return
+        if name not in position.history[-1]:
+            raise ValueError(
+                f"train: `keep_best` must be a figure that there is, got {name!r}: its rows have no labels."
+            )
+        if position.is_best_by(name):
+            with self.clock.stopped():
+                self.best, position.best_step = copied(self.state), position.step
 
     def statistics_of_batches(self) -> list[np.ndarray]:
         """The running statistics, which gradient steps change if their batch norms see what solves see: a batch."""

@@ -19,6 +19,7 @@ from cronos_flax._head.files import locked_by_all
 from cronos_flax._head.fingerprint import Fingerprint, checksum, difference
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.user_warnings import warn
 
 State = TypeVar("State", bound=TrainState)
 
@@ -46,6 +47,7 @@ class Position:
         holds_back: whether they are still unseen.
         chosen_at: the epoch before which β was chosen; None before that.
         compared_from: the row of the history from which on losses of epochs are compared.
+        best_step: the step after which the figure to keep the best of was best; None if there is none.
         history: the rows so far.
     """
 
@@ -63,6 +65,7 @@ class Position:
     holds_back: bool = False
     chosen_at: int | None = None
     compared_from: int = 0
+    best_step: int | None = None
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     @property
@@ -89,6 +92,13 @@ class Position:
         rows = self.history[self.compared_from :]
         least = min((row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))), default=math.inf)
         return not loss <= least + _RISE * self.null_loss  # it may be NaN
+
+    def is_best_by(self, figure: str) -> bool:
+        """Whether the last row of the history has the best value so far: the highest accuracy, or the least loss."""
+        sign = 1 if figure.endswith("accuracy") else -1
+        before = [row[figure] for row in self.history if row["step"] == self.best_step and figure in row]
+        now = self.history[-1][figure]
+        return math.isfinite(now) and all(sign * now > sign * value for value in before)
 
     def share_done(self, epochs: int) -> float:
         """How much of a run of so many epochs is done, from 0 to 1."""
@@ -125,16 +135,35 @@ class Checkpoints:
             return contextlib.nullcontext()
         return locked_by_all(Path(self.directory).absolute(), "train: `directory`")
 
-    def resumed(self, state: State) -> tuple[State, Position]:
-        """The saved state and its position, or, if there is none, the state given."""
-        extra: Any = None
+    def resumed(self, given: State) -> tuple[State, Position, State | None]:
+        """The saved state, its position, and the best state before; or, if there is none, the state given."""
+        state, extra = given, None
         if self.directory is not None:
-            state, self.newest, extra = restored(self.directory, state)
+            state, self.newest, extra = restored(self.directory, given)
         if self.newest is None:
-            return state, Position(step=int(on_host(state.step)))
-        self._check_same_run(extra, module_params(state.params))
+            return state, Position(step=int(on_host(state.step))), None
+        self._check_is_run(extra)
+        position = Position(**extra["position"])
+        best = self._best(given, position)
+        self._check_same_run(extra, [each for each in (state, best) if each is not None])
         self.start = extra["start"]
-        return state, Position(**extra["position"])
+        return state, position, best
+
+    def _best(self, given: State, position: Position) -> State | None:
+        """The best state so far, if the run keeps it; without its checkpoint the best is one of the epochs to come."""
+        step, found = position.best_step, None
+        if step is None or self.directory is None:
+            return None
+        with contextlib.suppress(ValueError):
+            state, found, _ = restored(self.directory, given, step=step)
+        if found == step:
+            return state
+        warn(
+            f"train: the checkpoint of step {step}, the best by {self.settings['keep_best']}, cannot be read any more "
+            f"in {self.directory}. The best of the epochs from here on is kept."
+        )
+        position.best_step = None
+        return None
 
     def is_missing(self, step: int) -> bool:
         """Whether there is a directory, and no checkpoint of this step yet."""
@@ -145,10 +174,10 @@ class Checkpoints:
         assert self.directory is not None
         extra = {"settings": self.settings, "marks": self.marks, "start": self.start}
         extra["position"] = dataclasses.asdict(position)
-        save_locked(self.directory, state, position.step, extra=extra, keep=_KEEP)
+        save_locked(self.directory, state, position.step, extra=extra, keep=_KEEP, besides=position.best_step)
         self.newest = position.step
 
-    def _check_same_run(self, extra: Any, params: Any) -> None:
+    def _check_is_run(self, extra: Any) -> None:
         if not isinstance(extra, dict) or set(extra) != {"settings", "marks", "start", "position"}:
             raise ValueError(
                 f"train: `directory` must hold a run of cf.train, got checkpoints of another kind in {self.directory}."
@@ -159,6 +188,8 @@ class Checkpoints:
                 f"train: `directory` {self.directory} holds a run of a later version of cronos_flax, which saves "
                 f"{', '.join(sorted(unknown))} too. Use that version, or another directory."
             )
+
+    def _check_same_run(self, extra: Any, states: list[Any]) -> None:
         for name, value in self.settings.items():
             saved = extra["settings"].get(name)
             if saved != value:
@@ -176,7 +207,8 @@ class Checkpoints:
                     f"train: `directory` {self.directory} holds a run with other `{name}`: {differs}. Use the "
                     "same data, or another directory."
                 )
-        if not any(_alike(self.start, other) for other in (extra["start"], some_entries(params))):
+        known = [extra["start"], *(some_entries(module_params(state.params)) for state in states)]
+        if not any(_alike(self.start, other) for other in known):
             raise ValueError(
                 f"train: `directory` {self.directory} holds a run that began with other parameters than those of "
                 "`state`. Give the same state, or the one that the run has come to, or another directory."

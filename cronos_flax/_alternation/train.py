@@ -65,6 +65,7 @@ def train(
     seconds: float | None = None,
     directory: str | Path | None = None,
     save_every: int | None = None,
+    keep_best: str | None = None,
     compile_first: bool = False,
 ) -> tuple[State, list[Row]]:
     """Train a module: gradient steps, and head solves between them.
@@ -125,16 +126,19 @@ def train(
             checksum: of arrays up to 64 MB all rows, of larger ones 4,096 rows; of a loader the first batch, as far as
             it is the same when it is read twice.
         save_every: steps between checkpoints; None saves after each epoch.
+        keep_best: the figure of ``validation`` by which the state to return is chosen: that after the epoch with the
+            least ``"validation_loss"`` or the highest ``"validation_accuracy"``, the first of several such epochs. It
+            is kept in memory, and in the ``directory``. None means the state at the end.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
 
     Returns:
-        The state, and the history. The history is a list of flat dicts of numbers. There is one for each solve, with
-        ``objective``, ``initial_objective``, ``beta``, ``solve_seconds`` (the pass for features included) and
-        ``state.figures``;
-        and one for each epoch, with ``loss`` (the mean over its batches), ``validation_loss`` and, if there are labels,
-        ``validation_accuracy``, a share of rows. ``class_weight`` counts in losses, not in accuracies. Each has
-        ``step``, ``epoch`` and ``seconds``, the training time with solves and without validation and checkpoints.
+        The state, that at the end or that of ``keep_best``, and the history. The history is a list of flat dicts of
+        numbers. There is one for each solve, with ``objective``, ``initial_objective``, ``beta``, ``solve_seconds``
+        (the pass for features included) and ``state.figures``; and one for each epoch, with ``loss`` (the mean over its
+        batches), ``validation_loss`` and, if there are labels, ``validation_accuracy``, a share of rows.
+        ``class_weight`` counts in losses, not in accuracies. Each has ``step``, ``epoch`` and ``seconds``, the training
+        time with solves and without validation and checkpoints.
 
     Raises:
         ValueError: for arguments that do not fit, and for a ``directory`` with a run of other settings or data.
@@ -196,6 +200,7 @@ def train(
     if solve_data is not None:
         to_solve = source_of(UserData(solve_data, unpack, "train", "solve_data"), batch_size, None, key)
     sets = _validation_sets(validation, unpack)
+    _check_keep_best(keep_best, sets)
     settings = _settings(
         state,
         key,
@@ -203,6 +208,7 @@ def train(
         steps_per_epoch=steps_per_epoch,
         solve_rows=solve_rows,
         solve_every=solve_every,
+        keep_best=keep_best,
         loss=said(loss),
         rngs=_described(streams),
         train_kwargs=said(train_kwargs),
@@ -221,7 +227,9 @@ def train(
     start = {} if directory is None else some_entries(module_params(state.params))
     checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.locked():
-        state, position = checkpoints.resumed(state.replace(step=on_device(state.step)))  # Flax starts with an int
+        state, position, best = checkpoints.resumed(
+            state.replace(step=on_device(state.step))
+        )  # Flax starts with an int
         position.batches = position.batches or source.known_batches()
         check = BatchCheck(state, loss, train_kwargs, streams)
         _check_what_is_in_memory(check, source, to_solve, sets)
@@ -254,13 +262,15 @@ def train(
             callbacks=tuple(map(on_first, callbacks)),
             seconds=seconds,
             checkpoints=checkpoints,
+            keep_best=keep_best,
+            best=best,
         )
         if compile_first:
             loop.compile()
         over = position.epoch >= epochs or loop.time_is_up()
         while not over:
             over = loop.do_epoch()
-    state = loop.state
+    state = loop.state if loop.best is None else loop.best
     if isinstance(state.opt_state, RatedState):  # whoever goes on with it has a rate of his own
         state = state.replace(opt_state=state.opt_state._replace(run_decay=on_device(1, jnp.float32)))
     return state, position.history
@@ -366,6 +376,14 @@ def _validation_sets(validation: Any, unpack: Callable[[Any], tuple] | None) -> 
         for prefix, rows in given.items()
         if rows is not None
     }
+
+
+def _check_keep_best(keep_best: str | None, sets: Mapping[str, UserData]) -> None:
+    """Raise a ValueError unless it is the name of a figure of the validation rows."""
+    figures = [f"{prefix}_{figure}" for prefix in sets for figure in ("loss", "accuracy")]
+    if keep_best is not None and keep_best not in figures:
+        there = " or ".join(map(repr, figures)) if figures else "a figure of `validation`, which is not given"
+        raise ValueError(f"train: `keep_best` must be {there}, got {keep_best!r}.")
 
 
 def _check_what_is_in_memory(
