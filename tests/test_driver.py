@@ -1,8 +1,11 @@
 """``cf.train``: an ordinary loop in a function; what is killed goes on to the same end."""
 
+import functools
+import gc
 import shutil
 import signal
 import warnings
+import weakref
 from pathlib import Path
 
 import flax.linen as nn
@@ -12,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import resumed
+from flax import nnx
 from flax.training.train_state import TrainState
 from forked import ADDS_NONE, Forked
 from given import HEAD, MODEL, PARAMS, X, Y
@@ -345,6 +349,54 @@ def turning(figure, **keywords):
     )
 
 
+def alternation_in_linen():
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+    params = model.init(jax.random.key(0), X[:1])["params"]
+    head = cf.find_head(model, {"params": params}, X[:8])
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply, params=params, tx=optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax")
+    )
+    return state, [head, model]
+
+
+def alternation_in_nnx():
+    rngs = nnx.Rngs(0)
+    layers = [nnx.Linear(X.shape[1], 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 6, rngs=rngs), nnx.relu]
+    model = nnx.Sequential(*layers, nnx.Linear(6, 2, rngs=rngs))
+    head = cf.nnx.find_head(model, X[:8])
+    return cf.nnx.CronosTrainState.create(
+        model=model, tx=optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax")
+    ), [head, model]
+
+
+@pytest.mark.parametrize("made", [alternation_in_linen, alternation_in_nnx])
+def test_models_and_their_programs_can_be_given_up(made):
+    """JAX kept each model with its programs; some 300 runs in one process ended in an error of LLVM."""
+
+    def run():
+        state, parts = made()
+        train(state, validation=(X[256:], Y[256:]))
+        return [weakref.ref(part) for part in parts]
+
+    def caches():
+        gc.unfreeze()  # what `conftest.py` froze
+        found = (each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper))
+        return [each for each in found if (each.__module__ or "").startswith("cronos_flax")]
+
+    def left():
+        """Programs that are left when this package has given up its own."""
+        for cache in caches():
+            cache.cache_clear()
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    run()
+    before, parts = left(), run()
+    assert all(each.cache_info().maxsize is not None for each in caches() if each.cache_info().currsize > 4)
+    assert left() <= before
+    assert [part() for part in parts] == [None] * len(parts)
+
+
 @pytest.mark.parametrize("figure", ["validation_loss", "validation_accuracy"])
 def test_the_state_of_the_best_epoch_is_returned(figure):
     state, history = turning(figure)
@@ -423,8 +475,10 @@ def test_bad_input_is_refused(case):
 def test_a_compiled_step_is_of_keyword_arguments_of_the_same_types():
     """That of True was taken for 1, as the two are equal."""
 
+    one = plain()
+
     def step(**kwargs):
-        return gradient_step(loss_of("softmax"), kwargs)
+        return gradient_step(one, loss_of("softmax"), kwargs)
 
     assert step(k=1, of={"a": "b"}) is step(of={"a": "b"}, k=1)
     others = [step(k=k) for k in (1, True, 1.0, [1], [True], {"k": 1}, "1", None)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
+from jax.tree_util import PyTreeDef
 
 from cronos_flax._alternation.apply_fn import called, with_method
 from cronos_flax._alternation.batch_check import BatchCheck, collections_of, output_of
@@ -45,32 +46,39 @@ def _kept(make: Callable[..., Made]) -> Callable[..., Made]:
 Step = Callable[..., tuple[Any, Array]]
 
 
-def gradient_step(loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
+def gradient_step(state: TrainState, loss: Loss, kwargs: Mapping[str, Any] | None) -> Step:
     """One jitted step of the optimizer on the mean loss of a batch, as in any Flax loop; the state is donated.
 
     Each rng stream is folded with the step. The mean is weighted: ``Σ w ℓ / Σ w``, with the weight of the row times
     that of its class.
 
     Args:
+        state: a state with the structure of those to be stepped.
         loss: the loss of a row.
         kwargs: keyword arguments of ``apply_fn``.
     """
-    return _gradient_step(loss, Static.of(dict(kwargs or {})))
+    return _gradient_step(jax.tree.structure(state), loss, Static.of(dict(kwargs or {})))
 
 
 @_kept
-def _gradient_step(loss: Loss, static: Static) -> Step:
+def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
+    """A program of one structure, model and optimizer included, so that it can be given up with them.
+
+    Of the state it takes and gives the arrays alone: JAX would keep the structures, and the models in them.
+    """
     kwargs = static.join()
+    structures = [structure]  # of the state, before and after a step
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=5)
     def jitted(
-        state: Any,
+        leaves: list[Array],
         batch: Batch,
         run_decay: Array | None,
         streams: Mapping[str, Array],
         class_weight: Array | None,
         places: Places,
-    ) -> tuple[Any, Array]:
+    ) -> tuple[list[Array], Array]:
+        state: Any = jax.tree.unflatten(structure, leaves)
         if run_decay is not None:
             state = state.replace(opt_state=state.opt_state._replace(run_decay=run_decay))
         collections = collections_of(state)
@@ -88,12 +96,18 @@ def _gradient_step(loss: Loss, static: Static) -> Step:
 
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
         changed = {"model_state": _as_before(collections, updates)} if collections else {}
-        return at_places(with_value(state, value, grads=grads, **changed), places), value
+        state = at_places(with_value(state, value, grads=grads, **changed), places)
+        structures[1:] = [jax.tree.structure(state)]
+        return jax.tree.leaves(state), value
 
     def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
         def run(state: Any, *arguments: Any) -> tuple[Any, Array]:
-            return jitted(state, *arguments, places_of(state))  # JAX would shard the new state as it likes
+            # JAX would shard the new state as it likes, were it not for the places.
+            leaves, value = jitted(jax.tree.leaves(state), *arguments, places_of(state))
+            return jax.tree.unflatten(structures[-1], leaves), value
 
+        if jax.tree.structure(state) != structure:
+            return gradient_step(state, loss, kwargs)(state, batch, run_decay, **others)
         return automatically(run, state, batch, run_decay, others["streams"], others["class_weight"])
 
     return step

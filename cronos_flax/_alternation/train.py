@@ -256,7 +256,9 @@ def train(
             epochs=epochs,
             solve_rows=solve_rows,
             check=check,
-            step=functools.partial(gradient_step(loss, train_kwargs), streams=streams, class_weight=class_weight),
+            step=functools.partial(
+                gradient_step(state, loss, train_kwargs), streams=streams, class_weight=class_weight
+            ),
             validate=_validation(sets, scoring(state, loss, eval_kwargs, class_weight)),
             key=key,
             callbacks=tuple(map(on_first, callbacks)),
