@@ -98,6 +98,27 @@ def with_arguments(tx: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(lambda params: _of_its_own(extended.init(params), params), update)
 
 
+def traced_update(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, Any]:
+    """One update of an optimizer as a jaxpr, and the shapes of its updates and of the state after it; nothing runs.
+
+    Args:
+        tx: the optimizer; it is given the loss too.
+        grads: the gradients, or their shapes, as the others are.
+        opt_state: the state.
+        params: the parameters.
+
+    Raises:
+        Exception: whatever an optimizer raises that needs more than these.
+    """
+
+    def update(grads: Any, opt_state: Any, params: Any) -> Any:
+        return with_arguments(tx).update(grads, opt_state, params, value=jnp.float32(1))
+
+    with jax.transfer_guard("allow"):  # Optax makes its constants on the host
+        closed, (updates, new) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
+    return closed.jaxpr, updates, new
+
+
 def _of_its_own(opt_state: optax.OptState, params: Any) -> optax.OptState:
     """The state with a copy of each array that is a parameter, or that is there a second time."""
     seen = set(map(id, jax.tree.leaves(params)))

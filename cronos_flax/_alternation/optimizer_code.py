@@ -9,7 +9,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from cronos_flax._alternation.backbone import with_arguments
+from cronos_flax._alternation.backbone import traced_update
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.operations import integers, operations, with_versions
 from cronos_flax._solver.arrays import is_array
@@ -33,15 +33,11 @@ def made_of(state: Any) -> dict[str, Any] | None:
 def _made_of(tx: optax.GradientTransformation, treedef: Any, leaves: tuple) -> dict[str, Any] | None:
     grads, opt_state, params = jax.tree.unflatten(treedef, leaves)
 
-    def update(grads: Any, opt_state: Any, params: Any) -> Any:
-        return with_arguments(tx).update(grads, opt_state, params, value=jnp.float32(1))[::-1]
-
     try:
-        with jax.transfer_guard("allow"):  # Optax makes its constants on the host
-            closed, (new, _) = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
+        jaxpr, updates, new = traced_update(tx, grads, opt_state, params)
     except Exception:  # whatever an optimizer raises that needs more than is given here
         return None
     counts = [not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(new)]
-    of_counts = counts + [False] * (len(closed.jaxpr.outvars) - len(counts))
-    found = with_versions(operations(closed.jaxpr, closed.jaxpr.outvars), "optax", "cronos_flax")
-    return {**found, "integers": integers(dce_jaxpr(closed.jaxpr, of_counts)[0])}
+    of_counts = [False] * len(jax.tree.leaves(updates)) + counts
+    found = with_versions(operations(jaxpr, jaxpr.outvars), "optax", "cronos_flax")
+    return {**found, "integers": integers(dce_jaxpr(jaxpr, of_counts)[0])}

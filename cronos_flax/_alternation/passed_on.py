@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from cronos_flax._alternation.backbone import begins_with, with_arguments
+from cronos_flax._alternation.backbone import begins_with, traced_update
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.user_warnings import warn
 
@@ -54,27 +53,24 @@ def _is_masked(node: Any) -> bool:
 
 def _passed_on(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> list[tuple]:
     """The paths of the updates that may be gradients as they came."""
-
-    def update(grads: Any, opt_state: Any, params: Any) -> Any:
-        return with_arguments(tx).update(grads, opt_state, params, value=jnp.float32(1))[0]
-
-    closed, updates = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params)
-    gradients = set(closed.jaxpr.invars[: len(jax.tree.leaves(grads))])
+    jaxpr, updates, _ = traced_update(tx, grads, opt_state, params)
+    gradients = len(jax.tree.leaves(grads))
+    kept = _kept(jaxpr, [place < gradients for place in range(len(jaxpr.invars))])
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-    made = zip(paths, closed.jaxpr.outvars, strict=True)
-    return [path for path, variable in made if not gradients.isdisjoint(_values_of(closed.jaxpr, variable))]
+    return [path for path, is_kept in zip(paths, kept, strict=False) if is_kept]  # outputs of the state come after
 
 
-def _values_of(jaxpr: Any, variable: Any) -> set[Any]:
-    """The variables that one of a jaxpr may be without a change, itself among them."""
-    if hasattr(variable, "val"):
-        return set()
-    equation = next((each for each in jaxpr.eqns if variable in each.outvars), None)
-    if equation is None:
-        return {variable}
-    place, inner = equation.outvars.index(variable), equation.params.get("jaxpr")
-    before = equation.invars if equation.primitive.name in _KEEPS else []
-    if equation.primitive.name == "jit":
-        inside = _values_of(inner.jaxpr, inner.jaxpr.outvars[place])
-        before = [given for given, own in zip(equation.invars, inner.jaxpr.invars, strict=True) if own in inside]
-    return {variable}.union(*(_values_of(jaxpr, each) for each in before))
+def _kept(jaxpr: Any, given: list[bool]) -> list[bool]:
+    """Which outputs of a jaxpr may be one of these inputs, without a change."""
+    may_be = dict(zip(jaxpr.invars, given, strict=True))
+
+    def known(variables: Any) -> list[bool]:
+        return [not hasattr(each, "val") and may_be.get(each, False) for each in variables]
+
+    for equation in jaxpr.eqns:
+        before = known(equation.invars)
+        if equation.primitive.name == "jit":
+            may_be.update(zip(equation.outvars, _kept(equation.params["jaxpr"].jaxpr, before), strict=True))
+        elif equation.primitive.name in _KEEPS:
+            may_be[equation.outvars[0]] = any(before)
+    return known(jaxpr.outvars)
