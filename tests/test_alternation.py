@@ -318,6 +318,9 @@ PASS_ON = [
     optax.chain(optax.clip(1.0), MASKED),
     optax.chain(MASKED, optax.zero_nans()),
     parts(optax.identity()),
+    optax.MultiSteps(MASKED, 1),
+    optax.MultiSteps(optax.chain(optax.clip(1.0), MASKED), 1).gradient_transformation(),
+    optax.apply_if_finite(MASKED, 2),
 ]
 PASS_NOTHING_ON = [
     parts(optax.set_to_zero()),
@@ -326,6 +329,8 @@ PASS_NOTHING_ON = [
     optax.adamw(1e-2, mask=of_backbone),
     optax.masked(optax.adam(1e-2), lambda tree: jax.tree.map(lambda _: True, tree)),
     optax.masked(optax.lbfgs(), of_backbone),  # refused at its first step
+    optax.MultiSteps(parts(optax.set_to_zero()), 2),
+    optax.apply_if_finite(parts(optax.set_to_zero()), 2),
 ]
 
 

@@ -18,7 +18,7 @@ def warn_of_gradients_passed_on(
 ) -> None:
     """Warn if an optimizer leaves the gradients of some parameters as they are, as ``optax.masked`` does.
 
-    Not within ``optax.MultiSteps`` and other wrappers that decide on the device whether to step.
+    Also within ``optax.apply_if_finite``, and within ``optax.MultiSteps`` if that is the outermost.
 
     Args:
         where: the caller's name.
@@ -27,6 +27,7 @@ def warn_of_gradients_passed_on(
         grads: a tree of the structure that gradients have.
         left_out: paths of layers that ``tx`` does not move.
     """
+    tx = _within(tx)
     try:
         with jax.transfer_guard("allow"):  # Optax makes its constants on the host
             opt_state = jax.eval_shape(tx.init, params)
@@ -45,6 +46,12 @@ def warn_of_gradients_passed_on(
             "optax.set_to_zero()}, labels). If they are the head's, leave the mask out and give "
             'alternation=cf.Alternation(head="frozen"): then only solves move the head.'
         )
+
+
+def _within(tx: Any) -> Any:
+    """The optimizer that ``optax.MultiSteps`` gives the mean of gradients to, in the place of a gradient."""
+    owner = getattr(tx.update, "__self__", None)  # also of its gradient_transformation()
+    return owner.inner_opt if isinstance(owner, optax.MultiSteps) else tx
 
 
 def _is_masked(node: Any) -> bool:
@@ -71,6 +78,10 @@ def _kept(jaxpr: Any, given: list[bool]) -> list[bool]:
         before = known(equation.invars)
         if equation.primitive.name == "jit":
             may_be.update(zip(equation.outvars, _kept(equation.params["jaxpr"].jaxpr, before), strict=True))
+        elif equation.primitive.name == "cond":
+            for branch in equation.params["branches"]:
+                kept = _kept(branch.jaxpr, before[1:])
+                may_be.update((made, True) for made, is_kept in zip(equation.outvars, kept, strict=True) if is_kept)
         elif equation.primitive.name in _KEEPS:
             may_be[equation.outvars[0]] = any(before)
     return known(jaxpr.outvars)
