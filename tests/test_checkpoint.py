@@ -1,9 +1,11 @@
 """Checkpoints: what is restored is what was saved, to the bit, or the reason is said."""
 
 import contextlib
+import copy
 import functools
 import json
 import logging
+import pickle
 import shutil
 import sys
 import threading
@@ -455,3 +457,19 @@ def test_nothing_is_pickled(tmp_path):
     meta = json.loads(next((tmp_path / "1" / "meta").glob("metadata")).read_text())
     assert meta["format"] == "cronos_flax checkpoint 1"
     assert not [path for path in Path(tmp_path).rglob("*") if path.suffix in (".pkl", ".pickle")]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_flax_pickles_is_pickled_with_its_head_solver_and_solution(again):
+    """Not a whole train state: the functions of Optax are local, and Flax's own fails too."""
+    state, solver, y = made(), cf.Cronos(max_iters=2), X[:, :2]
+    variables, net = {"params": state.params}, BentNnx(abs)  # JAX itself refuses nn.tanh
+    _, solution = cf.fit_head(state.head, variables, (X, y), solver=solver)
+    head, solver, before, arrays = again((state.head, solver, solution, (state.params, state.opt_state)))
+    _, after = cf.fit_head(head, variables, (X, y), solver=solver)
+    for one in (before, after):
+        jax.tree.map(np.testing.assert_array_equal, solution.params, one.params)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), arrays)
+    of_nnx = cf.nnx.find_head(net, X)
+    features = of_nnx.inputs(net, X)
+    np.testing.assert_array_equal(again(of_nnx).inputs(net, X), features)

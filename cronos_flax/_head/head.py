@@ -312,6 +312,10 @@ class Head:
             lambda variables, args, kwargs: self.module.tap(variables, args, kwargs, self.hidden_path, observed)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields, for pickles and copies: what was compiled for it stays behind, as functions are not pickled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def __str__(self) -> str:
         hidden, output = map(format_path, self.paths)
         width = max(len(hidden), len(output))
