@@ -350,6 +350,30 @@ def test_masks_that_pass_nothing_on_are_no_reason_for_a_warning(tx):
     made(tx)
 
 
+def in_precision(dtype, tx):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    return cf.CronosTrainState.create(apply_fn=MODEL.apply, params=params, tx=tx, head=HEAD)
+
+
+@pytest.mark.parametrize("tx", [optax.adam(1e-2), optax.chain(optax.clip(1.0), optax.adamw(1e-2))])
+def test_an_eps_that_is_zero_in_float16_is_told_of(tx):
+    """The first solve after a step said that features were not finite, and to look for parameters and rows."""
+    with pytest.warns(UserWarning, match=r"CronosTrainState: `tx` turns a gradient of zero into NaN.* float16.* eps"):
+        state = in_precision("float16", tx)
+    state = state.apply_gradients(grads=jax.tree.map(jnp.zeros_like, state.params))
+    assert np.isnan(jax.tree.leaves(state.params)[0]).all()
+    with jax.debug_nans(True):
+        in_precision("bfloat16", tx)
+        in_precision("float16", optax.adam(1e-2, eps=1e-4))
+        in_precision("float16", optax.sgd(1e-2))
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(5, 8, param_dtype="float16", rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), nnx.tanh, *layers)
+    head = cf.nnx.find_head(model, X)
+    with pytest.warns(UserWarning, match="CronosOptimizer: `tx` turns a gradient of zero into NaN"):
+        cf.nnx.CronosOptimizer(model, tx, head=head)
+
+
 def test_gradients_that_the_optimizer_passes_on_are_told_of_in_nnx():
     rngs = nnx.Rngs(0)
     layers = nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs)

@@ -18,6 +18,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState
 from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
+from cronos_flax._alternation.half_precision import warn_of_float16
 from cronos_flax._alternation.optimizer_state import begun_anew
 from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
 from cronos_flax._head.head import Head
@@ -80,8 +81,8 @@ class CronosOptimizer(nnx.Optimizer):
         ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind.
 
     Warns:
-        UserWarning: if ``tx`` passes gradients on as they are, and if the head was found with the running statistics of
-            batch norms.
+        UserWarning: if ``tx`` passes gradients on as they are, if it makes NaN of float16 parameters, and if the head
+            was found with the running statistics of batch norms.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class CronosOptimizer(nnx.Optimizer):
                 super().__init__(model, rated(tx, largest_step=largest_step), wrt=outside)
         params = nnx.as_pure(nnx.state(model, self.wrt))
         warn_of_gradients_passed_on("CronosOptimizer", tx, params, params)
+        warn_of_float16("CronosOptimizer", self.tx, params, params)
         self.solving = nnx.static(_Solving(head, solver, alternation))
         self.beta = BetaVariable(undecided_beta(solver))
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))

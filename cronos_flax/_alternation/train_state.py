@@ -23,6 +23,7 @@ from cronos_flax._alternation.defaults import (
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState, copied
 from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
+from cronos_flax._alternation.half_precision import warn_of_float16
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
 from cronos_flax._alternation.passed_on import warn_of_gradients_passed_on
 from cronos_flax._head.head import Head
@@ -125,8 +126,8 @@ class CronosTrainState(TrainState):
                 keyword that is no field, such as ``batch_stats``.
 
         Warns:
-            UserWarning: if ``tx`` passes gradients on as they are, and if the head was found with the running
-                statistics of batch norms.
+            UserWarning: if ``tx`` passes gradients on as they are, or makes NaN of float16 parameters, and if the head
+                was found with the running statistics of batch norms.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in kwargs.keys() - known:
@@ -141,6 +142,7 @@ class CronosTrainState(TrainState):
         left_out = () if moving else head.paths
         warn_of_gradients_passed_on("CronosTrainState", tx, params, module_params(params), left_out)
         tx = alternating(tx, head, moving, alternation.largest_step)
+        warn_of_float16("CronosTrainState", tx, params, module_params(params))
         kwargs |= {"head": head, "solver": solver, "alternation": alternation, "beta": undecided_beta(solver)}
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
