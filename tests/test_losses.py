@@ -369,6 +369,32 @@ def test_labels_take_their_number_of_classes_from_the_network():
     assert solver.solve(X, labels, hidden=3, num_classes=5).params.kernel2.shape == (3, 5)
 
 
+@pytest.mark.parametrize("labels", [[0, 3, 7], range(1, 11), [2]])
+def test_labels_with_gaps_are_told_of_where_the_classes_are_counted_by_them(labels):
+    """Each absent label had an output, without a word."""
+    labels = np.resize(np.array(labels), 40)
+    C, loss = int(labels.max()) + 1, losses.Softmax()
+    with pytest.warns(UserWarning, match=rf"`y` should have labels 0, 1, .* and some up to {C - 1}.* num_classes={C}"):
+        assert loss.targets(jnp.asarray(labels), None).shape == (40, C)
+    loss.targets(jnp.asarray(labels), C)
+    loss.targets(jnp.asarray(np.unique(labels, return_inverse=True)[1]), None)
+
+
+def test_a_solve_with_gaps_in_labels_warns_unless_it_is_told_the_number_of_classes():
+    X, labels = random_problem(1)[0], np.resize([0, 3], 40)
+    solver = cf.Cronos(loss="softmax", max_iters=2)
+    with pytest.warns(UserWarning, match="got none of 1, 2 and some up to 3"):
+        solution = solver.solve(X, labels, hidden=3)
+    solver.solve(X, labels, hidden=3, num_classes=4)
+    solver.solve(X, labels, init=solution.params)
+
+
+def test_rows_to_choose_beta_on_may_lack_a_class():
+    X, _ = random_problem(1)
+    path = cf.Cronos(loss="softmax", beta="path", max_iters=1)
+    path.solve(X, np.arange(40) % 3, hidden=3, validation=(X[:9], np.full(9, 2)))
+
+
 def test_a_path_chooses_the_beta_that_its_held_out_rows_like_best():
     X, _ = random_problem(5, n=120)
     y = np.abs(X[:, 0]) + 0.3 * np.random.default_rng(0).normal(size=120).astype("float32")

@@ -20,9 +20,11 @@ from cronos_flax._solver.loss import Loss, where_taken, wide
 from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.transfer import beside, on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
+from cronos_flax._solver.user_warnings import warn
 
 _FEW = 4_000_000  # numbers up to which targets are made of labels on the host
 _MOST_CLASSES = 1_000_000  # more are taken for labels that are not numbered from 0 on
+_SHOWN = 5  # absent labels that are named
 _MOST_OFF = 1e-3  # how far from one the sum of a row of probabilities may be
 _HINGE_FLOOR = 0.1  # distance to the kink below which the hinge's parabola gets no narrower
 
@@ -107,6 +109,7 @@ class Softmax(Loss):
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
         if num_classes is None:
             num_classes = max(_range(y)[1] + 1, 2) if y.size else 2
+            _warn_of_gaps(y)
         if known:
             return _one_hot(y, num_classes)
         y = wide(y)
@@ -319,6 +322,18 @@ def _most_off(dtype: np.dtype) -> float:
 def _range(y: Array | np.ndarray) -> tuple[int, int]:
     labels = np.asarray(on_host(y))
     return int(labels.min()), int(labels.max())
+
+
+def _warn_of_gaps(y: Array | np.ndarray) -> None:
+    """Warn if labels below the largest are in no row: each of them has an output."""
+    counts = np.bincount(np.asarray(on_host(y), np.int64))
+    if absent := np.flatnonzero(counts == 0).tolist():
+        shown = ", ".join(map(str, absent[:_SHOWN])) + (", …" if len(absent) > _SHOWN else "")
+        warn(
+            f"solve: `y` should have labels 0, 1, … C − 1, got none of {shown} and some up to {len(counts) - 1}: each "
+            "absent one has an output too. Number the labels by np.unique(y, return_inverse=True)[1]; or, if there are "
+            f"such classes, give num_classes={len(counts)}."
+        )
 
 
 def _one_hot(labels: Array, num_classes: int) -> Array:
