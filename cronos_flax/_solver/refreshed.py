@@ -74,8 +74,18 @@ def init(rows: Rows, U: Neurons, A: Directions, b: Bias, beta: Scalar, damping: 
     """The iterate for a start from the network (U, A, b), after this last step."""
     Z = rows.X @ U
     outputs = network_outputs(rows, A, b, Z)
-    objective = objective_of(rows, outputs, A, beta, U)
-    return Iterate(U, A, b, Z, outputs, objective, jnp.any(dead(U)), damping, jnp.zeros((), jnp.int32), last)
+    return Iterate(
+        U=U,
+        A=A,
+        b=b,
+        Z=Z,
+        outputs=outputs,
+        objective=objective_of(rows, outputs, A, beta, U),
+        has_dead=jnp.any(dead(U)),
+        damping=damping,
+        cg_steps=jnp.zeros((), jnp.int32),
+        last=last,
+    )
 
 
 def _shrunk(rows: Rows, beta: Scalar, iterate: Iterate) -> Iterate:
