@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .attack import CLEAR, OTHER, RIGHT, Attacker
-from .draw import FAULTS, SUBJECTS, Case, case
+from .draw import FAULTS, OF_VALUES, SUBJECTS, Case, case
 
 Row = dict[str, Any]
 
@@ -55,7 +55,10 @@ def read(out: Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Right results / clear errors of each function and fault; what is neither is shown as a third number."""
+    """Right results / clear errors of each function and fault; what is neither is shown as a third number.
+
+    Two tables: of faults of files and processes; and of values and the user's code, with all faults of both in the end.
+    """
     counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in rows:
         for key in ((row["function"], row["fault"]), ("all", row["fault"]), (row["function"], "all"), ("all", "all")):
@@ -68,8 +71,15 @@ def table(rows: list[Row]) -> str:
         return f"{count[RIGHT]} / {count[CLEAR]}" + (f" / **{count[OTHER]}**" if count[OTHER] else "")
 
     there = [fault for fault in FAULTS if ("all", fault) in counts]
-    lines = [f"| function | {' | '.join(there)} | all |", "|---|" + "---|" * (len(there) + 1)]
-    for function in [name for name in SUBJECTS if (name, "all") in counts] + ["all"]:
-        name = "all" if function == "all" else f"`{function}`"
-        lines.append(f"| {name} | " + " | ".join(cell(function, fault) for fault in [*there, "all"]) + " |")
-    return "\n".join(lines)
+    functions = [name for name in SUBJECTS if (name, "all") in counts] + ["all"]
+    of_values = [fault for fault in there if fault in OF_VALUES]
+    lines = []
+    for faults in ([fault for fault in there if fault not in OF_VALUES], [*of_values, "all"]):
+        lines += [f"| function | {' | '.join(faults)} |", "|---" * (len(faults) + 1) + "|"]
+        for function in functions:
+            cells = [cell(function, fault) for fault in faults]
+            if any(cells):
+                name = "all" if function == "all" else f"`{function}`"
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()

@@ -20,6 +20,7 @@ FAULTS = (
     "kill", "full disk", "flipped byte", "truncated file", "NaN in features", "raising callback", "raising loader",
     "two writers", "read-only directory",
 )  # fmt: skip
+OF_VALUES = ("NaN in features", "raising callback", "raising loader")  # and of the user's code; the others are of files
 PAIRS = [(name, fault) for name, kind in SUBJECTS.items() for fault in kind.faults]
 
 
