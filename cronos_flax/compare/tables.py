@@ -20,9 +20,12 @@ from cronos_flax.compare.summaries import (
 )
 from cronos_flax.compare.task import Row
 
+_SCORES = "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst"
+_COSTS = "method", "to the target, s", "run, s", "compile, s", "epochs"
+
 
 def table(rows: list[Row], target: float | None = None) -> str:
-    """The comparison as Markdown.
+    """The comparison as Markdown: a table of scores, and one of what they cost.
 
     Args:
         rows: of :func:`cronos_flax.compare.sweep.sweep`.
@@ -30,39 +33,37 @@ def table(rows: list[Row], target: float | None = None) -> str:
     """
     methods = summaries(rows)
     target = default_target(methods) if target is None else target
-    head = [
-        "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst",
-        "to the target, s", "run, s", "compile, s", "epochs",
-    ]  # fmt: skip
-    solving = any("solves" in row for row in rows)
-    if solving:
-        head.append("solves (rejected)")
-    ours = reference(methods)
-    if ours is not None:
-        head.append(f"{ours.method} − this")
-    lines = []
-    for method in methods:
-        cells = [
+    solving, ours = any("solves" in row for row in rows), reference(methods)
+    scores = [
+        [
             method.method,
             _rate(method),
             spread(method.test(peak).values()),
             spread(method.test(last).values()),
             spread(score(peak(checks), "validation") for checks in method.best.values()),
             _grid(method.finals()),
+            *([] if ours is None else ["" if method is ours else _difference(ours, method)]),
+        ]
+        for method in methods
+    ]
+    costs = [
+        [
+            method.method,
             _times(target, method),
             _seconds(last(checks).get("seconds") for checks in method.best.values()),
             _seconds(last(checks).get("compile_seconds") for checks in method.best.values()),
             _epochs(method),
             *([_solves(method)] if solving else []),
         ]
-        if ours is not None:
-            cells.append("" if method is ours else _difference(ours, method))
-        lines.append(cells)
+        for method in methods
+    ]
     failed = [row for row in rows if "error" in row]
     text = [
         _protocol(rows, target),
         "",
-        *markdown(head, lines),
+        *markdown([*_SCORES, *([] if ours is None else [f"{ours.method} − this"])], scores),
+        "",
+        *markdown([*_COSTS, *(["solves (rejected)"] if solving else [])], costs),
         "",
         *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed),
     ]
