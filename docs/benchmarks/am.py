@@ -35,6 +35,7 @@ from cronos_flax._alternation import guard as _guard
 from cronos_flax._solver import descent
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
+from cronos_flax.compare.tables import markdown
 
 SETS = ("cifar pixels/255", "cifar standardised", "fashion_mnist cnn")
 LARGE_BATCH = "cifar pixels/255, batch 1024"
@@ -287,21 +288,20 @@ def robust_table(rows: list[dict[str, Any]]) -> None:
 
 
 def variants_table(rows: list[dict[str, Any]], default: str) -> None:
-    """Final validation accuracy of each variant, by set and rate, and over all of them the difference from the default.
+    """Final validation accuracy of each variant, by set and rate; and a second table of what all of them together say.
 
-    That is the mean over seeds, with its standard error; then of the runs those that collapsed, and those that are the
-    default's to the bit; of all their solves those that were rejected; and the median ratio of times.
+    That is the difference from the default, the mean over seeds with its standard error; of the runs those that
+    collapsed, and those that are the default's to the bit; of all their solves those that were rejected; and the median
+    ratio of times.
     """
     there = dict.fromkeys((r["data"], r["rate"]) for r in rows)
     columns = sorted(there, key=lambda column: (list(EPOCHS).index(column[0]), column[1]))
     names = [f"{data.removeprefix('cifar ').removeprefix('fashion_mnist ')}, {rate:.0e}" for data, rate in columns]
-    print("| variant |", " | ".join(names), "| difference | collapsed | the same | solves rejected | time |")
-    print("|---" * (len(columns) + 6) + "|")
 
     def by_run(variant: str) -> dict[tuple, dict[str, Any]]:
         return {(r["seed"], r["data"], r["rate"]): r for r in rows if r["variant"] == variant}
 
-    reference = by_run(default)
+    reference, accuracies, together = by_run(default), [], []
     for variant in filter(by_run, [*VARIANTS, *REMOVED, *CHOICES]):
         mine = by_run(variant)
         cells = [[r["final"] for (_, *column), r in mine.items() if tuple(column) == c] for c in columns]
@@ -312,13 +312,14 @@ def variants_table(rows: list[dict[str, Any]], default: str) -> None:
         ]
         error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
         time = np.median([mine[run]["seconds"] / reference[run]["seconds"] for run in both])
-        line = " | ".join(spread(c) if c else "" for c in cells)
+        accuracies.append([variant, *(spread(c) if c else "" for c in cells)])
         same = sum(mine[run]["objective"] == reference[run]["objective"] for run in both)
         rejected, solves = (sum(r.get(name, 0) for r in mine.values()) for name in ("rejections", "solves"))
         share = f"{rejected / solves:.0%}" if solves else "–"  # without a guard
-        counts = f"{sum(map(collapsed, mine.values()))} | {same} | {share}"
         gain = "" if variant == default else f"{np.mean(gains):+.2f}{error}"
-        print(f"| {variant} | {line} | {gain} | {counts} | {time:.2f} |")
+        together.append([variant, gain, str(sum(map(collapsed, mine.values()))), str(same), share, f"{time:.2f}"])
+    print(*markdown(["variant", *names], accuracies), "", sep="\n")
+    print(*markdown(["variant", "difference", "collapsed", "the same", "solves rejected", "time"], together), sep="\n")
 
 
 def collapsed(row: dict[str, Any]) -> bool:
