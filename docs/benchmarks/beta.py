@@ -27,6 +27,7 @@ import cronos_flax as cf
 from cronos_flax._solver.beta_max import user_beta_max
 from cronos_flax._solver.cronos import BETA_RATIO
 from cronos_flax._solver.losses import loss_of
+from cronos_flax.compare.tables import markdown
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # In the place of a ratio: ``beta="path"``, which looks at the rows to fit only; with a fifth held out, and over folds.
@@ -87,24 +88,22 @@ def curves(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:
 
 
 def main() -> None:
-    """Run what is missing, print the table, draw it."""
+    """Run what is missing, print the tables, draw them."""
     options = parser(__file__, __doc__, data=False, weights=True)
     options.add_argument("--picture", type=Path, default=Path("beta.png"))
     args = options.parse_args()
     table = curves(run(args))
     default = BETA_RATIO
-    print(
-        "| set | loss | "
-        + " | ".join(f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS)
-        + f" | default below best | {PATH} | {FOLDS} |"
-    )
-    print("|---|---|" + "---|" * (len(RATIOS) + 3))
+    of_ratios, beside = [], []
     for (name, loss), scores in table.items():
         mean, sd = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1, ddof=1)
         cells = ["–" if np.isnan(m) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, sd, strict=True)]
         below = mean[: len(RATIOS)].max() - mean[RATIOS.index(default)]
-        ratios, paths = " | ".join(cells[: len(RATIOS)]), " | ".join(cells[len(RATIOS) :])
-        print(f"| {name} | {loss} | {ratios} | {below:.2f} | {paths} |")
+        of_ratios.append([name, loss, *cells[: len(RATIOS)]])
+        beside.append([name, loss, f"{below:.2f}", *cells[len(RATIOS) :]])
+    ratios = [f"**{r:g}**" if r == default else f"{r:g}" for r in RATIOS]
+    print(*markdown(["set", "loss", *ratios], of_ratios), "", sep="\n")
+    print(*markdown(["set", "loss", "default below best", PATH, FOLDS], beside), sep="\n")
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained", sharex=True)
     names = list(dict.fromkeys(name for name, _ in table))
