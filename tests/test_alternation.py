@@ -13,6 +13,7 @@ from flax.traverse_util import path_aware_map
 from given import HEAD, MODEL, PARAMS, X, Y
 
 import cronos_flax as cf
+from cronos_flax._alternation import backbone, optimizer_state
 
 X, Y = X[:256], Y[:256]
 KERNELS = ("layers_2", "layers_4")
@@ -348,6 +349,36 @@ def test_gradients_that_the_optimizer_passes_on_are_told_of(tx):
 @pytest.mark.parametrize("tx", PASS_NOTHING_ON)
 def test_masks_that_pass_nothing_on_are_no_reason_for_a_warning(tx):
     made(tx)
+
+
+def looks_at_values():
+    """Momentum whose ``init`` cannot be traced."""
+    inner = optax.sgd(0.1, momentum=0.9)
+    return optax.GradientTransformation(lambda p: inner.init(jax.tree.map(np.zeros_like, p)), inner.update)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "looks at values"])
+def test_what_begins_anew_for_the_head_is_as_the_optimizer_begins(name):
+    """Of the state of a deep network only the head's part is made."""
+    tx = {**OPTIMIZERS, "looks at values": looks_at_values()}[name]
+    tx = backbone.rated(tx, HEAD.paths)
+    expected = tx.init(PARAMS)
+    made = optimizer_state._head_at_start(tx, PARAMS, HEAD.paths)
+    assert jax.tree.structure(made) == jax.tree.structure(expected)
+    for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(expected), strict=True):
+        if optimizer_state._is_inside(path, HEAD.paths):
+            np.testing.assert_array_equal(one, two, strict=True)
+        else:
+            assert name == "looks at values" or one == 0
+
+
+def test_an_optimizer_begins_once_for_all_solves():
+    calls, inner = [], optax.adam(1e-2)
+    state = made(optax.GradientTransformation(lambda p: calls.append(p) or inner.init(p), inner.update))
+    state, _ = state.solve_head((X, Y))
+    calls.clear()
+    state.solve_head((X, Y))
+    assert not calls
 
 
 def in_precision(dtype, tx):

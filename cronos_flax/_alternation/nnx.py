@@ -134,9 +134,8 @@ class CronosOptimizer(nnx.Optimizer):
         if network is not None:
             state = head.module.write(state, head.paths, network)
             if self.solving.alternation.moves(head):
-                with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
-                    at_start = self.tx.init(nnx.as_pure(nnx.filter_state(state, self.wrt)))
-                opt_state = begun_anew(opt_state, at_start, head.paths)
+                params = nnx.as_pure(nnx.filter_state(state, self.wrt))
+                opt_state = begun_anew(opt_state, self.tx, params, head.paths)
         return {"model": nnx.as_pure(state), "opt_state": opt_state}
 
     def solve_head(

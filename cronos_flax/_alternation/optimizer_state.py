@@ -1,5 +1,7 @@
 """States of Optax optimizers as trees: what goes back, what begins anew with a new head, and what users see."""
 
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.meshes import in_place_of
@@ -68,7 +71,7 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
     return filled(optimizer_state, ())
 
 
-def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
+def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, paths: tuple[Path, Path]) -> Any:
     """The state of an optimizer after a solve: it does not drag the new head where the old one was going.
 
     For the head, directions (first moments, gathered gradients) begin anew, and what an optimizer keeps of the
@@ -77,7 +80,8 @@ def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
 
     Args:
         present: the state now.
-        new: what the optimizer's ``init`` gives for the parameters with the new head.
+        tx: the optimizer, whose ``init`` tells how the state begins.
+        params: the parameters with the new head.
         paths: of the head's two layers.
     """
 
@@ -89,7 +93,34 @@ def begun_anew(present: Any, new: Any, paths: tuple[Path, Path]) -> Any:
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
         return in_place_of(at_start.copy(), now) if is_direction or of_parameters else now
 
+    with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+        new = _head_at_start(tx, params, paths)
     return jax.tree_util.tree_map_with_path(chosen, present, new)
+
+
+def _head_at_start(tx: optax.GradientTransformation, params: Any, paths: tuple[Path, Path]) -> Any:
+    """``tx.init(params)``, with 0 in the place of leaves that are not the head's: of a deep network these are many."""
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    try:
+        init, inside, structure = _traced_init(tx, treedef, shapes, paths)
+    except jax.errors.JAXTypeError:  # it looks at values
+        return tx.init(params)
+    made = iter(init(leaves))
+    return jax.tree.unflatten(structure, [next(made) if is_inside else 0 for is_inside in inside])
+
+
+@functools.lru_cache(maxsize=16)  # a run asks at each solve
+def _traced_init(tx: optax.GradientTransformation, treedef: Any, shapes: tuple, paths: tuple[Path, Path]) -> tuple:
+    """What makes the head's leaves of a state from parameters; which leaves these are; and the state's structure."""
+    closed, state = jax.make_jaxpr(tx.init, return_shape=True)(jax.tree.unflatten(treedef, shapes))
+    inside = [_is_inside(path, paths) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    jaxpr, used = dce_jaxpr(closed.jaxpr, inside)
+
+    def init(leaves: list[Any]) -> list[Any]:
+        return jax.core.eval_jaxpr(jaxpr, closed.consts, *itertools.compress(leaves, used))
+
+    return init, inside, jax.tree.structure(state)
 
 
 def sets_its_rate(optimizer_state: Any) -> bool:

@@ -218,9 +218,7 @@ class CronosTrainState(TrainState):
         new = [self.head.write({"params": params}, copied(network))["params"] for params in old]
         parts["params"] = optax.LookaheadParams(*new) if ahead else new[0]
         if self.alternation.moves(self.head):
-            with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
-                at_start = self.tx.init(parts["params"])
-            parts["opt_state"] = begun_anew(self.opt_state, at_start, self.head.paths)
+            parts["opt_state"] = begun_anew(self.opt_state, self.tx, parts["params"], self.head.paths)
         return parts
 
     def _with_streams(self, parts: dict[str, Any]) -> dict[str, Any]:
