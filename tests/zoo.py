@@ -220,6 +220,28 @@ class Tied(nn.Module):
         return nn.Dense(OUTPUTS)(nn.relu(dense(nn.relu(dense(x)))))
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return Lie()(nn.RNN(nn.LSTMCell(HIDDEN))(tokens)[:, -1, :FEATURES])
+
+
+class MappedByJax(nn.Module):
+    """Bound layers, called one row at a time by ``jax.vmap``: an encoder, or the head too."""
+
+    head: bool
+
+    def setup(self):
+        self.encoder, self.lie = nn.Dense(FEATURES), Lie()
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.lie(self.encoder(x))
+        if self.head:
+            return jax.vmap(self.lie)(self.encoder(x))
+        return self.lie(jax.vmap(self.encoder)(x))
+
+
 class Bridged(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -250,6 +272,8 @@ LINEN = {
     "remat": Member(Remat(), (X,), {}, (("CheckpointLie_0", "Dense_1"), ("CheckpointLie_0", "Dense_0"))),
     "jit": Member(Jitted(), (X,), {}, (("JitLie_0", "Dense_1"), ("JitLie_0", "Dense_0"))),
     "scanned backbone": Member(Scanned(Block, True), (X,), {}, IN_LIE),
+    "recurrent": Member(Recurrent(), (X.reshape(32, 3, 2),), {}, IN_LIE),
+    "backbone in jax.vmap": Member(MappedByJax(False), (X,), {}, (("lie", "Dense_1"), ("lie", "Dense_0"))),
     "siamese": Member(Siamese(), (X, X[::-1]), {}, IN_LIE),
     "chosen output": Member(Two(), (X,), {"output": "relu"}, (("Dense_3",), ("Dense_2",))),
     "output by function": Member(Two(), (X,), {"output": lambda out: out["relu"]}, (("Dense_3",), ("Dense_2",))),
@@ -291,6 +315,7 @@ LINEN_REFUSED = {
     "tied": Member(Tied(), (X,), {}, "used elsewhere"),
     "scanned head": Member(Scanned(HeadBlock, False), (X,), {}, "nn.scan"),
     "mapped head": Member(Vmapped(), (X,), {}, "nn.vmap"),
+    "head in jax.vmap": Member(MappedByJax(True), (X,), {}, "those of JAX itself; got lie/Dense_1, lie/Dense_0 inside"),
     "weight norm": Member(WeightNormed(), (X,), {}, "nn.WeightNorm"),
     "single Dense": Member(nn.Dense(3), (X,), {}, r"one nn.Dense only .*cf.graft"),
     "residual network": Member(ResNet(False), (IMAGES,), {"train": False}, r"one nn.Dense only \(fc\)"),
@@ -346,6 +371,33 @@ class NnxScanned(nnx.Module):
         return self.head(over(self.blocks, x))
 
 
+class NnxRecurrent(nnx.Module):
+    """Cells of as many units as the head has neurons: each goes through a scan that must give it back as it was."""
+
+    def __init__(self):
+        cells = nnx.LSTMCell(2, HIDDEN, rngs=rngs()), nnx.GRUCell(2, HIDDEN, rngs=rngs())
+        self.rnn, self.head = nnx.Bidirectional(*map(nnx.RNN, cells), rngs=rngs()), NnxMLP()
+
+    def __call__(self, tokens):
+        return self.head(self.rnn(tokens)[:, -1, :6])
+
+
+class NnxMapped(nnx.Module):
+    """A part is called one row at a time, by a transform of JAX or of NNX: the encoder, or the head."""
+
+    def __init__(self, over, head):
+        self.encoder, self.norm, self.lie = nnx.Linear(6, 6, rngs=rngs()), nnx.BatchNorm(6, rngs=rngs()), NnxMLP()
+        self.over, self.mapped = over, head
+
+    def encoded(self, x):
+        return self.norm(self.encoder(x))
+
+    def __call__(self, x):
+        if self.mapped:
+            return self.over(self.lie.logits)(self.encoded(x))
+        return self.lie(self.over(self.encoded)(x))
+
+
 class NnxConv(nnx.Module):
     def __init__(self):
         self.conv, self.head = nnx.Conv(1, 6, (3, 3), rngs=rngs()), NnxMLP()
@@ -386,12 +438,24 @@ def bridged_to_nnx():
     return nnx.bridge.ToNNX(Lie(), rngs=rngs()).lazy_init(X)
 
 
+def over_rows(method):
+    """``nnx.vmap`` of a method over the rows of its input, with one and the same module."""
+    call = nnx.vmap(lambda module, x: method.__func__(module, x), in_axes=(None, 0))
+    return lambda x: call(method.__self__, x)
+
+
 NNX = {
     "plain": Member(NnxMLP, (X,), {}, (("fc1",), ("fc2",))),
     "sequential": Member(lambda: nnx_sequential(nnx.relu), (X,), {}, (("layers", 0), ("layers", 2))),
     "jit": Member(lambda: NnxInside(nnx.jit), (X,), {}, (("body", "fc1"), ("body", "fc2"))),
     "remat": Member(lambda: NnxInside(nnx.remat), (X,), {}, (("body", "fc1"), ("body", "fc2"))),
     "scanned backbone": Member(NnxScanned, (X,), {}, (("head", "fc1"), ("head", "fc2"))),
+    "recurrent": Member(NnxRecurrent, (X.reshape(32, 3, 2),), {}, (("head", "fc1"), ("head", "fc2"))),
+    "backbone in jax.vmap": Member(lambda: NnxMapped(jax.vmap, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))),
+    "backbone in jax.jit": Member(lambda: NnxMapped(jax.jit, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))),
+    "backbone in nnx.vmap": Member(
+        lambda: NnxMapped(over_rows, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))
+    ),
     "dict input, chosen output": Member(
         NnxConv, ({"image": IMAGES},), {"output": "logits"}, (("head", "fc1"), ("head", "fc2"))
     ),
@@ -410,6 +474,8 @@ NNX_REFUSED = {
         lambda: nnx.Sequential(nnx_sequential(nnx.relu), nnx.softmax), (X,), {}, "a softmax follows"
     ),
     "single Linear": Member(lambda: nnx.Linear(6, 3, rngs=rngs()), (X,), {}, r"one nnx.Linear only .*cf.nnx.graft"),
+    "head in jax.vmap": Member(lambda: NnxMapped(jax.vmap, True), (X,), {}, "got lie/encoder, lie/fc1, lie/fc2 inside"),
+    "head in nnx.vmap": Member(lambda: NnxMapped(over_rows, True), (X,), {}, "got .*lie/fc1, lie/fc2 inside"),
     "tied": Member(NnxTied, (X,), {}, "one nnx.Linear only|used elsewhere|no two|differ"),
     "bridged": Member(bridged_to_nnx, (X,), {}, "linen module is bridged"),
     "dropout on": Member(

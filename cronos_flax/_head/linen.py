@@ -212,7 +212,7 @@ class LinenModule(Collections):
             if isinstance(module, nn.BatchNorm):
                 norms.append(module.path)
                 return _normed(module, call, inputs, kwargs, self.statistics, observed)
-            if inputs and wanted(module.path):
+            if inputs and wanted(module.path) and _may_change(module):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
             out = call(*inputs, **kwargs)
             earlier = layers.pop(module.path, None)  # order by the last call
@@ -237,6 +237,12 @@ class LinenModule(Collections):
             None if asked is False else updates,
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
         )
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Whether variables of a module may change here: within a transform of JAX itself they may only be read."""
+    assert module.scope is not None
+    return bool(module.scope.root.trace_level == flax.core.tracers.current_trace())
 
 
 def _moments(collection: Mapping, path: Path) -> Moments:

@@ -10,8 +10,9 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,11 +30,20 @@ from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
 
 LAYERS = nnx.Linear, nnx.LinearGeneral
-_trace = threading.local()  # .calls: layers by path, while a watched copy is traced
+_trace = threading.local()  # .calls: layers by path, and where they were called, while a watched copy is traced
 
 
 class Tapped(nnx.Variable):
     """The recorded input of a layer, in a watched copy of a model."""
+
+
+def _may_change(module: Any) -> bool:
+    """Whether what a watched layer holds may change here: within a transform of JAX itself it may only be read."""
+    try:
+        module.tap = module.tap
+    except flax.errors.TraceContextError:
+        return False
+    return True
 
 
 @functools.cache
@@ -42,11 +52,11 @@ def _tapping(kind: Any) -> type:
 
     def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         path, wanted = self.tap
-        if wanted:
+        if wanted and _may_change(self):
             self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
-        earlier = _trace.calls.pop(path, None)  # order by the last call
-        _trace.calls[path] = Layer.of(path, out, self.dtype, earlier)
+        earlier, _ = _trace.calls.pop(path, (None, None))  # order by the last call
+        _trace.calls[path] = Layer.of(path, out, self.dtype, earlier), nnx.tracers.TraceState()
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
@@ -59,6 +69,9 @@ def _normalising(kind: Any) -> type:
     def call(self: Any, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
         if self.statistics is not None:
             use_running_average = self.statistics == "running"
+        if not _may_change(self):
+            with with_attributes(self, axis_name=bound_axes(self.axis_name)):
+                return kind.__call__(self, x, use_running_average, **kwargs)
         mean, var, earlier = self.mean[...], self.var[...], self.calls[...]
         with with_attributes(self, axis_name=bound_axes(self.axis_name), momentum=0.0):
             out = kind.__call__(self, x, use_running_average, **kwargs)
@@ -75,7 +88,7 @@ def _normalise(layer: Any, statistics: str | None) -> None:
     """Make a batch norm take these statistics, and keep those of the batch."""
     kind: Any = type(layer)
     layer.__class__ = _normalising(kind)
-    layer.statistics = nnx.static(statistics)
+    layer.statistics, layer.tap = nnx.static(statistics), nnx.static(None)
     layer.calls = nnx.BatchStat(jnp.zeros_like(layer.mean[...]))  # the same for all: of a shape that transforms take
 
 
@@ -87,13 +100,29 @@ def _watch(layer: Any, path: Path, wanted: bool) -> None:
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[dict[Path, Layer]]:
-    """The watched layers that are called in this thread, by path."""
+def _recorded() -> Iterator[dict[Path, tuple[Layer, nnx.tracers.TraceState]]]:
+    """The watched layers that are called in this thread, by path, and in which trace."""
     before, _trace.calls = getattr(_trace, "calls", None), {}
     try:
         yield _trace.calls
     finally:
         _trace.calls = before
+
+
+class _Seen(NamedTuple):
+    """What is seen of one call of a model.
+
+    Args:
+        out: all outputs.
+        inputs: of the layers, by path, as far as they were recorded.
+        layers: those that were called, by path, in call order.
+        norms: statistics of the batch norms.
+    """
+
+    out: Any
+    inputs: dict[Path, Array]
+    layers: dict[Path, Layer]
+    norms: tuple[Moments, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +164,7 @@ class NnxModule:
         return state
 
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
-        out, inputs, layers, norms = self._apply(variables, args, kwargs, lambda _: True)
+        out, inputs, layers, norms = self._watched(variables, args, kwargs)
         if self.statistics == "batch" and not norms and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat)):
             raise ValueError(
                 '`statistics="batch"` must find nnx.BatchNorm layers, and there are statistics but no such layers. For '
@@ -145,16 +174,30 @@ class NnxModule:
         return Watched(selected(out, self.output), calls, {} if self.output is None else named_arrays(out))
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
-        out, inputs, _, norms = self._apply(variables, args, kwargs, lambda other: other == path)
+        (out, inputs, _, norms), _ = self._apply(variables, args, kwargs, lambda other: other == path)
         return Tap(inputs[path], selected(out, self.output), None, norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
         return not self.eval_mode if self.statistics is None else self.statistics == "batch"
 
+    def _watched(self, variables: Any, args: tuple, kwargs: Mapping) -> _Seen:
+        """A call with the inputs of all layers, or of all that are called where the last one is.
+
+        What a transform must give back as it took it, such as the cell of an ``nnx.RNN``, can keep no inputs.
+        """
+        try:
+            return self._apply(variables, args, kwargs, lambda _: True)[0]
+        except Exception:
+            seen, beside = self._apply(variables, args, kwargs, lambda _: False)  # raises what the model itself does
+        try:
+            return self._apply(variables, args, kwargs, beside.__contains__)[0]
+        except Exception:  # the last one is in such a transform
+            return seen
+
     def _apply(
         self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
-    ) -> tuple[Any, dict[Path, Array], dict[Path, Layer], tuple[Moments, ...]]:
-        """All outputs; inputs and layers by path, in call order; and statistics of batch norms."""
+    ) -> tuple[_Seen, set[Path]]:
+        """What is seen of a call, and the paths of the layers that are called in the same trace as the last one."""
         model = nnx.merge(self.graphdef, variables, copy=True)
         norms = {}
         for path, module in nnx.iter_modules(model):
@@ -165,13 +208,15 @@ class NnxModule:
         for norm in norms.values():
             _normalise(norm, self.statistics)
 
-        with _recorded() as layers:
+        with _recorded() as calls:
             out, sown = captured(model, Tapped, self.method, args, kwargs)
         inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
         # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
-        unseen = {path: Layer(path, x.dtype) for path, x in inputs.items() if path not in layers}
+        layers = {path: Layer(path, x.dtype) for path, x in inputs.items() if path not in calls}
+        layers |= {path: layer for path, (layer, _) in calls.items()}
         moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
-        return out, inputs, unseen | layers, moments
+        where = [trace for _, trace in calls.values()]
+        return _Seen(out, inputs, layers, moments), {path for path, (_, trace) in calls.items() if trace == where[-1]}
 
     def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
         arrays = nnx.to_flat_state(nnx.filter_state(variables, nnx.Not(nnx.RngState)))

@@ -40,8 +40,8 @@ def refusal(module: Functional, calls: tuple[Call, ...], nearest: str, again: st
     if inside:
         others = ", nn.WeightNorm and others that change its weights" if space == "nn" else ""
         return (
-            f"{expected}, outside transforms: {space}.scan, {space}.vmap{others}; got {inside} inside of one. Move the "
-            f"head out of it, or give the module a new head with {module.graft}."
+            f"{expected}, outside transforms: {space}.scan, {space}.vmap{others}, and those of JAX itself; got "
+            f"{inside} inside of one. Move the head out of it, or give the module a new head with {module.graft}."
         )
     if again:
         return f"{expected}, but {again}. Give it a two-layer head of its own with {module.graft}."
