@@ -1,5 +1,6 @@
 """Outputs that share the head's hidden layer are told of: a solve for one of them changes the others."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -97,6 +98,37 @@ def test_it_is_seen_behind_zeros_and_in_every_precision(dtype):
     with pytest.warns(UserWarning, match="use it too: b. A solve for this output"):
         find()
     linen(OWN["probabilities"], dtype=dtype)[2]()
+
+
+@dataclasses.dataclass
+class Both:
+    """Outputs in a class of the user's, which is no pytree."""
+
+    a: Any
+    b: Any
+
+
+def test_outputs_in_objects_that_jax_does_not_know_are_seen():
+    """They were leaves, and no arrays: nothing was said."""
+
+    class InObject(Linen):
+        @nn.compact
+        def __call__(self, x):
+            out = super().__call__(x)
+            return {"both": Both(out["a"], [out["b"]])}
+
+    def find(other, output):
+        variables = jax.jit(Linen(other).init)(KEY, X)
+        cf.find_head(InObject(other), variables, X, output=output)
+
+    with pytest.warns(UserWarning, match=r"use it too: both/b/0\. A solve for this output"):
+        find(SHARED["dense"], lambda out: out["both"].a)
+    with pytest.warns(UserWarning, match=r"use it too: both/a\. A solve for this output"):
+        find(SHARED["dense"], lambda out: out["both"].b[0])
+    find(OWN["dense"], lambda out: out["both"].a)
+    in_object = {"method": lambda model, x: Both(*model(x)), "output": lambda out: out.a}
+    with pytest.warns(UserWarning, match=r"use it too: b\. A solve for this output"):
+        cf.nnx.find_head(Nnx(SHARED["dense"]), X, **in_object)
 
 
 def test_a_head_that_is_called_twice_is_told_of():

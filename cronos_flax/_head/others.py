@@ -22,15 +22,23 @@ _FACTORS = 1 / 16, 1 / 2  # of neurons: powers of two, so that nothing is rounde
 
 
 def named_arrays(out: Any) -> dict[str, Array]:
-    """The arrays of a module's outputs, of numbers or bools, by name: ``"logits"``, ``"1"``, ``"aux/logits"``."""
+    """The arrays of a module's outputs, of numbers or bools, by name: ``"logits"``, ``"1"``, ``"aux/logits"``.
+
+    Those in an object of a class that JAX does not know, such as a dataclass or a distribution, are named by attribute.
+    """
 
     def key(entry: Any) -> Any:
         return next((getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name)), entry)
 
+    def leaves(tree: Any) -> list[tuple[tuple, Any]]:
+        return [(tuple(map(key, path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(out):
-        if isinstance(leaf, Array) and (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
-            found[format_path(tuple(map(key, path)))] = leaf
+    for path, leaf in leaves(out):
+        opaque = hasattr(leaf, "__dict__") and not isinstance(leaf, Array)
+        for inside, value in leaves(vars(leaf)) if opaque else [((), leaf)]:
+            if isinstance(value, Array) and (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool):
+                found[format_path((*path, *inside))] = value
     return found
 
 
