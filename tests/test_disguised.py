@@ -53,6 +53,9 @@ END = {
     ),
     "low rank of 0": lambda scope, out, x, h: out + low_rank(scope, h, 3),
     "film at identity": lambda scope, out, x, h: film(scope, out),
+    "filter of complex ones": lambda scope, out, x, h: jnp.fft.irfft(
+        jnp.fft.rfft(out) * scope.param("filter", nn.initializers.ones, (2,), jnp.complex64), n=3
+    ),
     "running scale of 1": lambda scope, out, x, h: out * scope.variable("batch_stats", "scale", jnp.ones, ()).value,
 }
 KINDS = [*BEFORE, *AFTER, *END]
@@ -83,7 +86,7 @@ def moved(variables):
     def move(path, leaf):
         if any(getattr(entry, "key", None) in layers for entry in path):
             return leaf
-        return leaf + 0.7 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf & (jnp.arange(leaf.size) > 2)
+        return leaf + 0.7 if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf & (jnp.arange(leaf.size) > 2)
 
     return jax.tree_util.tree_map_with_path(move, variables)
 

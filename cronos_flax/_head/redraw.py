@@ -41,7 +41,7 @@ def _differences(read: TwoLayer, written: TwoLayer) -> TwoLayer:
 
 
 def redrawn(variables: Any, spread: float) -> Any:
-    """The variables with all floating arrays and masks in all collections changed: nothing stays 0, 1 or its inverse.
+    """The variables with all floating arrays, complex ones too, and masks changed: nothing stays 0, 1 or its inverse.
 
     Masks change with the wide spread only, as some of them must not let nothing through.
     """
@@ -49,7 +49,7 @@ def redrawn(variables: Any, spread: float) -> Any:
     rng, draws = np.random.default_rng(0), {}
     for i, leaf in enumerate(leaves):
         width = jnp.shape(leaf)[-1:]
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             draws[i] = on_device(rng.normal(size=width), jnp.float32)
         elif _is_mask(leaf):
             draws[i] = on_device(np.resize([True, False], width))
@@ -70,10 +70,11 @@ def _changed(leaves: list[Array], draws: list[Array], spread: Array, turned: boo
 
     def changed(leaf: Array, draw: Array) -> Array:
         draw = jnp.broadcast_to(draw, leaf.shape)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf ^ draw.astype(leaf.dtype) if turned else leaf
-        value = leaf.astype(jnp.float32)
-        return jnp.where(value == 0, spread * jnp.abs(draw), value * jnp.exp(spread * draw)).astype(leaf.dtype)
+        value = leaf.astype(jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32)
+        factor, in_place_of_zero = (v.astype(value.dtype) for v in (jnp.exp(spread * draw), spread * jnp.abs(draw)))
+        return jnp.where(value == 0, in_place_of_zero, value * factor).astype(leaf.dtype)
 
     return [changed(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
 
