@@ -225,6 +225,17 @@ def test_an_alternation_on_running_statistics_warns(kind):
         made.fit(made.find(), (X, Y))
 
 
+def test_a_call_that_may_change_other_collections_only_is_no_training():
+    """Sown values, losses or a cache made it one, and nothing was said of its running statistics."""
+    made = linen()
+    head = made.find(train=False, mutable=["intermediates"])
+    assert not head.in_training
+    assert "norms" not in str(head)
+    with pytest.warns(UserWarning, match="running statistics of batch norms"):
+        made.alternate(head, (X, Y))
+    assert made.find(train=False, mutable=["intermediates", "batch_stats"]).in_training
+
+
 @KINDS
 def test_other_words_than_batch_and_running_are_refused(kind):
     with pytest.raises(ValueError, match=r'find_head: `statistics` must be "batch", "running" or None.*got \'train\''):

@@ -191,7 +191,8 @@ class LinenModule(Collections):
         return Tap(seen.inputs[path], seen.out, seen.updates, seen.norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
-        return bool(kwargs.get("mutable")) if self.statistics is None else self.statistics == "batch"
+        asked = flax.core.scope.in_filter(kwargs.get("mutable", False), _STATS)
+        return asked if self.statistics is None else self.statistics == "batch"
 
     def _apply(
         self,
