@@ -53,6 +53,13 @@ def test_replicated_variables_are_named_as_such():
         jax_utils.replicate(state).solve_head((X, np.zeros(32, int)))
 
 
+def test_whole_variables_in_place_of_the_parameters_are_refused_at_once():
+    """The first solve blamed the batch, and gradient steps before it had no weight decay."""
+    given = {"apply_fn": MODEL.apply, "params": VARIABLES, "tx": optax.sgd(0.1), "head": HEAD}
+    with pytest.raises(ValueError, match=r"CronosTrainState: `params` must be variables\['params'\].*without layers_2"):
+        cf.CronosTrainState.create(**given)
+
+
 def test_collections_given_by_their_name_are_refused_with_the_right_keyword():
     """Findings 2.9: the message did not help."""
     given = {"apply_fn": MODEL.apply, "params": VARIABLES["params"], "tx": optax.sgd(0.1), "head": HEAD}

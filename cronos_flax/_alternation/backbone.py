@@ -219,11 +219,7 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
         )
 
     def init(params: Any) -> optax.OptState:
-        if not any(begins_with(path, head.paths) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
-            raise ValueError(
-                "backbone_only: `params` must be variables['params'] of the module that the head was found in, got a "
-                f"tree without {format_path(head.hidden_path)}."
-            )
+        check_params("backbone_only", params, head)
         inside = backbone(params)
         try:
             return inner.init(inside)
@@ -265,6 +261,15 @@ def check_optimizer(where: str, tx: Any) -> None:
         raise ValueError(
             f"{where}: `tx` must be an optax.GradientTransformation, got {type(tx).__name__}; "
             "for example optax.adam(1e-3)."
+        )
+
+
+def check_params(where: str, params: Any, head: Head) -> None:
+    """Raise a ValueError for parameters that are not those of the module of the head."""
+    if not any(begins_with(path, head.paths) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+        raise ValueError(
+            f"{where}: `params` must be variables['params'] of the module that the head was found in, got a "
+            f"tree without {format_path(head.hidden_path)}."
         )
 
 

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._alternation.apply_fn import warn_if_another
-from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, with_arguments
+from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, check_params, with_arguments
 from cronos_flax._alternation.defaults import (
     Alternation,
     warn_of_running_statistics,
@@ -122,8 +122,8 @@ class CronosTrainState(TrainState):
             **kwargs: ``model_state``, and the fields of subclasses.
 
         Raises:
-            ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind, and for a
-                keyword that is no field, such as ``batch_stats``.
+            ValueError: for a ``tx``, ``head``, ``solver``, ``guard`` or ``alternation`` of the wrong kind, for
+                ``params`` without the head, and for a keyword that is no field, such as ``batch_stats``.
 
         Warns:
             UserWarning: if ``tx`` passes gradients on as they are, or makes NaN of float16 parameters, and if the head
@@ -138,6 +138,7 @@ class CronosTrainState(TrainState):
             )
         asked = asked_for("CronosTrainState", tx, head, Collections, solver, guard, alternation)
         solver, alternation = asked.solver, asked.alternation
+        check_params("CronosTrainState", params, head)
         moving = alternation.moves(head)
         left_out = () if moving else head.paths
         warn_of_gradients_passed_on("CronosTrainState", tx, params, module_params(params), left_out)
