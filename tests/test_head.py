@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_network
+from conftest import drawn, random_network
 from flax.core import freeze
 
 import cronos_flax as cf
@@ -265,6 +265,36 @@ def test_an_output_without_an_axis_is_told_how_to_get_one():
         cf.find_head(Squeezed(), variables, x)
     head = cf.find_head(Squeezed(), variables, x, output=lambda out: out[:, None])
     assert head.outputs == 1
+
+
+def test_outputs_of_another_shape_than_the_two_layers_give_are_told_how_to_get_it():
+    """It was said that outputs differ by inf of their size, or that no two layers fit."""
+
+    class Flattened(nn.Module):
+        """Looks at each step of a sequence by itself, as actors and critics do."""
+
+        end: str
+
+        @nn.compact
+        def __call__(self, x):
+            outputs = 1 if self.end == "squeezed" else 2
+            out = nn.Dense(outputs)(nn.relu(nn.Dense(4)(x.reshape(-1, 3) if self.end == "reshaped" else x)))
+            return {"squeezed": out[..., 0], "reshaped": out.reshape(*x.shape[:2], -1), "mean": out.mean(axis=1)}[
+                self.end
+            ]
+
+    def find(end, **how):
+        return cf.find_head(Flattened(end), drawn(Flattened(end), jax.random.key(0), x), x, **how)
+
+    x = np.random.default_rng(0).normal(size=(16, 5, 3)).astype("float32")
+    with pytest.raises(ValueError, match=r"2 axes, \(16, 5\).* output=lambda out: out\[\.\.\., None\]"):
+        find("squeezed")
+    assert find("squeezed", output=lambda out: out[..., None]).outputs == 1
+    with pytest.raises(ValueError, match=r"shape \(80, 2\), and the module's \(16, 5, 2\).*out\.reshape\(-1, 2\)"):
+        find("reshaped")
+    assert find("reshaped", output=lambda out: out.reshape(-1, 2)).rows == 80
+    with pytest.raises(ValueError, match=r"shape \(16, 5, 2\), and the module's \(16, 2\): something follows\. If"):
+        find("mean")
 
 
 def test_grafting_variables_draws_the_head_as_init_does_and_no_backbone():

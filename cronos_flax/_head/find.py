@@ -161,7 +161,8 @@ def find(
             refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = called_again(module, variables, calls, out)
-    raise ValueError(refusal(module, calls, nearest, again) + flat(out) + extended(module, variables, calls))
+    remarks = flat(module, variables, calls, out) + extended(module, variables, calls)
+    raise ValueError(refusal(module, calls, nearest, again) + remarks)
 
 
 def _head(
@@ -278,7 +279,11 @@ def _diagnosis(seen: _Pass, error: float, tol: float) -> _Verdict:
     after = known(_ENDS, last, seen.out)
     far = after is None and not relative_difference(last, seen.out) <= tol
     reason = f"its outputs differ from those of Dense → relu → Dense by {error:.2g} of their size"
-    if between == "relu":
+    if last.shape != seen.out.shape:
+        reason = f"its outputs have the shape {last.shape}, and the module's {seen.out.shape}: something follows"
+        if last.size == seen.out.size:
+            reason += f". If it is a reshape only, undo it with output=lambda out: out.reshape{(-1, *last.shape[1:])}"
+    elif between == "relu":
         reason += f": {after or 'something'} follows, or is added"
     elif between is not None:
         reason += f": {between} stands between the two, where relu must"

@@ -52,13 +52,20 @@ def refusal(module: Functional, calls: tuple[Call, ...], nearest: str, again: st
     return f"{expected}, but {found}. Give it a two-layer head with {module.graft}."
 
 
-def flat(out: Array) -> str:
+def flat(module: Functional, variables: Any, calls: tuple[Call, ...], out: Array) -> str:
     """A remark on outputs without an axis for them, which no layer fits; empty for others."""
-    if out.ndim > 1:
+
+    def ends(call: Call) -> bool:
+        """Whether the outputs are those of this layer, of one output, without the axis."""
+        one = module.kernel_shape(variables, call.layer.path)[1:] == (1,)
+        return one and call.input is not None and call.input.shape[:-1] == out.shape
+
+    if out.ndim > 1 and not any(map(ends, calls)):
         return ""
+    axes, index = ("one axis", ":, None") if out.ndim == 1 else (f"{out.ndim} axes", "..., None")
     return (
-        f" The outputs on the batch have one axis, {out.shape}: if the module takes that of its one output away, give "
-        "it back with output=lambda out: out[:, None]."
+        f" The outputs on the batch have {axes}, {out.shape}: if the module takes that of its one output away, give "
+        f"it back with output=lambda out: out[{index}]."
     )
 
 
