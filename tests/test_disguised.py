@@ -112,6 +112,35 @@ def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
         cf.fit_head(head, changed, (X, Y))
 
 
+class Masked(nn.Module):
+    """Rules out some outputs, as actors do with actions that are not allowed."""
+
+    ruled_out: float
+
+    @nn.compact
+    def __call__(self, x, allowed):
+        out = nn.Dense(3)(nn.relu(nn.Dense(HIDDEN)(jnp.tanh(x))))
+        return jnp.where(allowed, out, self.ruled_out)
+
+
+@pytest.mark.parametrize("ruled_out", [-1e9, -np.inf, 0.0])
+def test_a_mask_of_outputs_in_a_later_batch_is_refused(ruled_out):
+    """Where it let all through in the first batch, a solve was for outputs that the module does not have."""
+    model, all_allowed, some = Masked(ruled_out), np.ones((32, 3), bool), np.ones((32, 3), bool)
+    some[5, 1] = False
+    variables = jax.jit(model.init)(jax.random.key(0), X, all_allowed)
+    head = cf.find_head(model, variables, X, all_allowed)
+
+    def fit(*batches):
+        return cf.fit_head(head, variables, batches, solver=cf.Cronos(max_iters=2), unpack=lambda batch: batch)
+
+    with pytest.raises(ValueError, match=r"as for the first batch of `data`; in a later one they differ by"):
+        fit(((X, all_allowed), Y), ((X, some), Y))
+    weight = np.ones(32)
+    fit(((X, all_allowed), Y, weight), ((X, some), Y, weight - (np.arange(32) == 5)))  # a row that does not count
+    fit(((X, all_allowed), Y), ((X[:1] * 1e-6, all_allowed[:1]), Y[:1]))  # rounding of one row is not judged by itself
+
+
 @dataclasses.dataclass
 class Place:
     """What an NNX model has besides its head, and where it is applied."""

@@ -28,8 +28,8 @@ from cronos_flax._solver.meshes import mesh_of
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import on_host
 
-# From positional and keyword arguments to the head's input (..., p) and the statistics of batch norms.
-Pass = Callable[[tuple, Mapping], tuple[Array, tuple[Moments, ...]]]
+# From a batch to the head's input (..., p) and the statistics of batch norms.
+Pass = Callable[[Batch], tuple[Array, tuple[Moments, ...]]]
 _BLOCK = 65_536  # rows of a block, where features are read in blocks
 _READ = 2**24  # bytes of a file that are mapped at a time
 
@@ -197,10 +197,10 @@ class _Gathering:
                 left = None if self._store is None else self._store.rows_left(count - 1, batch)
                 if self._store is not None and left is not None:
                     if count == 1:
-                        self._store.compare(self._piece_of(self._tap(batch.args, batch.kwargs), batch))
+                        self._store.compare(self._piece_of(self._tap(batch), batch))
                     self._tell(left)
                     continue
-                seen = self._tap(batch.args, batch.kwargs)
+                seen = self._tap(batch)
                 if pending is not None:  # copied to the host while the device works on this batch
                     self._keep(*pending)
                 pending = seen, batch

@@ -13,9 +13,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import UserData
+from cronos_flax._head.data import Batch, UserData
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.functional import Functional, Kind, Tap
@@ -27,7 +28,7 @@ from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
-from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.transfer import on_device, on_host
 
 # Of the positional and the keyword arguments of a call, and its chosen output.
 Compare = Callable[[tuple, Mapping, Array], None]
@@ -179,7 +180,7 @@ class Head:
             if anything is not finite.
 
         Raises:
-            ValueError: for data that do not fit the module, or each other; if the module's outputs for the first batch
+            ValueError: for data that do not fit the module, or each other; if the module's outputs for rows that count
                 are no longer those of the two layers; for :class:`Features` of another backbone.
             MemoryError: if memory does not hold the features.
             OSError: if the disk does not hold them.
@@ -244,20 +245,36 @@ class Head:
         check_there(where, (variables, data.given if isinstance(data.given, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
+        network, apart = self.read(variables), on_device(np.zeros(2), jnp.float32)
 
-        def tap(args: tuple, kwargs: Mapping) -> tuple[Array, tuple[Moments, ...]]:
-            nonlocal is_first
-            seen = self._pass(variables, args, kwargs, data.place, observed)
+        def tap(batch: Batch) -> tuple[Array, tuple[Moments, ...]]:
+            nonlocal is_first, apart
+            seen = self._pass(variables, batch.args, batch.kwargs, data.place, observed)
             if is_first:
                 self._check_still_holds(variables, seen.features, seen.out, where)
                 if compare is not None:
-                    compare(args, {**self.kwargs, **kwargs}, seen.out)
+                    compare(batch.args, {**self.kwargs, **batch.kwargs}, seen.out)
+            elif seen.out.shape[:-1] == seen.features.shape[:-1]:  # not waited for
+                # Of float16, outputs may be infinite that are not of the two layers in float32.
+                whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
+                counts = _counts(batch, seen.out)
+                apart = automatically(_further, apart, network, seen.features, seen.out, counts, whole)
             is_first = False
             return seen.features, seen.norms if observed else ()
 
-        return gather(
+        gathered = gather(
             tap, self.outputs, data, callback=callback, shuffled=in_training, store=store, most_bytes=most_bytes
         )
+        difference, size = map(float, on_host(apart))
+        if difference > max(self.tolerance, _CHANGED) * size:
+            raise ValueError(
+                f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
+                f"{format_path(self.hidden_path)} and {format_path(self.output_path)} for all rows that count, as for "
+                f"the first batch of `{data.name}`; in a later one they differ by {difference:.2g}, of {size:.2g} at "
+                "most. What a batch brings, such as a mask of outputs, changes them after the two layers: let the "
+                "module return what these give, and mask that; or give rows that do not count weight 0."
+            )
+        return gathered
 
     def backbone(self, variables: Any, where: str) -> Fingerprint:
         """What tells the backbone from others, however the head is: all that a solve does not change, and the call."""
@@ -358,6 +375,31 @@ def predicted(network: TwoLayer, features: Array) -> Array:
 @jax.jit
 def _predicted(network: TwoLayer, features: Array) -> Array:
     return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
+
+
+@jax.jit
+def _further(apart: Array, network: TwoLayer, features: Array, out: Array, counts: Array, whole: Array) -> Array:
+    """How far outputs are from those of the two layers, and the size of these: the largest of both, so far.
+
+    Args:
+        apart: of the batches before, shape ``(2,)``.
+        network: the two layers.
+        features: their input ``(..., p)``.
+        out: outputs ``(..., C)`` of the module.
+        counts: which of them count.
+        whole: whether those count that are not finite while those of the two layers are.
+    """
+    expected, out = _predicted(network, features), out.astype(jnp.float32)
+    counts &= jnp.isfinite(expected) & (whole | jnp.isfinite(out))
+    both = jnp.stack([jnp.abs(jnp.nan_to_num(out, nan=jnp.inf) - expected), jnp.abs(expected)])
+    return jnp.maximum(apart, jnp.max(jnp.where(counts, both, 0), axis=range(1, both.ndim), initial=0))
+
+
+def _counts(batch: Batch, out: Array) -> Array:
+    """Which outputs of a batch count ``(..., 1)``: all without weights. Those of another shape are refused later."""
+    weight = np.ones(()) if batch.weight is None else batch.weight
+    fits = weight.shape == out.shape[: weight.ndim]
+    return on_device(weight.reshape(*weight.shape, *[1] * (out.ndim - weight.ndim)) > 0 if fits else np.True_)
 
 
 def check_there(where: str, tree: Any) -> None:
