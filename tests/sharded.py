@@ -236,8 +236,31 @@ def used(mesh, spec, directory):
     ]
 
 
+def across(mesh, spec, directory):
+    """What a network gives, and a solve on β of a path: neurons on the axis of rows, or columns on one of theirs."""
+    X, y, _ = features_and_labels(128)
+    rng = np.random.default_rng(2)
+    network = cf.TwoLayer(*(rng.normal(size=size) for size in ((32, HIDDEN), HIDDEN, (HIDDEN, OUTPUTS), OUTPUTS)))
+    if mesh is not None:
+        columns = mesh.axis_names[1:]
+        X = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data", *columns)))
+        network, y = put(network, mesh, PartitionSpec(*(columns or (None,)), "data")), by_rows(y, mesh)
+    solution = dataclasses.replace(SOLVER, beta="path").solve(X, y, init=network)
+    found = [np.sum(np.square(cf.predict(network, X))), SOLVER.objective(network, X, y, 1e-3), solution.stats.objective]
+    return [float(each) for each in found]
+
+
 # With whether the mesh is set while they run.
-SURFACE = {alternated: False, fitted: False, solved: False, warmed_up: False, in_nnx: True, grafted: False, used: False}
+SURFACE = {
+    alternated: False,
+    fitted: False,
+    solved: False,
+    warmed_up: False,
+    in_nnx: True,
+    grafted: False,
+    used: False,
+    across: False,
+}
 
 
 def assert_samples_stay(mesh):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import drawn
 from given import HEAD, MODEL, PARAMS, WIDE, Foreign, Interface, X, Y, alternating, batched, losses, plain, same, train
 
 import cronos_flax as cf
@@ -338,6 +339,15 @@ def test_a_lone_dict_of_arrays_is_one_batch(unsolved):
     train(alternating(), LONE, unpack=keyed, solve_data=LONE)
 
 
+def test_arrays_are_not_batches_of_unpack():
+    """The first two rows of x and of y were taken for the inputs and the targets of two batches."""
+    model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(X.shape[1])])  # targets have the shape of inputs
+    variables = drawn(model, jax.random.key(0), X)
+    head = cf.find_head(model, variables, X)
+    with pytest.raises(ValueError, match=r"^fit_head: `data` must be a list of batches .*got a tuple of two arrays"):
+        cf.fit_head(head, variables, (X, X), unpack=lambda batch: ((batch[0],), batch[1]))
+
+
 def trained(row):
     pytest.fail("it trained")
 
@@ -349,6 +359,11 @@ FORMS = {
     "one of several": ({"validation": {"held": (X, Y), "b": iter(batched())}}, "`validation\\['b'\\]` must be re-iter"),
     "a lone dict": ({"data": LONE}, r"`data` is a dict \(x, y\), one batch.*Give unpack="),
     "a lone dict to validate on": ({"validation": LONE}, r"`validation` is a dict \(x, y\)"),
+    "arrays beside unpack": ({"unpack": keyed}, "`data` must be a list of batches if `unpack` is given"),
+    "arrays to validate on beside unpack": (
+        {"data": LONE, "unpack": keyed, "validation": (X, Y)},
+        "`validation` must be a list of batches if",
+    ),
     "one array": ({"data": X}, "`data` must be \\(x, y\\) or an iterable"),
     "text to validate on": ({"validation": "digits"}, "`validation` must be \\(x, y\\) or an iterable"),
     "a number to validate on": ({"validation": 3}, "`validation` must be \\(x, y\\) or an iterable"),

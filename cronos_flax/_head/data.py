@@ -235,7 +235,8 @@ class UserData:
         """Return the data if they have a form that can be taken, and if they can be read again where that is asked for.
 
         Raises:
-            ValueError: if they have not; if they are an iterator, which can be read only once.
+            ValueError: if they have not; if they are an iterator, which can be read only once; for ``(x, y)`` beside an
+                ``unpack``, which would take each of the two arrays for a batch.
         """
         given, unpack = self.given, self.unpack
         if unpack is not None and not callable(unpack):
@@ -244,6 +245,11 @@ class UserData:
             raise ValueError(
                 f"{self.where}: `{self.name}` is a dict ({', '.join(map(str, given))}), one batch that only `unpack` "
                 "can take apart. Give unpack=, or the arrays as (x, y)."
+            )
+        if unpack is not None and isinstance(given, tuple) and len(given) == 2 and is_array(given[1]):
+            raise ValueError(
+                f"{self.where}: `{self.name}` must be a list of batches if `unpack` is given, got a tuple of two "
+                "arrays. If these are (x, y), give a list with one batch, as `unpack` takes it."
             )
         kind = type(given).__name__
         if not isinstance(given, Iterable) or isinstance(given, str | bytes) or is_array(given):

@@ -189,10 +189,10 @@ def follow(
         fit: rows to fit.
         validation: rows to choose on.
     """
-    betas = beta_max * np.asarray(RATIOS)
+    betas, mean_loss = beta_max * np.asarray(RATIOS), functools.partial(_mean_loss, loss=loss)
     losses, networks, network = [], [], None
     for beta in betas:
         network = solve(fit, float(beta), network).params
-        losses.append(float(on_host(_mean_loss(network, validation, loss))))
+        losses.append(float(on_host(automatically(mean_loss, network, validation))))
         networks.append(network)
     return Path(betas, np.asarray(losses), networks)

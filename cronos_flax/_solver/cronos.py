@@ -19,7 +19,7 @@ from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
-from cronos_flax._solver.meshes import mesh_of
+from cronos_flax._solver.meshes import automatically, mesh_of
 from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
@@ -424,14 +424,14 @@ class Cronos:
         checks.number("beta", beta, expected, lambda v: v >= 0, where="objective")
         checks.single("beta", beta, where="objective")
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
-        rest = y, weight, on_device(beta, y.dtype), loss_of(self.loss)
+        rest, run = (y, weight, on_device(beta, y.dtype)), functools.partial(compiled_loss, loss=loss_of(self.loss))
         if not isinstance(features, Source):
-            return compiled_loss(params, features, *rest)
+            return automatically(run, params, features, *rest)
         if features is not X:
             raise ValueError("objective: `X` must be one array (n, p), got blocks.")
         with host.opened(features) as (number,):
             rows = Blocks(number, *features.shape, features.rows, y.dtype)
-            return jax.block_until_ready(compiled_loss(params, rows, *rest))
+            return jax.block_until_ready(automatically(run, params, rows, *rest))
 
     def _data(
         self,

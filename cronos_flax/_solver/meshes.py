@@ -35,8 +35,12 @@ def automatic(mesh: Mesh | None) -> Mesh | None:
 
 
 def automatically(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` on automatic axes; results on a mesh are on the caller's again. No array moves."""
-    mesh = mesh_of(arguments)
+    """``function(*arguments)`` on automatic axes; results on a mesh are on the caller's again. No array moves.
+
+    Where an argument is traced, the axes are those of the caller's program.
+    """
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
+    mesh = None if traced else mesh_of(arguments)
     return function(*arguments) if automatic(mesh) is None else on_automatic_axes_of(mesh, function, *arguments)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.arrays import numbers
 from cronos_flax._solver.blocks import Blocks
+from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.types import Activations, Directions, Gates, Scalar
 
@@ -191,6 +192,10 @@ def predict(params: Network, X: ArrayLike | Blocks) -> Float[Array, "n C"]:
                 f"predict: `X` must have the {params.kernel1.shape[0]} features of the network as its last axis, "
                 f"got shape {X.shape}."
             )
+    return automatically(_outputs, params, X)
+
+
+def _outputs(params: Network, X: Any) -> Float[Array, "n C"]:
     hidden = X @ params.kernel1
     if params.bias1 is not None:
         hidden = hidden + jnp.broadcast_to(params.bias1, hidden.shape)
