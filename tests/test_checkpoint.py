@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -435,6 +436,22 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="`state` must have arrays"):
         cf.save_checkpoint(tmp_path, {}, 6)
     assert_same(cf.restore_checkpoint(tmp_path, made(1)), made())
+
+
+def test_checkpoints_that_orbax_made_by_itself_are_left_alone(tmp_path):
+    """One of the same step was put aside as damaged, and ``keep`` deleted the others, without a word."""
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, args=ocp.args.StandardSave({"a": np.arange(3)}))
+    for given in ({"step": 2}, {"step": 3, "keep": 1}):
+        with pytest.raises(
+            ValueError, match=r"save_checkpoint: `directory` must be for .*step 2 was made by something"
+        ):
+            cf.save_checkpoint(tmp_path, made(), **given)
+    with pytest.raises(ValueError, match=r"restore_checkpoint: `directory` must be for checkpoints of cf.save_checkp"):
+        cf.restore_checkpoint(tmp_path, made())
+    with ocp.CheckpointManager(tmp_path) as manager:
+        assert manager.all_steps() == [1, 2]
 
 
 def test_an_unknown_format_is_refused(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ State = TypeVar("State")
 
 _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
+_ITEMS = ("state", "meta")  # directories that a checkpoint consists of
 _LONGEST = 200  # characters of what Orbax says
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
@@ -68,7 +69,8 @@ def save_checkpoint(
         keep: the number of newest checkpoints to keep; None keeps all.
 
     Raises:
-        ValueError: if there is a sound checkpoint of this step already, or an argument does not fit.
+        ValueError: if there is a sound checkpoint of this step already, or checkpoints that something else has made, or
+            an argument does not fit.
         BlockingIOError: if another process, or a run of ``cf.train``, is writing into the directory.
         OSError: if the directory cannot be written to; the checkpoints there are as before.
     """
@@ -110,6 +112,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
 
 
 def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None, besides: int | None = None) -> None:
+    _steps(directory, "save_checkpoint")  # raises where nothing must be saved
     taken = directory / str(step)
     if taken.exists():
         try:
@@ -160,7 +163,7 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
 
     Raises:
         ValueError: if the checkpoint's leaves differ from those of ``state`` in name, shape or dtype, if its format is
-            unknown, if ``step`` is not there, or if all checkpoints are damaged.
+            unknown, if ``step`` is not there, if something else has made the newest, or if all are damaged.
 
     Warns:
         UserWarning: if a train state has another backbone or optimizer than the one that was saved, as far as the names
@@ -213,21 +216,34 @@ def _manager(directory: Path, keep: int | None = None, besides: int | None = Non
     one = preservation_policy.CustomSteps([] if besides is None else [besides])
     kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), one])
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
+    return ocp.CheckpointManager(directory, options=options, item_names=_ITEMS)
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps in the directory, the newest first."""
+def _steps(directory: Path, where: str = "restore_checkpoint") -> list[int]:
+    """The steps in the directory, the newest first.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        ValueError: if it is a checkpoint itself; or if its newest one was made by something else, such as a manager of
+            Orbax's own: saving would put it aside as damaged, or delete it as one too many to ``keep``.
+    """
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"restore_checkpoint: `directory` must be a directory, got the file {directory}.")
+        raise NotADirectoryError(f"{where}: `directory` must be a directory, got the file {directory}.")
     if not directory.is_dir():
         return []
     if (directory / "_CHECKPOINT_METADATA").exists():
         raise ValueError(
-            f"restore_checkpoint: `directory` must be one of checkpoints, got {directory}, which is a checkpoint. Give "
+            f"{where}: `directory` must be one of checkpoints, got {directory}, which is a checkpoint. Give "
             f"its parent, and step={directory.name}."
         )
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
+    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
+    made = {path.name for path in (directory / str(steps[0])).iterdir()} if steps else set()
+    if made and made.isdisjoint(_ITEMS):
+        raise ValueError(
+            f"{where}: `directory` must be for checkpoints of cf.save_checkpoint, got {directory}, where step "
+            f"{steps[0]} was made by something else. Give another directory."
+        )
+    return steps
 
 
 def _free(directory: Path, name: str) -> Path:
