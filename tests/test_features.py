@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import signal
 import tracemalloc
 from collections import Counter
@@ -116,6 +117,7 @@ def test_weighted_rows_and_several_targets_come_back_from_a_cache(tmp_path):
     assert len(cached.X) == np.sum(weight > 0)
     same(cached.weight, np.arange(ROWS)[weight > 0][cached.order] % 3)
     assert str(cached) == f"Features: 170 rows of 8 float32, weighted in {tmp_path / 'X.npy'}"
+    assert str(pickle.loads(pickle.dumps(cached))) == "Features: 170 rows of 8 float32, weighted"  # it was "in None"
 
 
 @pytest.mark.parametrize("torn", [False, True])

@@ -101,7 +101,8 @@ class Features:
         return in_blocks(self.X, rows)
 
     def __str__(self) -> str:
-        where = f" in {self.X.filename}" if isinstance(self.X, np.memmap) else ""
+        file = getattr(self.X, "filename", None)  # an array that was pickled has none
+        where = "" if file is None else f" in {file}"
         weights = "" if self.weight is None else ", weighted"
         return f"Features: {len(self.X):,} rows of {self.X.shape[1]:,} {self.X.dtype}{weights}{where}"
 
