@@ -227,9 +227,8 @@ def train(
     start = {} if directory is None else some_entries(module_params(state.params))
     checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.locked():
-        state, position, best = checkpoints.resumed(
-            state.replace(step=on_device(state.step))
-        )  # Flax starts with an int
+        state = state.replace(step=on_device(state.step))  # Flax starts with an int
+        state, position, best = checkpoints.resumed(state)
         position.batches = position.batches or source.known_batches()
         check = BatchCheck(state, loss, train_kwargs, streams)
         _check_what_is_in_memory(check, source, to_solve, sets)
