@@ -357,11 +357,23 @@ def looks_at_values():
     return optax.GradientTransformation(lambda p: inner.init(jax.tree.map(np.zeros_like, p)), inner.update)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "looks at values"])
+def looks_at_places():
+    """Momentum whose ``init`` puts its zeros where the parameters are, which traced ones do not tell."""
+    inner = optax.sgd(0.1, momentum=0.9)
+
+    def init(params):
+        return jax.tree.map(lambda zeros: jax.device_put(zeros, zeros.sharding), inner.init(params))
+
+    return optax.GradientTransformation(init, inner.update)
+
+
+LOOKING = {"looks at values": looks_at_values(), "looks at places": looks_at_places()}
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *LOOKING])
 def test_what_begins_anew_for_the_head_is_as_the_optimizer_begins(name):
     """Of the state of a deep network only the head's part is made."""
-    tx = {**OPTIMIZERS, "looks at values": looks_at_values()}[name]
-    tx = backbone.rated(tx, HEAD.paths)
+    tx = backbone.rated((OPTIMIZERS | LOOKING)[name], HEAD.paths)
     expected = tx.init(PARAMS)
     made = optimizer_state._head_at_start(tx, PARAMS, HEAD.paths)
     assert jax.tree.structure(made) == jax.tree.structure(expected)
@@ -369,7 +381,7 @@ def test_what_begins_anew_for_the_head_is_as_the_optimizer_begins(name):
         if optimizer_state._is_inside(path, HEAD.paths):
             np.testing.assert_array_equal(one, two, strict=True)
         else:
-            assert name == "looks at values" or one == 0
+            assert name in LOOKING or one == 0
 
 
 def test_an_optimizer_begins_once_for_all_solves():

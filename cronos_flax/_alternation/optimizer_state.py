@@ -104,7 +104,7 @@ def _head_at_start(tx: optax.GradientTransformation, params: Any, paths: tuple[P
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     try:
         init, inside, structure = _traced_init(tx, treedef, shapes, paths)
-    except jax.errors.JAXTypeError:  # it looks at values
+    except Exception:  # it looks at values, or at where they are
         return tx.init(params)
     made = iter(init(leaves))
     return jax.tree.unflatten(structure, [next(made) if is_inside else 0 for is_inside in inside])
