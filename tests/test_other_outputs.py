@@ -131,6 +131,21 @@ def test_outputs_in_objects_that_jax_does_not_know_are_seen():
         cf.nnx.find_head(Nnx(SHARED["dense"]), X, **in_object)
 
 
+def test_an_object_among_outputs_may_hold_what_is_no_tree():
+    """A dict with keys that cannot be sorted stopped the search; what stands beside it is seen."""
+    model = Linen(SHARED["dense"])
+    variables = jax.jit(model.init)(KEY, X)
+
+    def method(bound, x):
+        arrays = bound(x)
+        out = Both(arrays["a"], arrays["b"])
+        out.names, out.itself = {0: "zero", "one": 1}, out
+        return out
+
+    with pytest.warns(UserWarning, match=r"use it too: b\. A solve for this output"):
+        cf.find_head(model, variables, X, method=method, output=lambda out: out.a)
+
+
 def test_a_head_that_is_called_twice_is_told_of():
     """The same function of other features: no change of the network that keeps this output shows it."""
 

@@ -5,6 +5,7 @@ divided by the same. The output that was chosen, and all that the module compute
 stay as they are. What changes uses one of the two layers on another way, and a solve would change it unseen.
 """
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -33,10 +34,17 @@ def named_arrays(out: Any) -> dict[str, Array]:
     def leaves(tree: Any) -> list[tuple[tuple, Any]]:
         return [(tuple(map(key, path)), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
+    def attributes(leaf: Any) -> list[tuple[tuple, Any]]:
+        found = []
+        for name, value in vars(leaf).items():
+            with contextlib.suppress(ValueError):  # a dict with keys that cannot be sorted
+                found += [((name, *path), inside) for path, inside in leaves(value)]
+        return found
+
     found = {}
     for path, leaf in leaves(out):
         opaque = hasattr(leaf, "__dict__") and not isinstance(leaf, Array)
-        for inside, value in leaves(vars(leaf)) if opaque else [((), leaf)]:
+        for inside, value in attributes(leaf) if opaque else [((), leaf)]:
             if isinstance(value, Array) and (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool):
                 found[format_path((*path, *inside))] = value
     return found
