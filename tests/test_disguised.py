@@ -112,6 +112,22 @@ def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
         cf.fit_head(head, changed, (X, Y))
 
 
+class Recurrent(nn.Module):
+    """A long linear recurrence with complex numbers near the unit circle, as in state-space models."""
+
+    @nn.compact
+    def __call__(self, x):
+        pole = self.param("pole", lambda _: jnp.asarray([0.999j, 0.99, -0.9 + 0.1j], jnp.complex64))
+        carried = jax.lax.fori_loop(0, 4000, lambda _, carry: pole * carry + x[:, :3], jnp.zeros((32, 3), pole.dtype))
+        return nn.Dense(3)(nn.relu(nn.Dense(HIDDEN)(carried.real)))
+
+
+def test_a_complex_recurrence_before_the_head_does_not_overflow():
+    """Redrawn poles were outside of the unit circle, and outputs NaN."""
+    model = Recurrent()
+    assert cf.find_head(model, jax.jit(model.init)(jax.random.key(0), X), X).hidden == HIDDEN
+
+
 class Masked(nn.Module):
     """Rules out some outputs, as actors do with actions that are not allowed."""
 

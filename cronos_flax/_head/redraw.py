@@ -65,16 +65,19 @@ def redrawn(variables: Any, spread: float) -> Any:
 def _changed(leaves: list[Array], draws: list[Array], spread: Array, turned: bool) -> list[Array]:
     """Each number times ``exp(spread · draw)``; where it is zero, ``spread · |draw|``. Signs stay, so variances do.
 
-    In masks every second entry is turned over, if ``turned``.
+    A complex number is turned by ``spread · draw``, and made smaller: the powers of one within the unit circle, as a
+    recurrence takes them, stay finite. In masks every second entry is turned over, if ``turned``.
     """
 
     def changed(leaf: Array, draw: Array) -> Array:
         draw = jnp.broadcast_to(draw, leaf.shape)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf ^ draw.astype(leaf.dtype) if turned else leaf
-        value = leaf.astype(jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32)
-        factor, in_place_of_zero = (v.astype(value.dtype) for v in (jnp.exp(spread * draw), spread * jnp.abs(draw)))
-        return jnp.where(value == 0, in_place_of_zero, value * factor).astype(leaf.dtype)
+        size = jnp.abs(draw)
+        is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        value = leaf.astype(jnp.complex64 if is_complex else jnp.float32)
+        factor = jnp.exp(spread * (1j * draw - size if is_complex else draw))
+        return jnp.where(value == 0, spread * size, value * factor).astype(leaf.dtype)
 
     return [changed(leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)]
 
