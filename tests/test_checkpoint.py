@@ -438,11 +438,15 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
     assert_same(cf.restore_checkpoint(tmp_path, made(1)), made())
 
 
-def test_checkpoints_that_orbax_made_by_itself_are_left_alone(tmp_path):
+OTHERS = ocp.args.StandardSave({"a": np.arange(3)})
+
+
+@pytest.mark.parametrize("name", [None, "state"])
+def test_checkpoints_that_orbax_made_by_itself_are_left_alone(tmp_path, name):
     """One of the same step was put aside as damaged, and ``keep`` deleted the others, without a word."""
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in (1, 2):
-            manager.save(step, args=ocp.args.StandardSave({"a": np.arange(3)}))
+            manager.save(step, args=OTHERS if name is None else ocp.args.Composite(**{name: OTHERS}))
     for given in ({"step": 2}, {"step": 3, "keep": 1}):
         with pytest.raises(
             ValueError, match=r"save_checkpoint: `directory` must be for .*step 2 was made by something"
@@ -452,6 +456,18 @@ def test_checkpoints_that_orbax_made_by_itself_are_left_alone(tmp_path):
         cf.restore_checkpoint(tmp_path, made())
     with ocp.CheckpointManager(tmp_path) as manager:
         assert manager.all_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("lost", [["state"], ["meta"], ["state", "meta"]])
+def test_a_checkpoint_that_lost_parts_is_one_of_ours_still(tmp_path, lost):
+    """It was refused as another's where both parts were gone, and the sound one before it with it."""
+    state = made()
+    for step in (1, 2):
+        cf.save_checkpoint(tmp_path, state, step)
+    for part in lost:
+        shutil.rmtree(tmp_path / "2" / part)
+    with pytest.warns(UserWarning, match="restored step 1 .*passed over what is damaged: step 2"):
+        cf.restore_checkpoint(tmp_path, state)
 
 
 def test_an_unknown_format_is_refused(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ State = TypeVar("State")
 _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
 _ITEMS = ("state", "meta")  # directories that a checkpoint consists of
+_LIST = "_CHECKPOINT_METADATA"  # Orbax's own, beside them
 _LONGEST = 200  # characters of what Orbax says
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
@@ -231,19 +232,30 @@ def _steps(directory: Path, where: str = "restore_checkpoint") -> list[int]:
         raise NotADirectoryError(f"{where}: `directory` must be a directory, got the file {directory}.")
     if not directory.is_dir():
         return []
-    if (directory / "_CHECKPOINT_METADATA").exists():
+    if (directory / _LIST).exists():
         raise ValueError(
             f"{where}: `directory` must be one of checkpoints, got {directory}, which is a checkpoint. Give "
             f"its parent, and step={directory.name}."
         )
     steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()), reverse=True)
-    made = {path.name for path in (directory / str(steps[0])).iterdir()} if steps else set()
-    if made and made.isdisjoint(_ITEMS):
+    if steps and _is_of_others(directory / str(steps[0])):
         raise ValueError(
             f"{where}: `directory` must be for checkpoints of cf.save_checkpoint, got {directory}, where step "
             f"{steps[0]} was made by something else. Give another directory."
         )
     return steps
+
+
+def _is_of_others(checkpoint: Path) -> bool:
+    """Whether something else has made a checkpoint, and it is not one of ours that is damaged."""
+    there = {path.name for path in checkpoint.iterdir()}
+    if not there or there.issuperset(_ITEMS):
+        return False
+    try:
+        listed = json.loads((checkpoint / _LIST).read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return there.isdisjoint(_ITEMS)
+    return not isinstance(listed, dict) or listed.keys() != set(_ITEMS)
 
 
 def _free(directory: Path, name: str) -> Path:
