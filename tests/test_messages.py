@@ -53,6 +53,12 @@ def test_replicated_variables_are_named_as_such():
         jax_utils.replicate(state).solve_head((X, np.zeros(32, int)))
 
 
+def test_variables_without_the_head_are_refused_with_what_the_batch_met():
+    """It was a bare KeyError of the layer's name."""
+    with pytest.raises(ValueError, match="gather_features: the batch must be one that the model takes with these vari"):
+        cf.gather_features(HEAD, {"params": {}}, (X, X))
+
+
 def test_whole_variables_in_place_of_the_parameters_are_refused_at_once():
     """The first solve blamed the batch, and gradient steps before it had no weight decay."""
     given = {"apply_fn": MODEL.apply, "params": VARIABLES, "tx": optax.sgd(0.1), "head": HEAD}

@@ -245,7 +245,9 @@ class Head:
         check_there(where, (variables, data.given if isinstance(data.given, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
-        network, apart = self.read(variables), on_device(np.zeros(2), jnp.float32)
+        apart = on_device(np.zeros(2), jnp.float32)
+        # Of float16, outputs may be infinite that are not of the two layers in float32.
+        whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
 
         def tap(batch: Batch) -> tuple[Array, tuple[Moments, ...]]:
             nonlocal is_first, apart
@@ -255,9 +257,7 @@ class Head:
                 if compare is not None:
                     compare(batch.args, {**self.kwargs, **batch.kwargs}, seen.out)
             elif seen.out.shape[:-1] == seen.features.shape[:-1]:  # not waited for
-                # Of float16, outputs may be infinite that are not of the two layers in float32.
-                whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
-                counts = _counts(batch, seen.out)
+                counts, network = _counts(batch, seen.out), self.read(variables)
                 apart = automatically(_further, apart, network, seen.features, seen.out, counts, whole)
             is_first = False
             return seen.features, seen.norms if observed else ()
