@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -137,9 +137,9 @@ class Checkpoints:
 
     def resumed(self, given: State) -> tuple[State, Position, State | None]:
         """The saved state, its position, and the best state before; or, if there is none, the state given."""
-        state, extra = given, cast(Any, None)
-        if self.directory is not None:
-            state, self.newest, extra = restored(self.directory, given)
+        if self.directory is None:
+            return given, Position(step=int(on_host(given.step))), None
+        state, self.newest, extra = restored(self.directory, given)
         if self.newest is None:
             return state, Position(step=int(on_host(state.step))), None
         self._check_is_run(extra)

@@ -127,8 +127,9 @@ def train(
             it is the same when it is read twice.
         save_every: steps between checkpoints; None saves after each epoch.
         keep_best: the figure of ``validation`` by which the state to return is chosen: that after the epoch with the
-            least ``"validation_loss"`` or the highest ``"validation_accuracy"``, the first of several such epochs. It
-            is kept in memory, and in the ``directory``. None means the state at the end.
+            least ``"validation_loss"`` or the highest ``"validation_accuracy"``, the first of several such epochs; of a
+            dict of sets, with the prefix of one. It is kept in memory, and in the ``directory``. None means the state
+            at the end.
         compile_first: compile before the clock starts, by a step and a solve whose results are not used; the first row
             of the history then has ``compile_seconds``.
 
