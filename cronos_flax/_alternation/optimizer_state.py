@@ -101,6 +101,8 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
 def _head_at_start(tx: optax.GradientTransformation, params: Any, paths: tuple[Path, Path]) -> Any:
     """``tx.init(params)``, with 0 in the place of leaves that are not the head's: of a deep network these are many."""
     leaves, treedef = jax.tree.flatten(params)
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        return tx.init(params)  # of several processes: what is made of shapes alone would lie in each of them
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     try:
         init, inside, structure = _traced_init(tx, treedef, shapes, paths)
