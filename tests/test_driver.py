@@ -7,6 +7,7 @@ import signal
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,16 @@ def made(tx=None, **kwargs):
         solver=cf.Cronos(loss="softmax"),
         **kwargs,
     )
+
+
+class Averaging(TrainState):
+    """Fills its average of the parameters at the first step only."""
+
+    average: Any = None
+
+    def apply_gradients(self, *, grads, **kwargs):
+        new = super().apply_gradients(grads=grads, **kwargs)
+        return new.replace(average=new.params)
 
 
 def plain():
@@ -448,6 +459,10 @@ BAD = {
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
     "no rows": (lambda: train(data=(X[:0], Y[:0])), "equally many rows"),
     "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),
+    "a field that is filled by a step": (
+        lambda: train(Averaging.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.sgd(0.1)), loss="softmax"),
+        "`apply_gradients` of Averaging must leave as many arrays in the state as it found, .*, got .* Let a field",
+    ),
     "keep_best without validation": (lambda: train(keep_best="validation_loss"), "`validation`, which is not given"),
     "keep_best": (
         lambda: train(keep_best="loss", validation=(X, Y)),

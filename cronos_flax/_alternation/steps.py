@@ -96,9 +96,15 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
 
         (value, updates), grads = jax.value_and_grad(mean_loss, has_aux=True)(module_params(state.params))
         changed = {"model_state": _as_before(collections, updates)} if collections else {}
-        state = at_places(with_value(state, value, grads=grads, **changed), places)
+        state = with_value(state, value, grads=grads, **changed)
         structures[1:] = [jax.tree.structure(state)]
-        return jax.tree.leaves(state), value
+        before, after = (each.num_leaves for each in (structure, structures[-1]))
+        if after != before:
+            raise ValueError(
+                f"train: `apply_gradients` of {type(state).__name__} must leave as many arrays in the state as it "
+                f"found, {before}, got {after}. Let a field that is None at first begin with its arrays."
+            )
+        return jax.tree.leaves(at_places(state, places)), value
 
     def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
         def run(state: Any, *arguments: Any) -> tuple[Any, Array]:
