@@ -425,6 +425,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
         cf.restore_checkpoint(tmp_path, made(dtype="bfloat16"))
     with pytest.raises(ValueError, match="has nothing"):
         cf.restore_checkpoint(tmp_path, {"a": jnp.zeros(1)})
+    with pytest.raises(ValueError, match="must have arrays, freshly made, got shapes alone"):
+        cf.restore_checkpoint(tmp_path, jax.eval_shape(made))
     with pytest.raises(ValueError, match="`step` 4 is not in"):
         cf.restore_checkpoint(tmp_path, made(), step=4)
     with pytest.raises(ValueError, match=r"`step` 5 is in .* already"):

@@ -176,6 +176,11 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
 def restored(directory: str | Path, state: State, *, step: int | None = None) -> tuple[State, int | None, Any]:
     """As :func:`restore_checkpoint`, with the checkpoint's step and ``extra``; None for both if there is none."""
     check_path("restore_checkpoint", "directory", directory)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            "restore_checkpoint: `state` must have arrays, freshly made, got shapes alone, as of jax.eval_shape. Make "
+            "it as for a run from the start."
+        )
     directory = Path(directory).absolute()
     steps = [s for s in _steps(directory) if step is None or s <= step]
     if step is not None and step not in steps:
