@@ -382,7 +382,7 @@ def alternation_in_nnx():
 
 @pytest.mark.parametrize("made", [alternation_in_linen, alternation_in_nnx])
 def test_models_and_their_programs_can_be_given_up(made):
-    """JAX kept each model with its programs; some 300 runs in one process ended in an error of LLVM."""
+    """JAX kept each model with its programs, until LLVM could not take another one and ended the process."""
 
     def run():
         state, parts = made()
