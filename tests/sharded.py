@@ -1,6 +1,7 @@
 """Rows and parameters sharded over four devices against one device. Run in a process of its own.
 
-All in float64, so that what one device gives is met to rounding. Arguments: a directory, and the kind of axes.
+All in float64, so that what one device gives is met to rounding. Arguments: a directory, and whose results: of
+``solves`` on arrays, or of ``models``.
 """
 
 import contextlib
@@ -44,13 +45,11 @@ def unpack(batch):
     return (x,), y, weight
 
 
-def meshes_and_specs(kind):
-    """One and two axes; with how kernels are sharded."""
-    axes = AxisType[kind]
-    return {
-        "1-D": (jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data", None)),
-        "2-D": (jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")),
-    }
+def meshes_and_specs():
+    """One and two axes, of both kinds; with how kernels are sharded."""
+    for axes in (AxisType.Auto, AxisType.Explicit):
+        yield jax.make_mesh((4,), ("data",), axis_types=(axes,)), PartitionSpec("data", None)
+        yield jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes,) * 2), PartitionSpec("data", "model")
 
 
 def put(tree, mesh, spec):
@@ -250,17 +249,7 @@ def across(mesh, spec, directory):
     return [float(each) for each in found]
 
 
-# With whether the mesh is set while they run.
-SURFACE = {
-    alternated: False,
-    fitted: False,
-    solved: False,
-    warmed_up: False,
-    in_nnx: True,
-    grafted: False,
-    used: False,
-    across: False,
-}
+SURFACE = {"solves": [solved, warmed_up, used, across], "models": [alternated, fitted, in_nnx, grafted]}
 
 
 def assert_samples_stay(mesh):
@@ -325,18 +314,19 @@ def assert_only_sums_are_sent(mesh):
     assert 33 * HIDDEN <= max(many) <= (33 + OUTPUTS) * HIDDEN + 64, many
 
 
-def main(directory, kind):
-    meshes = meshes_and_specs(kind)
-    for mesh, _ in meshes.values():
-        assert_samples_stay(mesh)
-        assert_only_sums_are_sent(mesh)
-    for surface, is_set in SURFACE.items():
+def main(directory, whose):
+    meshes = list(meshes_and_specs())
+    if whose == "solves":
+        for mesh, _ in meshes:
+            assert_samples_stay(mesh)
+            assert_only_sums_are_sent(mesh)
+    for surface in SURFACE[whose]:
         name = surface.__name__
         expected = surface(None, None, directory / f"{name}-one")
-        for axes, (mesh, spec) in meshes.items():
-            with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
-                found = surface(mesh, spec, directory / f"{name}-{axes}")
-            np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{name}, {axes}")
+        for number, (mesh, spec) in enumerate(meshes):
+            with jax.set_mesh(mesh) if surface is in_nnx else contextlib.nullcontext():
+                found = surface(mesh, spec, directory / f"{name}-{number}")
+            np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{name}, {mesh}")
 
 
 if __name__ == "__main__":

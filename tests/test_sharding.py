@@ -14,15 +14,15 @@ def _free_port():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
-def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path, axes):
+@pytest.mark.parametrize("whose", ["solves", "models"])
+def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp_path, whose):
     """Fits, solves, runs with checkpoints, grafts, linen and NNX; and parameters keep the shardings that they had.
 
-    On meshes of one axis and of two.
+    On meshes of one axis and of two, of both kinds of axes.
 
     Steps send sums only. Findings 2.2 and 2.3: restored scalars on device 0, ShardingTypeError on explicit axes.
     """
-    status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run", axes).wait(900)
+    status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run", whose).wait(900)
     assert status == 0, err[-4000:]
 
 
