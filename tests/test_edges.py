@@ -13,6 +13,7 @@ from conftest import drawn
 from flax import nnx
 
 import cronos_flax as cf
+from cronos_flax._solver.transfer import default_key
 from cronos_flax.compare.task import Augmented
 
 rng = np.random.default_rng(0)
@@ -700,3 +701,10 @@ def test_a_network_whose_hidden_neurons_are_off_in_all_rows_is_left():
     stats = cf.Cronos().solve(X, y, init=dataclasses.replace(start, bias1=start.bias1 - 1e6)).stats
     assert stats.objective < 0.2 * stats.null_loss
     assert stats.objective <= stats.initial_objective
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_no_key_stands_for_that_of_seed_zero(kind):
+    """It is put together from its data: to make it by ``jax.random.key`` compiles a program."""
+    with jax.default_prng_impl(kind):
+        assert default_key() == jax.random.key(0)
