@@ -8,7 +8,8 @@ EfficientNet-Lite0, a linen model, whose batch norms keep their statistics. Ever
 from the first pass through the backbone on. These are CPU seconds of the process, so that other work beside it does not
 count: run it on one core (``taskset -c 0``). The directory of ``--cache`` gets the rows and what ``compare`` writes,
 which it goes on from; then all rows are written to the file of ``--out``.
-``--out docs/benchmarks/few_shot.jsonl.gz``, without ``--cache``, prints the table of the kept rows.
+``--out docs/benchmarks/few_shot.jsonl.gz``, without ``--cache``, prints the table of the kept rows. ``--unguarded``
+runs CRONOS-AM without its guard; give it a file of its own.
 """
 
 import argparse
@@ -148,7 +149,8 @@ def main() -> None:
     made.add_argument("--shots", help="rows of each class, such as 5,10")
     made.add_argument("--seconds", type=int, help="of a run")
     made.add_argument("--rates", type=int, default=7)
-    made.add_argument("--methods", nargs="+", default=(*METHODS, *CONTROLS))
+    made.add_argument("--methods", nargs="+")
+    made.add_argument("--unguarded", action="store_true", help="CRONOS-AM without its guard, and nothing else")
     made.add_argument("--picture", type=Path, help="path of a picture of the rates")
     args = made.parse_args()
     if args.cache is not None:
@@ -156,11 +158,14 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         time.perf_counter = time.process_time  # the clock of compare
         methods.BASELINES["limited_adam"] = methods.Baseline(limited_adam, -4.5, -1.5)
-        setting, where = SETTINGS[args.name], args.cache / f"few_shot-{args.name}"
+        setting, where = SETTINGS[args.name], args.cache / f"few_shot-{args.name}{'-unguarded' * args.unguarded}"
+        names = args.methods or (("cronos-ft:adam",) if args.unguarded else (*METHODS, *CONTROLS))
+        if args.unguarded:
+            cf.CronosTrainState.create = functools.partial(cf.CronosTrainState.create, guard=False)
         data = f"--dataset {file_of(args.name, args)} --scaling none --batch-size 32 --validation {setting.held}"
         runs = f"--shots {args.shots or setting.shots} --seconds {args.seconds or setting.seconds} --seeds {args.seeds}"
         runs += f" --rates {args.rates} --rate-range 1e-5 1e-2"
-        how = f"--model few_shot:{setting.model} --methods {','.join(args.methods)} --out {where}"
+        how = f"--model few_shot:{setting.model} --methods {','.join(names)} --out {where}"
         cli.main(["compare", *data.split(), *runs.split(), *how.split()])
         args.out.write_text("".join(path.read_text() for path in sorted(where.glob("shots-*/results.jsonl"))))
     sweeps: dict[int, list[Any]] = {}
