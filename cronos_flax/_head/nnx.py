@@ -1,18 +1,13 @@
 """Heads of NNX models: find one, and replace it by a solve.
 
-NNX has no interceptor. So layers are watched in a copy of the model, in which every fully connected layer belongs to a
-subclass that records its input. The user's model is only read; a solve writes to it once, at the end.
+The user's model is only read; a solve writes to it once, at the end.
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,109 +15,15 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
+from cronos_flax._head.functional import Call, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
-from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
+from cronos_flax._head.nnx_watched import Seen, watched
+from cronos_flax._head.norms import check_statistics
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
-
-LAYERS = nnx.Linear, nnx.LinearGeneral
-_trace = threading.local()  # .calls: layers by path, and where they were called, while a watched copy is traced
-
-
-class Tapped(nnx.Variable):
-    """The recorded input of a layer, in a watched copy of a model."""
-
-
-def _may_change(module: Any) -> bool:
-    """Whether what a watched layer holds may change here: within a transform of JAX itself it may only be read."""
-    try:
-        module.tap = module.tap
-    except flax.errors.TraceContextError:
-        return False
-    return True
-
-
-@functools.cache
-def _tapping(kind: Any) -> type:
-    """A subclass of a layer's class that records the layer's input."""
-
-    def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        path, wanted = self.tap
-        if wanted and _may_change(self):
-            self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        out = kind.__call__(self, inputs, *args, **kwargs)
-        earlier, _ = _trace.calls.pop(path, (None, None))  # order by the last call
-        _trace.calls[path] = Layer.of(path, out, self.dtype, earlier), nnx.tracers.TraceState()
-        return out
-
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
-
-
-@functools.cache
-def _normalising(kind: Any) -> type:
-    """A subclass of a batch norm's class that takes the statistics that were chosen, and keeps those of the batch."""
-
-    def call(self: Any, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
-        if self.statistics is not None:
-            use_running_average = self.statistics == "running"
-        if not _may_change(self):
-            with with_attributes(self, axis_name=bound_axes(self.axis_name)):
-                return kind.__call__(self, x, use_running_average, **kwargs)
-        mean, var, earlier = self.mean[...], self.var[...], self.calls[...]
-        with with_attributes(self, axis_name=bound_axes(self.axis_name), momentum=0.0):
-            out = kind.__call__(self, x, use_running_average, **kwargs)
-        # The batch's own; if the layer is called repeatedly, their mean.
-        self.mean[...] = (earlier * mean + self.mean[...]) / (earlier + 1)
-        self.var[...] = (earlier * var + self.var[...]) / (earlier + 1)
-        self.calls[...] = earlier + 1
-        return out
-
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
-
-
-def _normalise(layer: Any, statistics: str | None) -> None:
-    """Make a batch norm take these statistics, and keep those of the batch."""
-    kind: Any = type(layer)
-    layer.__class__ = _normalising(kind)
-    layer.statistics, layer.tap = nnx.static(statistics), nnx.static(None)
-    layer.calls = nnx.BatchStat(jnp.zeros_like(layer.mean[...]))  # the same for all: of a shape that transforms take
-
-
-def _watch(layer: Any, path: Path, wanted: bool) -> None:
-    """Make a layer record its calls, and, if wanted, its input."""
-    kind: Any = type(layer)
-    layer.__class__ = _tapping(kind)
-    layer.tap = nnx.static((path, wanted))
-
-
-@contextlib.contextmanager
-def _recorded() -> Iterator[dict[Path, tuple[Layer, nnx.tracers.TraceState]]]:
-    """The watched layers that are called in this thread, by path, and in which trace."""
-    before, _trace.calls = getattr(_trace, "calls", None), {}
-    try:
-        yield _trace.calls
-    finally:
-        _trace.calls = before
-
-
-class _Seen(NamedTuple):
-    """What is seen of one call of a model.
-
-    Args:
-        out: all outputs.
-        inputs: of the layers, by path, as far as they were recorded.
-        layers: those that were called, by path, in call order.
-        norms: statistics of the batch norms.
-    """
-
-    out: Any
-    inputs: dict[Path, Array]
-    layers: dict[Path, Layer]
-    norms: tuple[Moments, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,59 +65,45 @@ class NnxModule:
         return state
 
     def watch(self, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
-        out, inputs, layers, norms = self._watched(variables, args, kwargs)
-        if self.statistics == "batch" and not norms and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat)):
+        seen = self._with_inputs(variables, args, kwargs)
+        if (
+            self.statistics == "batch"
+            and not seen.norms
+            and jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat))
+        ):
             raise ValueError(
                 '`statistics="batch"` must find nnx.BatchNorm layers, and there are statistics but no such layers. For '
                 "other norms call model.train() and give eval_mode=False instead."
             )
-        calls = tuple(Call(layer, inputs.get(path)) for path, layer in layers.items())
-        return Watched(selected(out, self.output), calls, {} if self.output is None else named_arrays(out))
+        calls = tuple(Call(layer, seen.inputs.get(path)) for path, layer in seen.layers.items())
+        others = {} if self.output is None else named_arrays(seen.out)
+        return Watched(selected(seen.out, self.output), calls, others)
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
-        (out, inputs, _, norms), _ = self._apply(variables, args, kwargs, lambda other: other == path)
-        return Tap(inputs[path], selected(out, self.output), None, norms if observed else ())
+        seen = self._seen(variables, args, kwargs, lambda other: other == path)
+        return Tap(seen.inputs[path], selected(seen.out, self.output), None, seen.norms if observed else ())
 
     def in_training(self, kwargs: Mapping) -> bool:
         return not self.eval_mode if self.statistics is None else self.statistics == "batch"
 
-    def _watched(self, variables: Any, args: tuple, kwargs: Mapping) -> _Seen:
+    def _with_inputs(self, variables: Any, args: tuple, kwargs: Mapping) -> Seen:
         """A call with the inputs of all layers, or of all that are called where the last one is.
 
         What a transform must give back as it took it, such as the cell of an ``nnx.RNN``, can keep no inputs.
         """
         try:
-            return self._apply(variables, args, kwargs, lambda _: True)[0]
+            return self._seen(variables, args, kwargs, lambda _: True)
         except Exception:
-            seen, beside = self._apply(variables, args, kwargs, lambda _: False)  # raises what the model itself does
+            seen = self._seen(variables, args, kwargs, lambda _: False)  # raises what the model itself does
         try:
-            return self._apply(variables, args, kwargs, beside.__contains__)[0]
+            return self._seen(variables, args, kwargs, seen.beside.__contains__)
         except Exception:  # the last one is in such a transform
             return seen
 
-    def _apply(
-        self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]
-    ) -> tuple[_Seen, set[Path]]:
-        """What is seen of a call, and the paths of the layers that are called in the same trace as the last one."""
+    def _seen(self, variables: Any, args: tuple, kwargs: Mapping, wanted: Callable[[Path], bool]) -> Seen:
+        """A call with the inputs of the layers that are wanted."""
         model = nnx.merge(self.graphdef, variables, copy=True)
-        norms = {}
-        for path, module in nnx.iter_modules(model):
-            if isinstance(module, LAYERS):
-                _watch(module, tuple(path), wanted(path))
-            if isinstance(module, nnx.BatchNorm):
-                norms[tuple(path)] = module
-        for norm in norms.values():
-            _normalise(norm, self.statistics)
-
-        with _recorded() as calls:
-            out, sown = captured(model, Tapped, self.method, args, kwargs)
-        inputs: dict[Path, Array] = {tuple(path[:-1]): leaf[...] for path, leaf in nnx.to_flat_state(sown)}
-        # A jitted part of the model that was traced before sows its inputs, but its calls are not recorded.
-        layers = {path: Layer(path, x.dtype) for path, x in inputs.items() if path not in calls}
-        layers |= {path: layer for path, (layer, _) in calls.items()}
-        moments = tuple(Moments(Norm(path), norm.mean[...], norm.var[...]) for path, norm in norms.items())
-        where = [trace for _, trace in calls.values()]
-        return _Seen(out, inputs, layers, moments), {path for path, (_, trace) in calls.items() if trace == where[-1]}
+        return watched(model, wanted, self.statistics, self.method, args, kwargs)
 
     def backbone(self, variables: Any, paths: tuple[Path, Path]) -> dict[str, Array]:
         arrays = nnx.to_flat_state(nnx.filter_state(variables, nnx.Not(nnx.RngState)))
@@ -292,29 +179,6 @@ def module_at(model: Any, path: Path) -> Any:
     for key in path:
         model = getattr(model, str(key)) if isinstance(model, nnx.Module) and hasattr(model, str(key)) else model[key]
     return model
-
-
-def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tuple, kwargs: Mapping) -> tuple[Any, Any]:
-    """What a model returns, and what it sows of this kind.
-
-    Args:
-        model: the model.
-        kind: of Variables.
-        method: the name of the method to call, or a function; None calls the model.
-        args: positional arguments.
-        kwargs: keyword arguments.
-    """
-
-    def call(model: nnx.Module) -> Any:
-        # Flax gives all modules an attribute to sow into. A list has numbers for keys, and `nnx.scan` and `nnx.vmap`
-        # cannot sort its state with a name among them; it sows nothing.
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
-                delattr(module, "__captures__")
-        of_class = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
-        return of_class(model, *args, **kwargs)
-
-    return nnx.capture(call, kind)(model)
 
 
 def without_sown(model: nnx.Module) -> nnx.Module:

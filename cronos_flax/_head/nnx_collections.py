@@ -16,7 +16,8 @@ from jax import Array
 from cronos_flax._head.functional import Tap, Watched
 from cronos_flax._head.head import Head
 from cronos_flax._head.linen import Collections
-from cronos_flax._head.nnx import NnxModule, captured, without_sown
+from cronos_flax._head.nnx import NnxModule, without_sown
+from cronos_flax._head.nnx_watched import captured
 from cronos_flax._head.norms import bound_axes
 from cronos_flax._head.paths import Path, format_path
 

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from cronos_flax._head.nnx import LAYERS, module_at
+from cronos_flax._head.nnx import module_at
+from cronos_flax._head.nnx_watched import LAYERS
 from cronos_flax._head.paths import Path, as_path, format_path
 from cronos_flax._solver.checks import positive_integer
 
