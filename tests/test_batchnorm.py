@@ -173,10 +173,7 @@ def test_padding_that_is_not_finite_changes_no_statistics(kind):
 @KINDS
 @pytest.mark.parametrize("way", ["fit", "alternate"])
 def test_an_evaluated_model_sees_what_was_solved_on(kind, way):
-    """Dropout between the two layers, and an axis of devices; it had 11.6 % after an epoch.
-
-    Findings 3.2.
-    """
+    """Dropout between the two layers, and an axis of devices; it had 11.6 % after an epoch."""
     made = kind()
     head = made.find(statistics="batch")
     assert head.in_training
@@ -338,7 +335,7 @@ def test_a_rejected_solve_takes_the_running_statistics_back():
 
 
 def test_train_takes_a_norm_that_averages_over_devices():
-    """It was an unbound axis outside pmap and shard_map. Findings 3.1."""
+    """It was an unbound axis outside pmap and shard_map."""
     state = linen_state(0.1)
     state, history = cf.train(state, (X, Y), epochs=1, batch_size=64, train_kwargs={"train": True}, validation=(X, Y))
     assert history[-1]["validation_loss"] < 0.7

@@ -80,7 +80,7 @@ def test_what_a_killed_process_left_in_the_lock_does_not_hold(holder, tmp_path):
 
 @pytest.mark.slow
 def test_of_two_sweeps_started_together_no_finished_run_is_lost(tmp_path, tmp_path_factory):
-    """Findings 1.5: 1 of 14 finished runs was kept."""
+    """Before: 1 of 14 finished runs was kept."""
     said = tmp_path_factory.mktemp("said")
 
     def start(method):

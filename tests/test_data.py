@@ -20,7 +20,7 @@ from cronos_flax._solver.losses import LOSSES
 
 @pytest.mark.parametrize("kind", [Foreign, Interface, lambda a: a.astype(a.dtype.newbyteorder())])
 def test_arrays_of_other_libraries_and_byte_orders_are_those_of_numpy(kind):
-    """Findings 1.9: big-endian arrays gave other features."""
+    """Before: big-endian arrays gave other features."""
     made = native(kind(X), "`x`")
     assert is_array(kind(X))
     assert made.dtype.isnative
@@ -33,7 +33,7 @@ def test_arrays_of_other_libraries_and_byte_orders_are_those_of_numpy(kind):
 
 
 def test_arrays_of_other_libraries_compile_one_program_for_all_batches():
-    """Findings 2.4: each batch made a program."""
+    """Before: each batch made a program."""
     traces = []
 
     class Counting(nn.Module):
@@ -120,7 +120,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("case", TARGETS)
 def test_targets_are_checked_in_gradient_steps_and_in_validation_too(case):
-    """Findings 1.4: only solves checked."""
+    """Before: only solves checked."""
     loss, y, message = TARGETS[case]
     good = {"softmax": Y[:256], "logistic": (SIGNS > 0).astype("float32")}.get(loss, SIGNS)
     with pytest.raises(ValueError, match=f"^train: .*{message}"):
@@ -135,7 +135,7 @@ def test_targets_are_checked_in_gradient_steps_and_in_validation_too(case):
 
 @pytest.mark.parametrize(("loss", "y"), [("softmax", WIDE), ("hinge", np.where(SIGNS > 0, 2**32 + 1, -1))])
 def test_labels_that_would_wrap_are_refused_by_solves(loss, y):
-    """Findings 1.4: int64 labels wrapped before the check."""
+    """Before: int64 labels wrapped before the check."""
     solver = cf.Cronos(loss=loss)
     with pytest.raises(ValueError, match="fit_head: the targets must be integers that fit int32"):
         cf.fit_head(HEAD, {"params": PARAMS}, (X[:256], y), solver=solver)
@@ -178,7 +178,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_are_checked_wherever_they_come(case):
-    """Findings 1.4: gradients took negative weights."""
+    """Before: gradients took negative weights."""
     weight, message = WEIGHTS[case]
 
     def unpack(batch):
@@ -204,7 +204,7 @@ def at_one_rate():
 
 @pytest.mark.parametrize("made", [plain, at_one_rate])
 def test_batches_without_a_row_that_counts_leave_everything_as_it_was(made, unsolved):
-    """Findings 1.3: one such batch made a state NaN."""
+    """Before: one such batch made a state NaN."""
     ones, zeros = np.ones(64, "float32"), np.zeros(64, "float32")
     full = [(x, y, ones) for x, y in batched()]
     nothing = [(X[:64], Y[:64], zeros), (X[:0], Y[:0], ones[:0]), (X[:64] * np.nan, Y[:64] - 100, zeros)]
@@ -295,7 +295,7 @@ def test_a_padded_row_that_is_not_finite_is_one_that_counts(as_):
 
 
 def test_weights_of_classes_are_in_gradients_and_in_the_losses_of_the_history(unsolved):
-    """Findings 1.8: only solves had them."""
+    """Before: only solves had them."""
     rare = np.where(np.arange(256) % 4 == 0, Y[:256], 0)
     counts = np.bincount(rare)
     weight = (256 / (2 * counts))[rare].astype("float32")
@@ -330,7 +330,7 @@ def keyed(batch):
 
 
 def test_a_lone_dict_of_arrays_is_one_batch(unsolved):
-    """Findings 2.6: it was not taken."""
+    """Before: it was not taken."""
     same(HEAD.gather({"params": PARAMS}, LONE, keyed), HEAD.gather({"params": PARAMS}, [LONE], keyed))
     one, history = train(data=LONE, unpack=keyed, validation=LONE)
     two, expected = train(data=[LONE], unpack=keyed, validation={"validation": [LONE]})
@@ -384,7 +384,7 @@ FORMS = {
 
 @pytest.mark.parametrize("case", FORMS)
 def test_forms_of_data_that_cannot_be_used_are_refused_before_training(case):
-    """Findings 2.6: they failed late."""
+    """Before: they failed late."""
     arguments, message = FORMS[case]
     with pytest.raises(ValueError, match=f"^train: {message}"):
         train(alternating(), **arguments, callbacks=[trained])
@@ -421,7 +421,7 @@ def test_inside_jit_and_after_donation_it_is_said():
 
 
 def test_no_rows_to_validate_on_are_said():
-    """Findings 2.6: an empty list failed late."""
+    """Before: an empty list failed late."""
     with pytest.raises(ValueError, match="`validation` must have at least one batch"):
         train(validation=[])
 
@@ -452,7 +452,7 @@ def test_an_error_names_the_validation_rows_that_it_is_about(argument, name, as_
 
 
 def test_models_of_nnx_take_the_same_data():
-    """Findings 2.6: NNX models were checked otherwise."""
+    """Before: NNX models were checked otherwise."""
     import flax.nnx as nnx
 
     layers = [nnx.Linear(5, 6, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(6, 2, rngs=nnx.Rngs(1))]

@@ -38,7 +38,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("case", CLASSES)
 def test_labels_of_every_kind_become_classes(case, tmp_path):
-    """Bools and whole floats became regression, strings a traceback. Findings 1.6."""
+    """Bools and whole floats became regression, strings a traceback."""
     y, names = CLASSES[case]
     data = load(stored(tmp_path, y=y))
     assert data.classes == names
@@ -123,7 +123,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_arrays_that_would_change_without_a_word_are_refused(case, tmp_path, capsys):
-    """Findings 1.6: complex inputs lost their imaginary part."""
+    """Before: complex inputs lost their imaginary part."""
     arrays, message = REFUSED[case]
     code, said = stopped(["info", "--dataset", stored(tmp_path, **arrays)], capsys)
     assert code == 2
@@ -148,7 +148,7 @@ def test_objects_that_nobody_asked_for_are_left_alone(tmp_path):
 
 
 def test_files_cut_anywhere_or_of_another_kind_are_one_line(tmp_path, capsys):
-    """Findings 1.6: a truncated file gave a traceback."""
+    """Before: a truncated file gave a traceback."""
     whole = Path(stored(tmp_path)).read_bytes()
     path = tmp_path / "bad.npz"
     for size in (0, 3, 100, len(whole) // 2, len(whole) - 300, len(whole) - 1):
@@ -197,7 +197,7 @@ def test_a_sweep_does_not_go_on_with_other_data_of_the_same_name(tmp_path):
 
 @pytest.mark.parametrize("alone", [1, 2, 20, 58])
 def test_classes_of_one_row_are_never_held_back(alone, tmp_path):
-    """A class with one row ended `info` in scikit-learn's own error. Findings 1.6."""
+    """A class with one row ended `info` in scikit-learn's own error."""
     y = np.concatenate([np.arange(ROWS - alone) % 2, np.arange(2, 2 + alone)])
     data = load(stored(tmp_path, y=y))
     assert (f"never held back ({alone})" in data.notes.get("rare", "")) == (alone < 58)

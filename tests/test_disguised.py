@@ -93,7 +93,7 @@ def moved(variables):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disguised_head_is_refused_when_it_is_looked_for(kind):
-    """Findings 1.1: only the head's own weights were redrawn, so what was the identity passed."""
+    """Before: only the head's own weights were redrawn, so what was the identity passed."""
     model = Disguised(kind)
     with pytest.raises(ValueError, match="must end in Dense → relu → Dense; the nearest candidate is"):
         cf.find_head(model, jax.jit(model.init)(jax.random.key(0), X), X)
@@ -101,7 +101,7 @@ def test_a_disguised_head_is_refused_when_it_is_looked_for(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_that_no_longer_holds_is_refused_at_the_next_feature_pass(kind):
-    """Findings 1.1: features could stop fitting later, without a word."""
+    """Before: features could stop fitting later, without a word."""
     model = Disguised(kind, on=0)
     variables = jax.jit(model.init)(jax.random.key(0), X)
     head = cf.find_head(model, variables, X)
@@ -208,7 +208,7 @@ class DisguisedNnx(nnx.Module):
 
 @pytest.mark.parametrize("name", NNX)
 def test_a_disguised_nnx_head_is_refused(name):
-    """Findings 1.1, in NNX."""
+    """The same in NNX."""
     with pytest.raises(ValueError, match="is the identity now"):
         cf.nnx.find_head(DisguisedNnx(NNX[name], nnx.Rngs(0)), X)
 
@@ -240,7 +240,7 @@ def test_an_nnx_model_that_computes_something_else_now_is_refused(eval_mode):
 
 
 def test_an_adapter_inside_the_output_layer_is_refused():
-    """Findings 1.1: LoRA with B = 0 passed."""
+    """Before: LoRA with B = 0 passed."""
     rngs = nnx.Rngs(0)
     layers = nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, HIDDEN, rngs=rngs), nnx.relu
     model = nnx.Sequential(*layers, nnx.LoRALinear(HIDDEN, 3, lora_rank=2, rngs=rngs))

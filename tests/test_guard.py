@@ -356,7 +356,7 @@ def test_the_guard_of_a_state_is_settings_or_a_bool():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.3e4])
 def test_constant_targets_leave_nothing_to_reject(value):
-    """Findings 2.1: a division by zero."""
+    """Before: a division by zero."""
     y = np.full((64, 2), value, "float32")  # the loss of the best constant is zero, or rounding
     state = made().replace(solver=cf.Cronos(max_iters=2))
     for _ in range(3):
@@ -377,7 +377,7 @@ def test_a_rate_below_a_hundredth_is_told_once():
 
 @pytest.mark.parametrize("rows", [1_000, 50_000])
 def test_a_solve_again_without_a_step_is_never_rejected(rows):
-    """Findings 1.2: five of eight such solves were rejected."""
+    """Before: five of eight such solves were rejected."""
     # Features with an offset: another key once meant another default β.
     rng = np.random.default_rng(rows)
     x = rng.normal(5, 1, (rows, 5)).astype("float32")
@@ -392,7 +392,7 @@ def test_a_solve_again_without_a_step_is_never_rejected(rows):
 
 @EXPLAINS_NOTHING
 def test_the_first_solve_chooses_the_weight_decay_of_all():
-    """Findings 1.2: objectives of different β were compared."""
+    """Before: objectives of different β were compared."""
     state = made()
     assert np.isinf(state.beta)
     first, solution = state.solve_head((X, Y))
@@ -461,7 +461,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_schedule_goes_on_through_a_rejection_and_moments_go_back(name):
-    """Findings 2.8: a roll-back put the schedule back."""
+    """Before: a roll-back put the schedule back."""
     tx, scheduled, of_moments = COUNTED[name]
     state, _ = made(tx).solve_head((X, Y))
     good, _ = step(state).solve_head((X, Y))
@@ -481,7 +481,7 @@ def test_a_schedule_goes_on_through_a_rejection_and_moments_go_back(name):
 
 
 def test_injected_hyperparameters_are_there_to_read_and_to_set():
-    """Findings 2.7: the wrapper hid them."""
+    """Before: the wrapper hid them."""
     state = made(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9))
     first, _ = state.solve_head((X, Y))[0].solve_head((X, Y))
     assert float(first.optimizer_state.hyperparams["learning_rate"]) == pytest.approx(0.1)
@@ -493,7 +493,7 @@ def test_injected_hyperparameters_are_there_to_read_and_to_set():
 
 
 def test_schedule_free_evaluates_the_average_of_the_backbone_and_a_frozen_head_as_it_is():
-    """Findings 2.7: the wrapper broke it."""
+    """Before: the wrapper broke it."""
     tx = optax.contrib.schedule_free_adamw(1e-2)
     state, _ = made(tx, alternation=cf.Alternation(head="frozen")).solve_head((X, Y))
     for _ in range(3):

@@ -32,7 +32,7 @@ class Endless:
 
 
 def test_epochs_of_a_loader_that_does_not_end_are_so_many_batches(unsolved):
-    """Findings 2.6: such a loader never ended."""
+    """Before: such a loader never ended."""
     state, history = train(data=Endless(), steps_per_epoch=3, epochs=2)
     assert [row["step"] for row in history] == [3, 6]
     six, _ = train(data=list(Endless(6)), epochs=1)
@@ -92,7 +92,7 @@ def test_a_loader_may_write_its_next_batch_into_the_memory_of_the_last():
 
 
 def test_solves_can_be_on_rows_of_their_own(unsolved):
-    """Findings 2.6: solves were on augmented rows."""
+    """Before: solves were on augmented rows."""
     clean = X[:128], Y[:128]
     train(alternating(), data=batched(X + 1), solve_data=clean)
     assert len(unsolved) == 2
@@ -115,7 +115,7 @@ class Noisy(nn.Module):
 
 
 def test_a_module_gets_the_rng_streams_that_are_named():
-    """Findings 2.6: only dropout was fed."""
+    """Before: only dropout was fed."""
     model = Noisy()
     params = model.init(jax.random.key(0), X, train=False)["params"]
 
@@ -150,7 +150,7 @@ def test_each_step_has_random_numbers_of_its_own():
 
 
 def test_an_error_in_eval_params_is_raised():
-    """Findings 1.7: it was swallowed."""
+    """Before: it was swallowed."""
 
     class Averaged(TrainState):
         @property
@@ -198,7 +198,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_directory_is_of_one_set_of_data(saved, case):
-    """Findings 1.5: the first run's parameters came back."""
+    """Before: the first run's parameters came back."""
     data, message = OTHERS[case]
     train(directory=saved / "arrays")
     apply_fn = (lambda v, x: MODEL.apply(v, x["a"])) if case == "a tree" else MODEL.apply

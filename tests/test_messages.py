@@ -30,21 +30,21 @@ class LoRADense(nn.Dense):
 
 @pytest.mark.parametrize("paths", [None, ("layers_2", "layers_4")])
 def test_a_layer_with_parameters_of_its_own_is_refused_by_name(paths):
-    """Findings 1.1: a subclass of Dense gave a raw error."""
+    """Before: a subclass of Dense gave a raw error."""
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, LoRADense(3)])
     with pytest.raises(ValueError, match=r"find_head: .*got more at layers_4 \(down, up\)"):
         cf.find_head(model, model.init(jax.random.key(0), X), X, paths=paths)
 
 
 def test_an_object_that_holds_the_module_is_refused_with_its_attribute():
-    """Findings 2.9: the message did not help."""
+    """Before: the message did not help."""
     holder = types.SimpleNamespace(module=MODEL, params=VARIABLES["params"])
     with pytest.raises(ValueError, match=r"find_head: `model` .*`\.module`"):
         cf.find_head(holder, {"params": holder.params}, X)
 
 
 def test_replicated_variables_are_named_as_such():
-    """Findings 2.9: the message did not help."""
+    """Before: the message did not help."""
     with pytest.raises(ValueError, match=r"fit_head: .*\(1, 8, 6\) at layers_2.*unreplicate"):
         cf.fit_head(HEAD, jax_utils.replicate(VARIABLES), (X, np.zeros(32, int)))
     given = {"apply_fn": MODEL.apply, "params": VARIABLES["params"], "tx": optax.sgd(0.1), "head": HEAD}
@@ -67,7 +67,7 @@ def test_whole_variables_in_place_of_the_parameters_are_refused_at_once():
 
 
 def test_collections_given_by_their_name_are_refused_with_the_right_keyword():
-    """Findings 2.9: the message did not help."""
+    """Before: the message did not help."""
     given = {"apply_fn": MODEL.apply, "params": VARIABLES["params"], "tx": optax.sgd(0.1), "head": HEAD}
     with pytest.raises(ValueError, match=r'`batch_stats` is not a field.*model_state=\{"batch_stats": \.\.\.\}'):
         cf.CronosTrainState.create(**given, batch_stats={})
@@ -82,7 +82,7 @@ class Setup(nn.Module):
 
 
 def test_a_module_that_makes_its_layers_in_setup_cannot_be_replaced_but_its_layers_can():
-    """Findings 2.9: a raw AssignSubModuleError."""
+    """Before: a raw AssignSubModuleError."""
     model = nn.Sequential([nn.Dense(8), Setup()])
     pretrained = model.init(jax.random.key(0), X)
     grafted = cf.graft(model, at="layers_1", hidden=6, features=3)
@@ -126,10 +126,7 @@ def of_words(at, **kwargs):
 
 @pytest.mark.parametrize("at", [None, "classify"])
 def test_pool_of_a_grafted_nnx_model_is_given_the_mask(at):
-    """Inside a model it was given what the replaced layer was called with, and there was no mask.
-
-    Findings 2.9.
-    """
+    """Inside a model it was given what the replaced layer was called with, and there was no mask."""
     grafted = of_words(at)
     np.testing.assert_allclose(grafted(WORDS, MASK), grafted(np.ones_like(WORDS), mask=MASK), rtol=1e-6)
     head = cf.nnx.find_head(grafted, WORDS, MASK)

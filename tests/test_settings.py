@@ -186,7 +186,7 @@ def expected(user, tmp_path_factory):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_everything_runs_under_a_setting_and_gives_the_same(user, expected, tmp_path, name):
-    """Findings 2.5: rank promotion, strict dtypes and the transfer guard broke it."""
+    """Before: rank promotion, strict dtypes and the transfer guard broke it."""
 
     def compare(new, old):  # without jit sums are taken in another order
         tolerance = 1e-4 if name == "no jit" else 0.0

@@ -20,7 +20,7 @@ def test_whatever_the_mesh_and_the_sharding_the_result_is_that_of_one_device(tmp
 
     On meshes of one axis and of two, of both kinds of axes.
 
-    Steps send sums only. Findings 2.2 and 2.3: restored scalars on device 0, ShardingTypeError on explicit axes.
+    Steps send sums only. Before: restored scalars on device 0, ShardingTypeError on explicit axes.
     """
     status, _, err = Forked(tmp_path, "tests/sharded.py", tmp_path / "run", whose).wait(900)
     assert status == 0, err[-4000:]
@@ -50,7 +50,7 @@ def _ended(processes, *, killed=False):
 def test_two_processes_that_are_killed_and_started_again_give_what_one_gives(tmp_path):
     """Each has a device and its rows; callbacks are called in the first, where the run is killed.
 
-    Findings 2.3: fit_head on a global batch failed.
+    Before: fit_head on a global batch failed.
     """
     alone, two = _begun(1, tmp_path / "one"), _begun(2, tmp_path / "two", "kill")
     _ended(two, killed=True)

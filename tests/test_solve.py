@@ -313,7 +313,7 @@ def test_above_beta_max_the_network_is_constant_and_below_it_is_not(digits):
 
 
 def test_beta_max_agrees_over_orders_of_the_rows_and_is_above_what_random_neurons_show(digits):
-    """Findings 1.2: the default β moved nearly three-fold with the key."""
+    """Before: the default β moved nearly three-fold with the key."""
     X, labels = digits
     y = np.where(labels < 5, 1.0, -1.0).astype("float32")[:, None]
     rows, _ = coordinates.scaled(X, y, jnp.ones(len(X)), losses.Squared(), hidden_bias=True, output_bias=True)
