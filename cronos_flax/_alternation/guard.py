@@ -173,7 +173,8 @@ class GuardState:
             copies of the kept ones; with the new rate of the backbone in both cases.
         """
         settings, objective, best = self.settings, agreed(float(on_host(stats.objective))), float(on_host(self.best))
-        rise, allowed = objective - best - rounding, settings.tolerance * max(float(on_host(stats.null_loss)), _TINY)
+        size = max(abs(float(on_host(stats.null_loss))), _TINY)  # a loss of the user's own may be negative
+        rise, allowed = objective - best - rounding, settings.tolerance * size
         accepted = math.isfinite(objective) and rise <= allowed * settings.drift_factor ** self._tries()
         comparable = rise <= allowed  # with the losses before, which drift does not explain
         before = on_host(parts["opt_state"].backbone_rate)

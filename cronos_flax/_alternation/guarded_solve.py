@@ -177,7 +177,7 @@ def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, i
     kernels = on_host((network.kernel1, network.kernel2))
     squares = sum(float(np.sum(np.square(kernel.astype(float)))) for kernel in kernels)
     loss = agreed(objective - beta / 2 * squares)  # what is left of the penalty is that of a bias
-    if null <= rounding or not loss > _MOST_LEFT[is_first] * null:
+    if abs(null) <= rounding or not loss > null + (_MOST_LEFT[is_first] - 1) * abs(null):
         return
     warn(
         f"solve_head: the loss is {loss:.4g} after a solve, and {null:.4g} for outputs that are the same for all rows, "

@@ -91,7 +91,7 @@ class Position:
             return False
         rows = self.history[self.compared_from :]
         least = min((row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))), default=math.inf)
-        return not loss <= least + _RISE * self.null_loss  # it may be NaN
+        return not loss <= least + _RISE * abs(self.null_loss)  # it may be NaN
 
     def is_best_by(self, figure: str) -> bool:
         """Whether the last row of the history has the best value so far: the highest accuracy, or the least loss."""

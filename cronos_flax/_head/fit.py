@@ -21,7 +21,7 @@ from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer, with
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
-_WORSE, _ROUNDING = 1.05, 1e-6  # of the loss of the best constant: above, a head is worse than that
+_WORSE, _ROUNDING = 0.05, 1e-6  # more than so much of the loss of the best constant: above, a head is worse than that
 
 
 def fit_data(
@@ -70,7 +70,7 @@ def fit_data(
 def _warn_if_worse_than_constant(solution: Solution) -> None:
     """Warn if a head that could be constant, as it has a bias, ends above the loss of the best constant."""
     objective, null = (float(on_host(value)) for value in (solution.stats.objective, solution.stats.null_loss))
-    if solution.params.bias2 is not None and objective > _WORSE * null + _ROUNDING:
+    if solution.params.bias2 is not None and objective > null + _WORSE * abs(null) + _ROUNDING:
         warn(
             f"fit_head: the regularised loss is {objective:.4g} after the solve, and {null:.4g} for outputs that are "
             "the same for all rows. Give the solve more iterations (max_iters, or a smaller tol), or bring the "

@@ -104,12 +104,13 @@ def judged(
 
     fall = fall_over(settings.window)
     is_due = done >= now.since + xp.int32(settings.window)
-    stagnated = now.precise & is_due & (fall <= limits.tol * objective)
+    size = xp.abs(objective)  # a loss of the user's own may be negative
+    stagnated = now.precise & is_due & (fall <= limits.tol * size)
     if limits.null is not None:
         least = xp.asarray(settings.least_gain, objective.dtype) * (limits.null - objective)
         is_over = done >= now.since + xp.int32(limits.patience)
         stagnated = stagnated | (is_over & (fall_over(limits.patience) <= least))
-    precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * objective))
+    precise = now.precise | (is_due & (fall <= xp.asarray(settings.sampled_tol, objective.dtype) * size))
     return Descent(
         iterate,
         has_dead,

@@ -108,11 +108,15 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
 
 
 def _ended_above(share: float, solution: Solution) -> bool:
-    """Whether a solve ended by itself with more than this share of the loss of the best constant left."""
+    """Whether a solve ended by itself with more than this share of the loss of the best constant left.
+
+    Of a loss that is negative there, as one of the user's own may be: with less than the rest of its size gone.
+    """
     if not concrete(solution.status_code):
         return False
     reached, null = on_host(_losses(solution))
-    return bool(reached > share * null) and solution.status == Status.stationary
+    left = (share if null >= 0 else 2 - share) * null
+    return bool(reached > left) and solution.status == Status.stationary
 
 
 def _losses(solution: Solution) -> tuple[Scalar, Scalar]:

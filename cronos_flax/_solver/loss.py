@@ -35,6 +35,9 @@ class Loss:
     smooth loss all other methods follow by automatic differentiation. Override those that have a cheaper formula, or
     no derivative. Without :meth:`conjugate`, held gates have no lower bound and never report convergence.
 
+    Solves end, and the guard decides, by differences of the loss relative to its size. So it should be about zero for a
+    perfect fit; with a constant that makes it far larger or negative, the same differences count for less.
+
     Example:
         >>> import dataclasses, jax.numpy as jnp, numpy as np, cronos_flax as cf
         >>> @dataclasses.dataclass(frozen=True)
