@@ -240,6 +240,32 @@ def test_a_solve_that_dropout_contradicts_is_told_once(rate, recwarn, tmp_path):
     assert all("larger beta_ratio" in message for message in told)
 
 
+@pytest.mark.parametrize("solve_every", [None, 4])
+def test_a_solve_that_training_contradicts_is_told_of_where_few_steps_follow_each(solve_every, recwarn):
+    """A scale of outputs in training only: of epochs with fewer than twenty steps, nothing was looked at."""
+
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            out = nn.Dense(2)(nn.relu(nn.Dense(6)(nn.tanh(nn.Dense(8)(x)))))
+            return 30 * out if train else out
+
+    def told(**train_kwargs):
+        model = Scaled()
+        made = {"apply_fn": model.apply, "params": model.init(jax.random.key(0), X, train=False)["params"]}
+        head = cf.find_head(model, {"params": made["params"]}, X[:64], train=False)
+        solver = cf.Cronos(loss="softmax", beta=1e-3)
+        state = cf.CronosTrainState.create(**made, tx=optax.sgd(1e-4), head=head, solver=solver, guard=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            train(state, batch_size=64, epochs=12, solve_every=solve_every, train_kwargs=train_kwargs)
+        return [str(one.message) for one in recwarn if "gradient steps after a solve" in str(one.message)]
+
+    assert not told(train=False)
+    (message,) = told(train=True)
+    assert "in training only" in message
+
+
 def test_solves_on_some_of_the_rows_are_on_others_each_time():
     state, history = train(solve_rows=192, epochs=4)
     assert all(row["objective"] <= row["initial_objective"] for row in history if "objective" in row)

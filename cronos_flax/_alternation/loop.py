@@ -51,11 +51,11 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class LastSolve:
-    """What a solve said of the loss, until the gradient steps after it have said theirs.
+    """What a solve said of the loss, which gradient steps may contradict.
 
     Args:
-        before: how many losses of gradient steps were there when the head was solved for.
-        objective: the regularised loss at its end.
+        before: how many losses of gradient steps were there, of its epoch, when the head was solved for.
+        objective: the regularised loss at its end; NaN if it was rejected.
         null: the loss of the best constant outputs.
     """
 
@@ -63,20 +63,52 @@ class LastSolve:
     objective: float
     null: float
 
+
+class AfterSolves:
+    """Losses of the gradient steps that came first after a solve; of several solves where there are few between two."""
+
+    def __init__(self) -> None:
+        self._solves: list[LastSolve] = []  # the one under way, and those of this epoch
+        self._seen: list[tuple[float, float, float]] = []  # losses, and what their solve had said
+        self._looked_at = 0  # steps after the solve under way
+
+    def solved(self, solve: LastSolve) -> None:
+        """A solve before the next step."""
+        self._solves.append(solve)
+
     def contradicted(self, losses: list[float]) -> str | None:
-        """What to tell the user if constant outputs fit better in the first steps after it, and not by chance."""
-        after = losses[self.before : self.before + _FIRST]
-        if len(after) < _FIRST or np.sum(np.greater(after, self.objective)) < _CLEARLY:
-            return None
-        median = np.median(after)
-        if not median > self.null:
-            return None
-        return (
-            f"train: in the first {_FIRST} gradient steps after a solve the median of the loss was {median:.4g}, above "
-            f"{self.null:.4g} of the best constant outputs; the solve had ended at {self.objective:.4g}. A solve does "
-            "not see the noise of dropout, which large weights of the head enlarge: give the solver a larger "
-            "beta_ratio. Without dropout lower the optimizer's rate."
-        )
+        """What to tell the user if constant outputs fit better in the first steps after solves, and not by chance.
+
+        Args:
+            losses: of all steps of the epoch.
+        """
+        for i, solve in enumerate(self._solves):
+            end = self._solves[i + 1].before if i + 1 < len(self._solves) else len(losses)
+            self._looked_at = 0 if i else self._looked_at
+            first = losses[solve.before : end][: max(_FIRST - self._looked_at, 0)]
+            self._looked_at += len(first)
+            if math.isfinite(solve.objective):
+                self._seen += [(loss, solve.objective, solve.null) for loss in first]
+        self._solves = [dataclasses.replace(solve, before=0) for solve in self._solves[-1:]]
+        told = None
+        while told is None and len(self._seen) >= _FIRST:
+            told = _contradiction(np.asarray(self._seen[:_FIRST]))
+            del self._seen[:_FIRST]
+        return told
+
+
+def _contradiction(seen: np.ndarray) -> str | None:
+    """What to tell of steps whose loss, objective of the solve and loss of the best constant are columns."""
+    after, objective, null = seen.T
+    if np.sum(after > objective) < _CLEARLY or not np.median(after) > np.median(null):
+        return None
+    return (
+        f"train: in the first {_FIRST} gradient steps after a solve the median of the loss was {np.median(after):.4g}, "
+        f"above {np.median(null):.4g} of the best constant outputs; the solve had ended at {np.median(objective):.4g}. "
+        "A solve does not see the noise of dropout, which large weights of the head enlarge: give the solver a larger "
+        "beta_ratio. Nor does it see what the module does in training only (train_kwargs) behind the head, such as "
+        "a scale. Else lower the optimizer's rate."
+    )
 
 
 _STAND_STILL = (
@@ -111,7 +143,8 @@ class Loop:
         keep_best: the figure of validation by which the best state is kept; None for none.
         best: the best state so far.
         losses: of this epoch's batches, not yet in ``position.loss_sum``: the loop does not wait for steps.
-        last: the last solve, if its first gradient steps are not yet in ``position.loss_sum``.
+        after: losses of gradient steps after solves.
+        accepted_at: the step of the last solve that was accepted in this process; -1 without one.
         told: whether the user knows that gradient steps contradict a solve.
         lost: whether the parameters are no longer finite, and no guard goes back.
     """
@@ -136,7 +169,8 @@ class Loop:
     keep_best: str | None = None
     best: Any = None
     losses: list[Array] = dataclasses.field(default_factory=list)
-    last: LastSolve | None = None
+    after: AfterSolves = dataclasses.field(default_factory=AfterSolves)
+    accepted_at: int = -1
     told: bool = False
     lost: bool = False
 
@@ -211,7 +245,7 @@ class Loop:
         # The next epoch's solve comes before this one's validation, which then sees a head that fits its backbone.
         self.choose_if_due()
         self.solve_if_due(anyway=harmed)
-        if harmed and self.last is not None:
+        if harmed and self.accepted_at == position.step:
             self.compare_from_here()
         is_last = position.epoch >= self.epochs or self.time_is_up()
         position.holds_back = position.holds_back and not is_last
@@ -293,7 +327,9 @@ class Loop:
         self.state, solution = self.solved(self.state, **choice)
         stats = solution.stats
         before, after, null = (float(on_host(v)) for v in (stats.initial_objective, stats.objective, stats.null_loss))
-        self.last = None if solution.status is Status.rejected else LastSolve(len(self.losses), after, null)
+        is_rejected = solution.status is Status.rejected
+        self.accepted_at = self.accepted_at if is_rejected else position.step
+        self.after.solved(LastSolve(len(self.losses), math.nan if is_rejected else after, null))
         position.last_solve_step, position.solve_seconds = position.step, self.clock.seconds - began
         position.null_loss = null
         figures = {"initial_objective": before, "objective": after, "beta": float(on_host(stats.beta))}
@@ -324,12 +360,11 @@ class Loop:
     def sum_losses(self) -> None:
         """Wait for the losses of this epoch; say it if they contradict a solve, or if parameters are not finite."""
         position, values = self.position, [float(value) for value in on_host(self.losses)]
-        contradicted = self.last and not self.told and self.last.contradicted(values)
-        if contradicted:
+        contradicted = self.after.contradicted(values)
+        if contradicted and not self.told:
             self.told = True
             warn(contradicted)
         self.losses.clear()
-        self.last = None if values else self.last
         position.loss_sum = sum(values, position.loss_sum)
         if self.lost or getattr(self.state, "guard", None) is not None:
             return
