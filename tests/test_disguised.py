@@ -157,6 +157,42 @@ def test_a_mask_of_outputs_in_a_later_batch_is_refused(ruled_out):
     fit(((X, all_allowed), Y), ((X[:1] * 1e-6, all_allowed[:1]), Y[:1]))  # rounding of one row is not judged by itself
 
 
+class Scored(nn.Module):
+    """Outputs that begin at zero, one divided by the noise of each row, as the scores of diffusion models are."""
+
+    zeros: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x, noise):
+        out = nn.Dense(3, kernel_init=self.zeros)(nn.relu(nn.Dense(HIDDEN)(jnp.tanh(x))))
+        return out / noise[:, None] ** (jnp.arange(3) == 1)
+
+
+def one_column(key, shape, dtype):
+    return nn.initializers.normal()(key, shape, dtype).at[:, 1].set(0)
+
+
+@pytest.mark.parametrize("zeros", [nn.initializers.zeros, one_column])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_outputs_that_begin_at_zero_do_not_hide_what_changes_them(zeros, batches):
+    """All that is multiplied by zero is zero: a solve was for outputs that the module does not have."""
+    ones, noise = np.ones(32, "float32"), np.linspace(0.5, 2, 32, dtype="float32")
+    model = Scored(zeros)
+    variables = jax.jit(model.init)(jax.random.key(0), X, ones)
+    head = cf.find_head(model, variables, X, ones)
+
+    def fit(noise):
+        data = [((X, ones), Y), ((X, noise), Y)][-batches:]
+        return cf.fit_head(head, variables, data, solver=cf.Cronos(max_iters=2), unpack=lambda batch: batch)
+
+    with pytest.raises(ValueError, match=r"Dense_. and Dense_. for all rows that count, .* another one they differ"):
+        fit(noise)
+    fitted, solution = fit(ones)
+    assert solution.stats.objective < solution.stats.initial_objective
+    features = np.asarray(head.inputs(fitted, X, ones))
+    np.testing.assert_allclose(cf.predict(head.read(fitted), features), model.apply(fitted, X, ones), atol=1e-5)
+
+
 @dataclasses.dataclass
 class Place:
     """What an NNX model has besides its head, and where it is applied."""

@@ -162,6 +162,16 @@ def test_an_apply_fn_that_is_another_function_is_told_of_once(apply_fn, solver):
     solved.solve_head((X, LABELS))
 
 
+def test_an_apply_fn_that_is_another_function_is_told_of_where_outputs_begin_at_zero():
+    """The outputs of both were zero, and so the same."""
+    made = state()
+    zeros = {"layers_4": jax.tree.map(jnp.zeros_like, made.params["layers_4"])}
+    made = made.replace(apply_fn=tripled, params={**made.params, **zeros})
+    with pytest.warns(UserWarning, match="`apply_fn` must be the function of the module that the head was found in"):
+        made.solve_head((X, LABELS))
+    made.replace(apply_fn=jax.jit(MODEL.apply)).solve_head((X, LABELS))
+
+
 def _of_training(variables, x, train):
     raise TypeError("it wants other arguments")
 

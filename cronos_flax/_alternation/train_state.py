@@ -300,9 +300,9 @@ class CronosTrainState(TrainState):
         """
         self._check_parts()
 
-        def compare(args: tuple, kwargs: Mapping, out: Array) -> None:
+        def compare(variables: Any, args: tuple, kwargs: Mapping, out: Array) -> None:
             if self._is_unsolved:
-                warn_if_another(self.apply_fn, self.head, self.variables, args, kwargs, out)
+                warn_if_another(self.apply_fn, self.head, variables, args, kwargs, out)
 
         guard, beta, changed, solution = solve_guarded(
             self.guard,

@@ -24,13 +24,12 @@ from cronos_flax._head.jitted import jitted
 from cronos_flax._head.others import moved, rescaled, warning
 from cronos_flax._head.own_rows import own_rows
 from cronos_flax._head.paths import Path, format_path
-from cronos_flax._head.redraw import SPREADS, check_kept, random_like, redrawn
+from cronos_flax._head.redraw import DEVIATIONS, SPREADS, check_kept, random_like, redrawn
 from cronos_flax._head.refusals import check_output, extended, flat, refusal
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.user_warnings import warn
 
 _TOL, _TOL_HALF = 1e-4, 6e-2  # difference of outputs, relative to the largest, in float32 and in fewer bits
-_DEVIATIONS = 16  # the largest of normal numbers, in standard deviations, with a margin
 _LARGE = 1e2  # scale of the second random head: shows activations and outputs that are clipped
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,  # first: others agree with it on small inputs
@@ -144,7 +143,7 @@ def find(
             seen = _Pass.of(module.read(variables, pair), pair, watched)
             kinds = _kinds(seen, pair, calls)
             tol, largest = _tolerance(kinds), _largest(kinds)
-            verdict = _verified(seen, partial(call_with, pair), tol, largest / _DEVIATIONS)
+            verdict = _verified(seen, partial(call_with, pair), tol, largest / DEVIATIONS)
             if not verdict.reason:
                 times = max(call.layer.times for call in calls if call.layer.path in pair)
                 if verdict.others or (len(watched.every) > 1 and times > 1):

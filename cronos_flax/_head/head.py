@@ -25,13 +25,14 @@ from cronos_flax._head.norms import Moments
 from cronos_flax._head.operations import other_names
 from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.paths import Path, format_path
+from cronos_flax._head.redraw import DEVIATIONS, random_like
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host
 
-# Of the positional and the keyword arguments of a call, and its chosen output.
-Compare = Callable[[tuple, Mapping, Array], None]
+# Of variables, the positional and the keyword arguments of a call, and its chosen output.
+Compare = Callable[[Any, tuple, Mapping, Array], None]
 
 _CHANGED = 1e-2  # difference of outputs after which a head no longer holds; rounding of fast products is below it
 _PEAK = 1.25  # memory of a compiled solve, relative to two copies of X and four arrays (n, m)
@@ -172,7 +173,7 @@ class Head:
             most_bytes: of features that host memory holds; more are in a temporary file. None for as many as there are.
             where: the caller's name, for messages.
             name: the name of ``data`` there.
-            compare: called with what the first batch gave, unless the rows are :class:`Features`.
+            compare: called with variables, the first batch and what it gave, unless the rows are :class:`Features`.
 
         Returns:
             The rows, in host memory or in files; and mean and variance of the batch norms by path, over all rows. The
@@ -241,7 +242,7 @@ class Head:
     ) -> Gathered:
         """All rows by a pass through the backbone, kept in ``store``; the rest is as for :meth:`gather`."""
         where, is_first = data.where, True
-        variables = self.module.variables(variables, where)
+        variables = seen_with = self.module.variables(variables, where)
         check_there(where, (variables, data.given if isinstance(data.given, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
@@ -250,14 +251,19 @@ class Head:
         whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
 
         def tap(batch: Batch) -> tuple[Array, tuple[Moments, ...]]:
-            nonlocal is_first, apart
-            seen = self._pass(variables, batch.args, batch.kwargs, data.place, observed)
+            nonlocal is_first, apart, seen_with
+            seen = self._pass(seen_with, batch.args, batch.kwargs, data.place, observed)
             if is_first:
                 self._check_still_holds(variables, seen.features, seen.out, where)
+                if self._has_zero_outputs(variables, seen.features):  # a scale or a mask of them does not show
+                    network = random_like(self.read(variables), seen.features, 1.0, self.largest / DEVIATIONS)
+                    seen_with = self.module.write(variables, self.paths, network)
+                    seen = self._pass(seen_with, batch.args, batch.kwargs, data.place, observed)
                 if compare is not None:
-                    compare(batch.args, {**self.kwargs, **batch.kwargs}, seen.out)
-            elif seen.out.shape[:-1] == seen.features.shape[:-1]:  # not waited for
-                counts, network = _counts(batch, seen.out), self.read(variables)
+                    compare(seen_with, batch.args, {**self.kwargs, **batch.kwargs}, seen.out)
+            is_checked = is_first and seen_with is variables
+            if not is_checked and seen.out.shape[:-1] == seen.features.shape[:-1]:  # not waited for
+                counts, network = _counts(batch, seen.out), self.read(seen_with)
                 apart = automatically(_further, apart, network, seen.features, seen.out, counts, whole)
             is_first = False
             return seen.features, seen.norms if observed else ()
@@ -267,10 +273,13 @@ class Head:
         )
         difference, size = map(float, on_host(apart))
         if difference > max(self.tolerance, _CHANGED) * size:
+            first, other = f"the first batch of `{data.name}`", "a later one"
+            if seen_with is not variables:
+                first, other = "the batch that the head was found on", "another one"
             raise ValueError(
                 f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
                 f"{format_path(self.hidden_path)} and {format_path(self.output_path)} for all rows that count, as for "
-                f"the first batch of `{data.name}`; in a later one they differ by {difference:.2g}, of {size:.2g} at "
+                f"{first}; in {other} they differ by {difference:.2g}, of {size:.2g} at "
                 "most. What a batch brings, such as a mask of outputs, changes them after the two layers: let the "
                 "module return what these give, and mask that; or give rows that do not count weight 0."
             )
@@ -292,6 +301,11 @@ class Head:
                 f"they differ by {difference:.2g} of their size. Something around the two layers (a norm, a scale, an "
                 "adapter) has changed since. Call find_head again: it says what."
             )
+
+    def _has_zero_outputs(self, variables: Any, features: Array) -> bool:
+        """Whether one of the outputs of the two layers is zero for all rows, as fresh ones often are."""
+        outputs = on_host(automatically(_largest_outputs, predicted(self.read(variables), features)))
+        return bool(np.any(outputs == 0))
 
     def solve_bytes(self, rows: int) -> int:
         """Roughly the memory, in bytes, of a solve on so many rows of float32 features."""
@@ -375,6 +389,12 @@ def predicted(network: TwoLayer, features: Array) -> Array:
 @jax.jit
 def _predicted(network: TwoLayer, features: Array) -> Array:
     return predict(jax.tree.map(lambda v: v.astype(jnp.float32), network), features.astype(jnp.float32))
+
+
+@jax.jit
+def _largest_outputs(outputs: Array) -> Array:
+    """The size of each output, over all rows."""
+    return jnp.max(jnp.abs(outputs), axis=range(outputs.ndim - 1))
 
 
 @jax.jit

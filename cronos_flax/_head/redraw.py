@@ -14,6 +14,7 @@ from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.transfer import on_device, on_host
 
+DEVIATIONS = 16  # the largest of normal numbers, in standard deviations, with a margin
 SPREADS = 0.3, 0.03  # of redrawn variables, relative; the second where the first makes outputs that are not finite
 _KEPT = 1e-4  # difference of weights, relative to the largest, that rounding explains
 
