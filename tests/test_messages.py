@@ -1,6 +1,7 @@
 """What is easily given wrong is refused with the words that help."""
 
 import types
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,53 @@ def test_a_layer_with_parameters_of_its_own_is_refused_by_name(paths):
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, LoRADense(3)])
     with pytest.raises(ValueError, match=r"find_head: .*got more at layers_4 \(down, up\)"):
         cf.find_head(model, model.init(jax.random.key(0), X), X, paths=paths)
+
+
+class Graph(NamedTuple):
+    nodes: jax.Array
+    globals: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("returned", "output", "match"),
+    [
+        (lambda out: {"logits": out}, "logit", r"got 'logit'; the outputs: \['logits'\]\."),
+        (
+            lambda out: Graph(X, out),
+            "globals",
+            r"a Graph of 2\. It is an attribute: give output=lambda out: out\.globals",
+        ),
+        (lambda out: out, "logits", r"got 'logits'; the outputs: one array \(32, 3\)\."),
+        (lambda out: {"logits": out}, lambda out: out["logit"], r"raises KeyError: 'logit'; the outputs: \['logits'\]"),
+    ],
+)
+def test_an_output_that_there_is_not_is_not_blamed_on_the_batch(returned, output, match):
+    with pytest.raises(ValueError, match=f"^find_head: `output` must be .*{match}"):
+        cf.find_head(MODEL, VARIABLES, X, method=lambda model, x: returned(model(x)), output=output)
+
+
+def test_a_module_that_returns_more_in_training_is_told_how_its_output_is_chosen():
+    """It was an error about a tuple without a shape."""
+
+    class More(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            out = nn.Dense(3)(nn.relu(nn.Dense(6)(nn.tanh(nn.Dense(8)(x)))))
+            return (out, jnp.mean(out)) if train else out
+
+    model, labels = More(), np.arange(32) % 3
+    made = {"apply_fn": model.apply, "params": drawn(model, jax.random.key(0), X)["params"], "tx": optax.sgd(0.1)}
+
+    def train(**chosen):
+        head = cf.find_head(model, {"params": made["params"]}, X, **chosen)
+        state = cf.CronosTrainState.create(**made, head=head, solver=cf.Cronos(loss="softmax"))
+        cf.train(state, (X, labels), epochs=1, train_kwargs={"train": True})
+
+    with pytest.raises(
+        ValueError, match=r"train: the module must return one array .*, got \(\(32, 3\), \(\)\)\. Choose"
+    ):
+        train()
+    train(output=lambda out: out[0] if isinstance(out, tuple) else out)
 
 
 def test_an_object_that_holds_the_module_is_refused_with_its_attribute():

@@ -61,7 +61,7 @@ class BatchCheck:
         key = structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         if key not in self._known:
             try:
-                self._known[key] = evaluated(self._outputs, self._mesh, self._variables, *given).shape
+                out: Any = evaluated(self._outputs, self._mesh, self._variables, *given)
             except flax.errors.ScopeCollectionNotFound as error:
                 raise ValueError(
                     f"{where}: `state` must have the module's collections in a field `model_state`, as "
@@ -73,6 +73,13 @@ class BatchCheck:
                 raise ValueError(
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
                 ) from error
+            if not isinstance(out, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"{where}: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. Choose "
+                    "one with output= of find_head; if it returns more with train_kwargs than without, by a function "
+                    "that takes both, such as output=lambda out: out[0] if isinstance(out, tuple) else out."
+                )
+            self._known[key] = out.shape
         return self._known[key]
 
 

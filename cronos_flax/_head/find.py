@@ -18,7 +18,7 @@ from jax import Array
 
 from cronos_flax._head import noise
 from cronos_flax._head.candidates import called_again, candidates, given
-from cronos_flax._head.functional import Call, Functional, Watched
+from cronos_flax._head.functional import Call, Functional, Watched, WrongOutputError
 from cronos_flax._head.head import Head, check_there, predicted, relative_difference
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.others import moved, rescaled, warning
@@ -128,6 +128,8 @@ def find(
     with jax.default_matmul_precision("highest"):
         try:
             watched = run(variables, args, kwargs)
+        except WrongOutputError as raised:
+            raise ValueError(f"find_head: {raised}") from raised
         except Exception as raised:
             shapes = jax.tree.map(np.shape, args)
             raise ValueError(

@@ -140,14 +140,37 @@ class Functional(Kind, Protocol):
         """The number of parameters."""
 
 
+class WrongOutputError(ValueError):
+    """``output=`` chooses nothing of what the module returns."""
+
+
 def selected(out: Any, output: Any) -> Any:
-    """The output that the user chose: by a key, an index, or a function; None for ``out`` itself."""
-    if output is None or callable(output):
-        return out if output is None else output(out)
+    """The output that the user chose: by a key, an index, or a function; None for ``out`` itself.
+
+    Raises:
+        WrongOutputError: if there is none.
+    """
+    if output is None:
+        return out
+    there = sorted(map(str, out)) if isinstance(out, Mapping) else _kind(out)
     try:
-        return out[output]
-    except (KeyError, IndexError, TypeError):
-        there = sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__
-        raise ValueError(
-            f"`output` must be a key or an index of the outputs, or a function, got {output!r}; the outputs: {there}"
+        return output(out) if callable(output) else out[output]
+    except Exception as error:
+        if callable(output):
+            raise WrongOutputError(
+                "`output` must be a function of what the module returns, got one that raises "
+                f"{type(error).__name__}: {error}; the outputs: {there}."
+            ) from error
+        name = output if isinstance(output, str) and hasattr(out, output) else None
+        remark = "" if name is None else f" It is an attribute: give output=lambda out: out.{name}."
+        raise WrongOutputError(
+            f"`output` must be a key or an index of the outputs, or a function, got {output!r}; the outputs: {there}."
+            f"{remark}"
         ) from None
+
+
+def _kind(out: Any) -> str:
+    """What a module returns, in a few words: the class, and the shape of an array or the number of entries."""
+    if isinstance(out, Array):
+        return f"one array {out.shape}"
+    return f"a {type(out).__name__}" + (f" of {len(out)}" if isinstance(out, tuple | list) else "")
