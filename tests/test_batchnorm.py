@@ -300,6 +300,25 @@ def test_features_with_dropout_warn(key, named):
     cf.find_head(Noisy(), variables, X, train=False, rngs=rngs)
 
 
+class NoisyBranch(nn.Module):
+    """Dropout in a branch that begins at zero, as in DiT and other residual networks."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.tanh(nn.Dense(8)(x))
+        branch = nn.Dense(8, kernel_init=nn.initializers.zeros)(nn.Dropout(0.5, deterministic=not train)(x))
+        return nn.Dense(2)(nn.relu(nn.Dense(6)(x + branch)))
+
+
+def test_dropout_in_a_branch_that_begins_at_zero_warns():
+    """It was seen only after the first gradient step, and then nobody looked."""
+    variables = drawn(NoisyBranch(), {"params": KEY, "dropout": KEY}, X)
+    variables["params"]["Dense_1"] = jax.tree.map(jnp.zeros_like, variables["params"]["Dense_1"])
+    with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same .* train=False or"):
+        cf.find_head(NoisyBranch(), variables, X, rngs={"dropout": KEY})
+    cf.find_head(NoisyBranch(), variables, X, train=False, rngs={"dropout": KEY})
+
+
 def test_features_with_dropout_warn_in_nnx():
     model = NoisyNnx(nnx.Rngs(0))
     with pytest.warns(UserWarning, match=r"find_head: the head's input must be the same .* with eval_mode=True"):

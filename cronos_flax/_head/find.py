@@ -26,6 +26,7 @@ from cronos_flax._head.own_rows import own_rows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import DEVIATIONS, SPREADS, check_kept, random_like, redrawn
 from cronos_flax._head.refusals import check_output, extended, flat, refusal
+from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.user_warnings import warn
 
@@ -125,6 +126,20 @@ def find(
         assert features is not None
         return features
 
+    def is_random(path: Path, tol: float) -> bool:
+        """Whether the head's input changes with the random keys; also with other variables, as zeros hide a branch."""
+        for trial in (variables, *(redrawn(variables, spread) for spread in SPREADS)):
+            other_keys = noise.reseeded(trial, kwargs, args)
+            if other_keys is None:
+                return False
+            before = features_of(path, trial, kwargs)
+            is_finite = all_finite(before)
+            if is_finite and not relative_difference(features_of(path, *other_keys), before) <= tol:
+                return True
+            if is_finite and trial is not variables:
+                return False
+        return False
+
     with jax.default_matmul_precision("highest"):
         try:
             watched = run(variables, args, kwargs)
@@ -150,8 +165,7 @@ def find(
                 times = max(call.layer.times for call in calls if call.layer.path in pair)
                 if verdict.others or (len(watched.every) > 1 and times > 1):
                     warn(warning(module.name, module.output, verdict.others, times, module.graft))
-                other_keys = noise.reseeded(variables, kwargs, args)
-                if other_keys and not relative_difference(features_of(pair[0], *other_keys), seen.features) <= tol:
+                if is_random(pair[0], tol):
                     warn(noise.warning(module.finder))
                 head = _head(module, variables, kwargs, pair, seen, verdict.error, tol, largest)
                 others = (redrawn(variables, spread) for spread in SPREADS)
