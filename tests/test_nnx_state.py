@@ -54,6 +54,35 @@ class LinenNet(nn.Module):
         return nn.Dense(2, name="out")(nn.relu(nn.Dense(6, name="hidden")(x)))
 
 
+class Parts(nnx.Module):
+    """The mean of parts in a dict, which it counts and perhaps goes through, and a head in another dict."""
+
+    def __init__(self, goes_through):
+        rngs = nnx.Rngs(0)
+        self.goes_through = goes_through
+        self.parts = nnx.Dict({name: nnx.Linear(5, 8, rngs=rngs) for name in "abc"})
+        self.head = nnx.Dict(hidden=nnx.Linear(8, 6, rngs=rngs), out=nnx.Linear(6, 2, rngs=rngs))
+
+    def __call__(self, x):
+        parts = self.parts.values() if self.goes_through else (self.parts[name] for name in "abc")
+        mean = sum(part(x) for part in parts) / len(self.parts)
+        return self.head["out"](nnx.relu(self.head["hidden"](jnp.tanh(mean))))
+
+
+@pytest.mark.parametrize("goes_through", [False, True])
+def test_an_nnx_dict_has_no_entry_more_while_it_is_watched(goes_through):
+    """Flax gives it one to sow into: features were of another model, without a word, or there was an error."""
+    model = Parts(goes_through)
+    head = cf.nnx.find_head(model, X)
+    mean = sum(np.asarray(part(X)) for part in model.parts.values()) / 3
+    np.testing.assert_allclose(head.inputs(model, X), np.tanh(mean), atol=1e-5)
+    state = cf.nnx.CronosTrainState.create(model=model, tx=optax.adam(1e-2), head=head, solver=SOLVER)
+    state, history = cf.train(state, ROWS, epochs=1, batch_size=64, validation=ROWS)
+    logits = state.model(ROWS[0])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, ROWS[1]).mean()
+    np.testing.assert_allclose(history[-1]["validation_loss"], loss, rtol=1e-4)
+
+
 def net(seed=0, **kwargs):
     return Net(nnx.Rngs(seed), **kwargs)
 

@@ -168,9 +168,9 @@ def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tup
 
     def call(model: nnx.Module) -> Any:
         # Flax gives all modules an attribute to sow into. A list has numbers for keys, and `nnx.scan` and `nnx.vmap`
-        # cannot sort its state with a name among them; it sows nothing.
+        # cannot sort its state with a name among them; a dict has one entry more. Neither sows anything.
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
+            if isinstance(module, nnx.List | nnx.Dict) and hasattr(module, "__captures__"):
                 delattr(module, "__captures__")
         of_class = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
         return of_class(model, *args, **kwargs)
