@@ -84,6 +84,15 @@ def test_a_module_that_returns_more_in_training_is_told_how_its_output_is_chosen
     train(output=lambda out: out[0] if isinstance(out, tuple) else out)
 
 
+def test_shapes_alone_are_refused():
+    """They were errors of JAX about arguments."""
+    match = "find_head: variables and data must be arrays with values, got shapes alone"
+    with pytest.raises(ValueError, match=match):
+        cf.find_head(MODEL, jax.eval_shape(MODEL.init, jax.random.key(0), X), X)
+    with pytest.raises(ValueError, match=match):
+        cf.nnx.find_head(nnx.eval_shape(lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0))), X)
+
+
 def test_an_object_that_holds_the_module_is_refused_with_its_attribute():
     """Before: the message did not help."""
     holder = types.SimpleNamespace(module=MODEL, params=VARIABLES["params"])

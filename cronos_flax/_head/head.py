@@ -423,7 +423,12 @@ def _counts(batch: Batch, out: Array) -> Array:
 
 
 def check_there(where: str, tree: Any) -> None:
-    """Raise a ValueError for traced and for deleted arrays: a pass is checked on the host."""
+    """Raise a ValueError for traced and for deleted arrays, and for shapes alone: a pass is checked on the host."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{where}: variables and data must be arrays with values, got shapes alone, as of jax.eval_shape or "
+            "nnx.eval_shape. Draw or restore the values first."
+        )
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)]
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         raise ValueError(
