@@ -93,6 +93,23 @@ def test_shapes_alone_are_refused():
         cf.nnx.find_head(nnx.eval_shape(lambda: nnx.Linear(5, 3, rngs=nnx.Rngs(0))), X)
 
 
+def test_an_nnx_model_that_asks_for_the_type_of_a_layer_is_refused():
+    """Layers are watched by subclasses: features were of another model, without a word."""
+
+    class Asks(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder, self.hidden = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+            self.out = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.encoder(x)
+            x = nnx.silu(x) if type(self.encoder) is nnx.Linear else x
+            return self.out(nnx.relu(self.hidden(x)))
+
+    with pytest.raises(ValueError, match=r"find_head: Asks must compute the same .* subclasses .* use isinstance"):
+        cf.nnx.find_head(Asks(nnx.Rngs(0)), X)
+
+
 def test_an_object_that_holds_the_module_is_refused_with_its_attribute():
     """Before: the message did not help."""
     holder = types.SimpleNamespace(module=MODEL, params=VARIABLES["params"])

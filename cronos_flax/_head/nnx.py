@@ -16,8 +16,9 @@ from jax import Array
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.functional import Call, Tap, Watched, selected
-from cronos_flax._head.head import Head, check_head
-from cronos_flax._head.nnx_watched import Seen, watched
+from cronos_flax._head.head import Head, check_head, relative_difference
+from cronos_flax._head.jitted import jitted
+from cronos_flax._head.nnx_watched import Seen, captured, watched
 from cronos_flax._head.norms import check_statistics
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
@@ -78,6 +79,11 @@ class NnxModule:
         calls = tuple(Call(layer, seen.inputs.get(path)) for path, layer in seen.layers.items())
         others = {} if self.output is None else named_arrays(seen.out)
         return Watched(selected(seen.out, self.output), calls, others)
+
+    def unwatched(self, variables: Any, args: tuple, kwargs: Mapping) -> Any:
+        """The chosen output of one call of the model, whose layers are of their own classes."""
+        model = nnx.merge(self.graphdef, variables, copy=True)
+        return selected(captured(model, nnx.Intermediate, self.method, args, kwargs)[0], self.output)
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         seen = self._seen(variables, args, kwargs, lambda other: other == path)
@@ -263,7 +269,9 @@ def find_head(
     structure = graphdef if eval_mode else _functional(model, eval_mode=True)[0]
     module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics, structure)
     try:
-        return find(module, state, args, kwargs, paths, recalibrate)
+        head = find(module, state, args, kwargs, paths, recalibrate)
+        _check_unwatched(module, state, args, kwargs, head.tolerance)
+        return head
     except ValueError as error:
         if not bridged:
             raise
@@ -271,6 +279,26 @@ def find_head(
             f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; use "
             "cf.find_head on the linen module."
         ) from error
+
+
+def _check_unwatched(module: NnxModule, state: Any, args: tuple, kwargs: Mapping, tolerance: float) -> None:
+    """Raise a ValueError if the model computes something else while its layers are of classes that are watched.
+
+    Only where it has other operations then, which takes no compilation, are outputs compared.
+    """
+    if module.statistics is not None:  # batch norms take others then than those of the mode
+        return
+    plain, seen = jitted(module.unwatched), jitted(lambda *call: module.watch(*call).out)
+    if plain.operations(state, args, kwargs, [True]) == seen.operations(state, args, kwargs, [True]):
+        return
+    with jax.default_matmul_precision("highest"):
+        difference = relative_difference(seen(state, args, kwargs), plain(state, args, kwargs))
+    if not difference <= tolerance:
+        raise ValueError(
+            f"find_head: {module.name} must compute the same where its layers belong to subclasses of their classes, "
+            f"by which they are watched; its outputs differ by {difference:.2g} of their size. It may ask for the type "
+            "of a layer, as by type(layer) is nnx.Linear: use isinstance."
+        )
 
 
 def fit_head(
