@@ -127,6 +127,36 @@ def test_replicated_variables_are_named_as_such():
         jax_utils.replicate(state).solve_head((X, np.zeros(32, int)))
 
 
+def test_variables_of_several_models_are_named_as_such():
+    """The message spoke of replicated ones only."""
+    several = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), VARIABLES)
+    with pytest.raises(ValueError, match=r"fit_head: .*\(2, 8, 6\) at layers_2.*vmap.*leaf\[i\]"):
+        cf.fit_head(HEAD, several, (X, np.zeros(32, int)))
+
+
+def test_lists_in_the_place_of_arrays_are_named():
+    """They gave a bare AttributeError."""
+    listed = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), VARIABLES)
+    for call in (
+        lambda: cf.find_head(MODEL, listed, X),
+        lambda: cf.fit_head(HEAD, listed, (X, np.zeros(32, int))),
+        lambda: HEAD.inputs(listed, X),
+        lambda: cf.CronosTrainState.create(
+            apply_fn=MODEL.apply, params=listed["params"], tx=optax.sgd(0.1), head=HEAD
+        ),
+    ):
+        with pytest.raises(ValueError, match="must hold arrays, got a list of numbers at .*layers_0/bias.*is_leaf"):
+            call()
+    network = cf.TwoLayer(np.ones((5, 3)), None, np.ones((3, 1)).tolist(), None)
+    for call in (
+        lambda: cf.predict(network, X),
+        lambda: cf.Cronos().solve(X, X[:, 0], init=network),
+        lambda: cf.Cronos().objective(network, X, X[:, 0], 0.1),
+    ):
+        with pytest.raises(ValueError, match="must consist of arrays, got a list as kernel2"):
+            call()
+
+
 def test_variables_without_the_head_are_refused_with_what_the_batch_met():
     """It was a bare KeyError of the layer's name."""
     with pytest.raises(ValueError, match="gather_features: the batch must be one that the model takes with these vari"):

@@ -43,6 +43,25 @@ def called(
     return selected(out, output), updates
 
 
+def not_taken(apply_fn: Callable, extra: Sequence[str], error: Exception) -> str:
+    """What to say of an ``apply_fn`` that does not take the keyword arguments that a step gives; empty if it does.
+
+    Args:
+        apply_fn: of a train state.
+        extra: names of the keyword arguments.
+        error: what a call of it raised.
+    """
+    missing = [name for name in extra if isinstance(error, TypeError) and f"keyword argument '{name}'" in str(error)]
+    if not missing:
+        return ""
+    without = " If it needs no random numbers, give rngs=()." if missing == ["rngs"] else ""
+    return (
+        f"`apply_fn` must take {' and '.join(f'`{name}`' for name in extra)} as the apply of a Flax module does, got "
+        f"{getattr(apply_fn, '__qualname__', type(apply_fn).__name__)}. Give module.apply; of a model that wraps a "
+        f"module, as those of Hugging Face, model.module.apply.{without}"
+    )
+
+
 def with_method(apply_fn: Callable, head: Head | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Keyword arguments of ``apply_fn``, with the method that the head was found in if it can call any."""
     method = None if head is None else getattr(head.module, "method", None)

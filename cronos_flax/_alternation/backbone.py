@@ -17,7 +17,7 @@ from jaxtyping import Float
 from cronos_flax._alternation.optimizer_state import learns_from_steps
 from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, check_head
-from cronos_flax._head.linen import Collections
+from cronos_flax._head.linen import Collections, check_no_lists
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.transfer import on_device
 
@@ -265,7 +265,8 @@ def check_optimizer(where: str, tx: Any) -> None:
 
 
 def check_params(where: str, params: Any, head: Head) -> None:
-    """Raise a ValueError for parameters that are not those of the module of the head."""
+    """Raise a ValueError for parameters that are not those of the module of the head, or no arrays."""
+    check_no_lists(f"{where}: `params`", params)
     if not any(begins_with(path, head.paths) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
         raise ValueError(
             f"{where}: `params` must be variables['params'] of the module that the head was found in, got a "

@@ -9,7 +9,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from cronos_flax._alternation.apply_fn import called
+from cronos_flax._alternation.apply_fn import called, not_taken
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch
 from cronos_flax._solver.checks import is_labelled, labels_of
@@ -39,6 +39,7 @@ class BatchCheck:
         self._variables, self._mesh = shapes_of(variables), mesh_of(variables)
         mutable = list(collections) if streams is not None else []
         apply_fn, output = state.apply_fn, output_of(state)  # the state itself must not be kept alive
+        self._apply_fn, self._extra = apply_fn, ["mutable"] * bool(mutable) + ["rngs"] * bool(streams)
 
         def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
             return called(apply_fn, output, variables, args, {**kwargs, **given}, mutable, streams)[0]
@@ -69,6 +70,8 @@ class BatchCheck:
                     f"`batch_stats`, is not looked at. {error}"
                 ) from error
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
+                if refused := not_taken(self._apply_fn, self._extra, error):
+                    raise ValueError(f"{where}: {refused} {error}") from error
                 shapes = jax.tree.map(np.shape, given[0] or given[1])
                 raise ValueError(
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"

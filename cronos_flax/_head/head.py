@@ -321,9 +321,10 @@ class Head:
             kernel = self.module.kernel_shape(variables, self.hidden_path)
             if len(kernel) == 3 and kernel[1:] == (self.features, self.hidden):
                 raise ValueError(
-                    f"{where}: the variables must be those of one device, got a kernel of shape {kernel} at "
-                    f"{format_path(self.hidden_path)}, as flax.jax_utils.replicate makes it. Take one copy by "
-                    "flax.jax_utils.unreplicate, and replicate the result again."
+                    f"{where}: the variables must be those of one model on one device, got a kernel of shape {kernel} "
+                    f"at {format_path(self.hidden_path)}, as flax.jax_utils.replicate makes it, or jax.vmap over keys. "
+                    "Take a copy by flax.jax_utils.unreplicate, and replicate the result again; or model i of several "
+                    "by jax.tree.map(lambda leaf: leaf[i], variables)."
                 ) from error
             raise ValueError(
                 f"{where}: the batch must be one that the model takes with these variables, got arguments of shapes "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,6 +10,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jax import Array
 
@@ -18,7 +20,7 @@ from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
-from cronos_flax._head.paths import Path, at_path
+from cronos_flax._head.paths import Path, at_path, format_path
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
@@ -84,6 +86,18 @@ def on_one_device(call: Callable, inputs: tuple, kwargs: dict, context: nn.modul
         return call(*inputs, **kwargs)
 
 
+def check_no_lists(what: str, tree: Any) -> None:
+    """Raise a ValueError for numbers in lists, as JSON gives arrays; ``what`` is how the error names the tree."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_listed = any(isinstance(entry, jax.tree_util.SequenceKey) for entry in path)
+        if is_listed and isinstance(leaf, numbers.Real) and not isinstance(leaf, np.generic):
+            names = format_path(tuple(getattr(entry, "key", None) for entry in path if hasattr(entry, "key")))
+            raise ValueError(
+                f"{what} must hold arrays, got a list of numbers at {names}. Make arrays of lists: jax.tree.map("
+                "jnp.asarray, variables, is_leaf=lambda leaf: isinstance(leaf, list))."
+            )
+
+
 class Collections:
     """Variables in the form of linen, for a module as pure functions: arrays in nested mappings, by collection.
 
@@ -100,6 +114,7 @@ class Collections:
                 f"{where}: `variables` must be a mapping with 'params', as model.init returns it, got "
                 f"{sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__}."
             )
+        check_no_lists(f"{where}: `variables`", given["params"])
         return given
 
     def backbone(self, variables: Mapping, paths: tuple[Path, Path]) -> dict[str, Array]:

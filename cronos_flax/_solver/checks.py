@@ -23,7 +23,7 @@ from cronos_flax._solver.arrays import is_array, is_key, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
-from cronos_flax._solver.solution import GatedTwoLayer, HeldState, Network, RefreshedState
+from cronos_flax._solver.solution import GatedTwoLayer, HeldState, Network, RefreshedState, check_arrays
 from cronos_flax._solver.transfer import on_device, on_host
 
 _WEIGHTS = 1e-30, 1e30  # the smallest and the largest of a row
@@ -371,6 +371,7 @@ def start(
 
 def _network(name: str, network: Network, features: tuple[int, int], y: Array) -> Network:
     """The network in the dtype of y, its shapes checked against the data."""
+    check_arrays(f"solve: `{name}`", network)
     m = jnp.shape(network.kernel1)[-1] if jnp.ndim(network.kernel1) == 2 else 0
     expected = {"kernel1": (features[1], m), "bias1": (m,), "kernel2": (m, y.shape[1]), "bias2": (y.shape[1],)}
     if isinstance(network, GatedTwoLayer):

@@ -452,4 +452,4 @@ class Cronos:
 def _outputs_of(init: Any, state: Any) -> int | None:
     """The number of outputs of the network to start from, for labels; what it does not fit is said later."""
     network = init if isinstance(init, Network) else getattr(state, "params", None)
-    return None if network is None or jnp.ndim(network.kernel2) != 2 else network.kernel2.shape[1]
+    return None if network is None or np.ndim(network.kernel2) != 2 else np.shape(network.kernel2)[1]

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._solver.arrays import numbers
+from cronos_flax._solver.arrays import is_array, numbers
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_host
@@ -119,6 +119,16 @@ class GatedTwoLayer:
 Network: TypeAlias = TwoLayer | GatedTwoLayer
 
 
+def check_arrays(what: str, network: Network) -> None:
+    """Raise a ValueError for a network of lists, say; ``what`` is how the error names the network."""
+    for name, value in vars(network).items():
+        if value is not None and not is_array(value):
+            raise ValueError(
+                f"{what} must consist of arrays, got a {type(value).__name__} as {name}. Make an array of it by "
+                "jnp.asarray."
+            )
+
+
 def check_network(where: str, params: Any) -> None:
     """Raise a ValueError for what is no network, such as a whole solution."""
     if not isinstance(params, Network):
@@ -127,6 +137,7 @@ def check_network(where: str, params: Any) -> None:
             f"{where}: `params` must be a cf.TwoLayer or a cf.GatedTwoLayer, got a {type(params).__name__}."
             f"{' Give its .params, as solution.params.' if has_one else ''}"
         )
+    check_arrays(f"{where}: `params`", params)
     if jnp.ndim(params.kernel1) > 2:
         raise ValueError(
             f"{where}: `params` must be one network, got several in arrays, as from vmap (kernel1 has the shape "
