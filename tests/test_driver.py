@@ -500,6 +500,10 @@ BAD = {
         ),
         "its rows have no labels",
     ),
+    "an apply_fn that takes no rngs": (
+        lambda: train(plain().replace(apply_fn=lambda variables, x: MODEL.apply(variables, x)), loss="softmax"),
+        r"`apply_fn` must take `rngs` .*got .*<lambda>\. Give module\.apply.*give rngs=\(\)",
+    ),
     "no batches": (lambda: train(plain(), data=[], loss="softmax"), "at least one batch"),
     "targets": (lambda: train(data=(X, np.ones((300, 3), "float32"))), "targets"),
     "x": (lambda: train(data=(X[:, :3], Y)), "the model takes"),
@@ -511,6 +515,23 @@ def test_bad_input_is_refused(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_accuracy_that_there_is_not_is_refused_before_training():
+    """It was refused after the first epoch."""
+    told, rows = [], (X, X[:, :2])
+    for validation in (rows, [rows]):  # a loader is read when it comes to it
+        with pytest.raises(ValueError, match=r"its rows have no labels\. Give 'validation_loss'"):
+            train(
+                plain(),
+                data=rows,
+                loss="squared",
+                keep_best="validation_accuracy",
+                validation=validation,
+                callbacks=[told.append],
+            )
+        assert len(told) == int(validation is not rows)
+    train(plain().replace(apply_fn=lambda variables, x: MODEL.apply(variables, x)), rngs=(), epochs=1, loss="softmax")
 
 
 def test_a_compiled_step_is_of_keyword_arguments_of_the_same_types():

@@ -141,11 +141,9 @@ def test_lists_in_the_place_of_arrays_are_named():
         lambda: cf.find_head(MODEL, listed, X),
         lambda: cf.fit_head(HEAD, listed, (X, np.zeros(32, int))),
         lambda: HEAD.inputs(listed, X),
-        lambda: cf.CronosTrainState.create(
-            apply_fn=MODEL.apply, params=listed["params"], tx=optax.sgd(0.1), head=HEAD
-        ),
+        lambda: cf.CronosTrainState.create(apply_fn=MODEL.apply, params=listed["params"], tx=optax.sgd(0.1), head=HEAD),
     ):
-        with pytest.raises(ValueError, match="must hold arrays, got a list of numbers at .*layers_0/bias.*is_leaf"):
+        with pytest.raises(ValueError, match=r"must hold arrays, got a list of numbers at .*layers_0/bias.*is_leaf"):
             call()
     network = cf.TwoLayer(np.ones((5, 3)), None, np.ones((3, 1)).tolist(), None)
     for call in (

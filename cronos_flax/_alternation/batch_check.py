@@ -55,6 +55,10 @@ class BatchCheck:
         *leading, C = self._shape(batch, where)
         return batch.flat(tuple(leading), C, self._loss, where)
 
+    def has_labels(self, y: np.ndarray) -> bool:
+        """Whether these targets of a checked batch are one label a row."""
+        return _has_labels(self._loss, y)
+
     def _shape(self, batch: Batch, where: str) -> tuple[int, ...]:
         """The shape of the module's output, found without computing, once for each shape of batch."""
         given = batch.args, batch.kwargs
@@ -102,7 +106,7 @@ def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
     counts = np.zeros(2)
     for batch in flat:
         y: Any = batch.y
-        if y.ndim == 2 and not on_host(is_labelled(loss, on_device(y))):
+        if not _has_labels(loss, y):
             raise ValueError("train: `class_weight` needs targets that are one label a row, got others.")
         labels = y if y.ndim == 1 else on_host(labels_of(loss, on_device(y)))
         C = max(len(counts), int(labels.max()) + 1, y.shape[1] if y.ndim == 2 else 2)
@@ -110,6 +114,11 @@ def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
         counts += np.bincount(labels if batch.weight is None else labels[batch.weight > 0], minlength=C)
     there = counts > 0
     return np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 1.0).astype("float32")
+
+
+def _has_labels(loss: Loss, y: np.ndarray) -> bool:
+    """Whether flat targets are one label a row."""
+    return y.ndim == 1 or bool(on_host(is_labelled(loss, on_device(y))))
 
 
 def output_of(state: TrainState) -> Any:

@@ -263,9 +263,7 @@ class Loop:
         if name is None or self.lost:
             return
         if name not in position.history[-1]:
-            raise ValueError(
-                f"train: `keep_best` must be a figure that there is, got {name!r}: its rows have no labels."
-            )
+            raise without_labels(name)
         if position.is_best_by(name):
             with self.clock.stopped():
                 self.best, position.best_step = copied(self.state), position.step
@@ -387,6 +385,14 @@ class Loop:
         if self.seconds is None:
             return False
         return agreed(self.clock.seconds + epoch_seconds if epoch_seconds > 0 else 0.0) > self.seconds
+
+
+def without_labels(keep_best: str) -> ValueError:
+    """What to raise for an accuracy to keep the best of where rows have no labels."""
+    loss = f"{keep_best.removesuffix('_accuracy')}_loss"
+    return ValueError(
+        f"train: `keep_best` must be a figure that there is, got {keep_best!r}: its rows have no labels. Give {loss!r}."
+    )
 
 
 def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:

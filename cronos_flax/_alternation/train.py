@@ -20,7 +20,7 @@ from cronos_flax._alternation.backbone import RatedState
 from cronos_flax._alternation.batch_check import BatchCheck, balanced_weights
 from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.guard import copied
-from cronos_flax._alternation.loop import Clock, Loop, Row
+from cronos_flax._alternation.loop import Clock, Loop, Row, without_labels
 from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
@@ -232,7 +232,7 @@ def train(
         state, position, best = checkpoints.resumed(state)
         position.batches = position.batches or source.known_batches()
         check = BatchCheck(state, loss, train_kwargs, streams)
-        _check_what_is_in_memory(check, source, to_solve, sets)
+        _check_what_is_in_memory(check, source, to_solve, sets, keep_best)
         class_weight = None
         if isinstance(state, CronosTrainState) and state.solver.class_weight is not None:
             class_weight = on_device(balanced_weights(loss, map(check, source.once())))
@@ -389,16 +389,22 @@ def _check_keep_best(keep_best: str | None, sets: Mapping[str, UserData]) -> Non
 
 
 def _check_what_is_in_memory(
-    check: BatchCheck, source: Arrays | Batches, to_solve: Arrays | Batches, sets: Mapping[str, UserData]
+    check: BatchCheck,
+    source: Arrays | Batches,
+    to_solve: Arrays | Batches,
+    sets: Mapping[str, UserData],
+    keep_best: str | None,
 ) -> None:
     """Check all targets of arrays before training; those of loaders are checked as they come."""
     given = {"train": source} if to_solve is source else {"train: `solve_data`": to_solve, "train": source}
     for place, each in given.items():
         for batch in each.once() if isinstance(each, Arrays) else ():
             check(batch, place)
-    for data in sets.values():
+    for prefix, data in sets.items():
         for batch in data.batches() if isinstance(data.given, tuple) and data.unpack is None else ():
-            check(batch, data.place)
+            y = check(batch, data.place).y
+            if keep_best == f"{prefix}_accuracy" and not check.has_labels(y):
+                raise without_labels(keep_best)
 
 
 def _validation(sets: Mapping[str, UserData], score: Callable[[Any, UserData], Row]) -> Callable[[Any], Row]:
