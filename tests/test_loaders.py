@@ -308,3 +308,30 @@ def test_collections_in_a_field_of_another_name_are_told_of():
             ValueError, match=r"train: `state` must have .* `model_state`, .*got none\. .*`batch_stats`"
         ):
             train(state)
+
+
+class Stream:
+    """A loader that goes on where it stopped, whenever it is asked for an iterator."""
+
+    def __init__(self, count):
+        self.batches = iter(batched(count=4) * (count // 4))
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_a_directory_loses_no_batch_of_a_loader_that_goes_on_where_it_stopped(tmp_path):
+    """Two batches were read to know the data again, and gone, without a word."""
+    expected, _ = train(epochs=2, data=batched())
+    for directory in (None, tmp_path):
+        state, _ = train(epochs=2, data=Stream(8), steps_per_epoch=4, directory=directory)
+        assert int(state.step) == 8
+        same(state.params, expected.params)
+    resumed, _ = train(epochs=3, data=Stream(12), steps_per_epoch=4, directory=tmp_path)
+    same(resumed.params, train(epochs=3, data=batched())[0].params)
+
+
+def test_a_loader_that_has_ended_is_told_of():
+    """The error did not say why there were no batches."""
+    with pytest.raises(ValueError, match=r"train: `data` must have at least one batch .*An iterator \(Stream\)"):
+        train(epochs=2, data=Stream(8))

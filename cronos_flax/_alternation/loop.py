@@ -235,7 +235,8 @@ class Loop:
             position.step, position.batch = position.step + 1, position.batch + 1
         self.sum_losses()
         if not position.batch:
-            raise ValueError("train: `data` must have at least one batch with a row of positive weight, got none.")
+            assert isinstance(self.source, Batches)  # arrays have rows
+            raise self.source.empty()
         jax.block_until_ready(self.state)
         position.epoch_seconds = self.clock.seconds - began + position.solve_seconds
         mean_loss = position.loss_sum / position.batch

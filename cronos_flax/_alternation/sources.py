@@ -197,8 +197,23 @@ class Batches:
         del step, count
         return self._first(), self.data.unpack
 
+    def empty(self) -> ValueError:
+        """What to raise for an epoch without a batch."""
+        given = self.data.given
+        return dataclasses.replace(self.data, given=given.loader if isinstance(given, _ReadAhead) else given).empty()
+
     def fingerprint(self) -> Fingerprint:
-        """Of the first batch; what is not the same in a second reading is left out, for that loader shuffles."""
+        """Of the first batch; what is not the same in a second reading is left out, for that loader shuffles.
+
+        A loader whose ``__iter__`` gives one iterator again and again is read once: its next pass begins with the batch
+        that was read, and nothing of it is known again but shapes and dtypes.
+        """
+        given, stream = self.data.given, iter(self.data.given)
+        if stream is iter(given):
+            read = list(itertools.islice(stream, 1))
+            self.data = dataclasses.replace(self.data, given=_ReadAhead(given, itertools.chain(read, stream)))
+            batches = dataclasses.replace(self.data, given=read).batches()
+            return {name: [*of, None] for name, (*of, _) in described(_arrays(_first_of(batches)), _READ_BYTES).items()}
         one, two = (described(_arrays(_first_of(self.data.batches())), _READ_BYTES) for _ in range(2))
         return {
             name: [a if a == b else None for a, b in zip(one[name], two[name], strict=True)]
@@ -217,6 +232,21 @@ class Batches:
             batch = None
             for batch in self.data.batches():
                 yield batch
+
+
+@dataclasses.dataclass
+class _ReadAhead:
+    """A loader of which something has been read, which the first pass gets."""
+
+    loader: Any
+    first: Iterator[Any] | None
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.first = self.first, None
+        return iter(self.loader) if first is None else first
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def _first_of(some: Iterator[Batch]) -> dict[str, Any]:
