@@ -230,7 +230,20 @@ def test_a_call_that_may_change_other_collections_only_is_no_training():
     assert "norms" not in str(head)
     with pytest.warns(UserWarning, match="running statistics of batch norms"):
         made.alternate(head, (X, Y))
-    assert made.find(train=False, mutable=["intermediates", "batch_stats"]).in_training
+    with pytest.warns(UserWarning, match="as in training, but this call leaves running statistics"):
+        assert made.find(train=False, mutable=["intermediates", "batch_stats"]).in_training
+
+
+def test_a_call_as_in_training_that_leaves_the_statistics_is_told_of():
+    """It counted as one of training: gradient steps saw other features than solves, without a word."""
+    for call in ({"train": False}, {}):
+        with pytest.warns(
+            UserWarning, match=r'find_head: `mutable=\["batch_stats"\]` calls.*statistics="batch"'
+        ) as told:
+            linen().find(**call, mutable=["batch_stats"])
+        assert told[0].filename == __file__
+    linen().find(train=False, mutable=["batch_stats"], statistics="running")
+    linen().find(train=False, mutable=["batch_stats"], statistics="batch")
 
 
 @KINDS

@@ -18,6 +18,7 @@ from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
+from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
@@ -25,10 +26,20 @@ from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
+from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.user_warnings import warn
 
 _TAPPED = "cronos_flax_tapped"  # the collection that inputs are sown into
 _STATS = "batch_stats"  # Flax's collection of running statistics
 _DENSE = nn.Dense, nn.DenseGeneral
+
+
+_NOT_IN_TRAINING = (
+    f'find_head: `mutable=["{_STATS}"]` calls the module as in training, but this call leaves running statistics as '
+    "they are, such as one with train=False: features are those of evaluation, and gradient steps may see others. Give "
+    'statistics="batch" for those of the batch; or leave `mutable` out; or give statistics="running" if batch norms '
+    "keep their statistics in training steps too."
+)
 
 
 class _Seen(NamedTuple):
@@ -41,6 +52,7 @@ class _Seen(NamedTuple):
         layers: those that were called, by path, in call order.
         updates: the collections that changed; None if none may.
         norms: statistics of the batch norms; those of the batch only if they were observed.
+        running: whether there are batch norms, and all were called to take running statistics, by the call itself.
     """
 
     out: Any
@@ -49,6 +61,7 @@ class _Seen(NamedTuple):
     layers: dict[Path, Layer]
     updates: Mapping | None
     norms: tuple[Moments, ...]
+    running: bool
 
 
 def _normed(
@@ -209,6 +222,13 @@ class LinenModule(Collections):
         asked = flax.core.scope.in_filter(kwargs.get("mutable", False), _STATS)
         return asked if self.statistics is None else self.statistics == "batch"
 
+    def leaves_statistics(self, variables: Mapping, args: tuple, kwargs: Mapping) -> bool:
+        """Whether a call says that it is one of training, and all its batch norms take their running statistics."""
+        if self.statistics is not None or not self.in_training(kwargs):
+            return False
+        ask = jitted(lambda *of: np.asarray(self._apply(*of, lambda _: False).running))  # computes nothing else
+        return bool(on_host(ask(variables, args, kwargs)))
+
     def _apply(
         self,
         variables: Mapping,
@@ -220,6 +240,7 @@ class LinenModule(Collections):
         """One call of the module."""
         layers: dict[Path, Layer] = {}
         norms: list[Path] = []
+        running: list[bool] = []  # of each call of a batch norm
 
         def watch(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
@@ -227,6 +248,7 @@ class LinenModule(Collections):
                 return call(*inputs, **kwargs)
             if isinstance(module, nn.BatchNorm):
                 norms.append(module.path)
+                running.append(_takes_running(module, *inputs[1:2], **kwargs))
                 return _normed(module, call, inputs, kwargs, self.statistics, observed)
             if inputs and wanted(module.path) and _may_change(module):
                 module.sow(_TAPPED, "input", jnp.asarray(inputs[0]), init_fn=lambda: None, reduce_fn=lambda _, new: new)
@@ -252,7 +274,14 @@ class LinenModule(Collections):
             layers,
             None if asked is False else updates,
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
+            bool(running) and all(running),
         )
+
+
+def _takes_running(module: nn.BatchNorm, use_running_average: Any = None, **_: Any) -> bool:
+    """Whether a call of a batch norm asks for its running statistics."""
+    asked = module.use_running_average if use_running_average is None else use_running_average
+    return isinstance(asked, bool | np.bool_) and bool(asked)
 
 
 def _may_change(module: nn.Module) -> bool:
@@ -318,7 +347,8 @@ def find_head(
 
     Warns:
         UserWarning: if other outputs of the module use the head's hidden layer too; and if the head's input changes
-            with the random keys, as under dropout.
+            with the random keys, as under dropout. If ``mutable`` has the running statistics of batch norms, and the
+            call leaves them as they are.
 
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf
@@ -339,7 +369,10 @@ def find_head(
         )
     check_statistics("find_head", statistics)
     module = LinenModule(model, method, output, statistics)
-    return find(module, module.variables(variables, "find_head"), args, kwargs, paths, recalibrate)
+    head = find(module, module.variables(variables, "find_head"), args, kwargs, paths, recalibrate)
+    if module.leaves_statistics(variables, args, kwargs):
+        warn(_NOT_IN_TRAINING)
+    return head
 
 
 def fit_head(
