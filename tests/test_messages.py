@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import drawn
 from flax import jax_utils, nnx
+from forked import Forked
 
 import cronos_flax as cf
 from cronos_flax._head.data import UserData
@@ -281,3 +282,35 @@ def test_several_networks_in_arrays_are_refused_with_what_to_do():
         cf.predict(several.params, x)
     assert jax.tree.map(lambda leaf: leaf[0], several).status == one.status
     assert jax.vmap(cf.predict, (0, None))(several.params, x).shape == (4, 5, 1)
+
+
+DEVICES = """
+import jax, numpy as np, cronos_flax as cf
+one, two = jax.devices()
+X, y = np.ones((8, 2), "float32"), np.ones((8, 1), "float32")
+network = cf.TwoLayer(np.ones((2, 3), "float32"), None, np.ones((3, 1), "float32"), None)
+there, away, solver = jax.device_put(X, one), lambda tree: jax.device_put(tree, two), cf.Cronos()
+for call in (
+    lambda: solver.solve(there, away(y), hidden=3),
+    lambda: solver.solve(there, y, hidden=3, sample_weight=away(y[:, 0])),
+    lambda: solver.solve(there, y, init=away(network)),
+    lambda: solver.solve(there, y, hidden=3, key=away(jax.random.key(0))),
+    lambda: solver.objective(away(network), there, y, 0.1),
+    lambda: cf.predict(away(network), there),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+cf.predict(away(network), X), cf.predict(network, there)
+"""
+
+
+def test_arrays_on_two_devices_are_named(tmp_path):
+    """JAX named the arguments of an inner program."""
+    status, out, err = Forked(tmp_path, "-c", DEVICES, config={"jax_num_cpu_devices": 2}).wait()
+    assert status == 0, err[-2000:]
+    for line, name in zip(out.splitlines(), ["y", "sample_weight", "init", "key", "params", "params"], strict=True):
+        assert "all arrays must be on one device, or on one mesh of devices, got" in line
+        assert f"`{name}` on cpu:1" in line
+        assert "`X` on cpu:0" in line

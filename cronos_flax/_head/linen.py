@@ -226,8 +226,11 @@ class LinenModule(Collections):
         """Whether a call says that it is one of training, and all its batch norms take their running statistics."""
         if self.statistics is not None or not self.in_training(kwargs):
             return False
-        ask = jitted(lambda *of: np.asarray(self._apply(*of, lambda _: False).running))  # computes nothing else
-        return bool(on_host(ask(variables, args, kwargs)))
+
+        def running(variables: Mapping, args: tuple, kwargs: Mapping) -> np.ndarray:
+            return np.asarray(self._apply(variables, args, kwargs, lambda _: False).running)
+
+        return bool(on_host(jitted(running)(variables, args, kwargs)))  # which computes nothing else
 
     def _apply(
         self,

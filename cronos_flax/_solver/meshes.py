@@ -27,6 +27,22 @@ def mesh_of(tree: Any) -> Mesh | None:
     return next(filter(_is_explicit, meshes), next(large, None))
 
 
+def on_one_device(where: str, **given: Any) -> None:
+    """Raise a ValueError for trees of arrays that the user has put on one device each, and not all on the same one."""
+    places = {
+        name: next(iter(leaf.devices()))
+        for name, tree in given.items()
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.committed and len(leaf.devices()) == 1
+    }
+    if len(set(places.values())) > 1:
+        there = ", ".join(f"`{name}` on {device}" for name, device in places.items())
+        raise ValueError(
+            f"{where}: all arrays must be on one device, or on one mesh of devices, got {there}. Put them on one by "
+            "jax.device_put(array, device)."
+        )
+
+
 def automatic(mesh: Mesh | None) -> Mesh | None:
     """The mesh of the same devices with automatic axes, for one with explicit axes; None for all else."""
     if mesh is None or not _is_explicit(mesh):
