@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import resumed
-from flax import nnx
+from flax import nnx, struct
 from flax.training.train_state import TrainState
 from forked import ADDS_NONE, Forked
 from given import HEAD, MODEL, PARAMS, X, Y
@@ -404,6 +404,33 @@ def alternation_in_nnx():
     return cf.nnx.CronosTrainState.create(
         model=model, tx=optax.adam(1e-2), head=head, solver=cf.Cronos(loss="softmax")
     ), [head, model]
+
+
+class Turned(TrainState):
+    """Changes a setting of its own in every step."""
+
+    turn: int = struct.field(pytree_node=False, default=0)
+
+    def apply_gradients(self, *, grads, **kwargs):
+        new = super().apply_gradients(grads=jax.tree.map(lambda grad: grad * (1 - 2 * self.turn), grads), **kwargs)
+        return new.replace(turn=1 - self.turn)
+
+
+def test_a_step_may_change_a_setting_of_the_state():
+    """Each is a program of its own."""
+    state = Turned.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.sgd(0.1))
+    seen, batches = [], [(X[i : i + 64], Y[i : i + 64]) for i in (0, 64, 128)]
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(MODEL.apply({"params": params}, x), y).mean()
+
+    expected = state
+    for batch in batches:
+        seen.append(expected.turn)
+        expected = expected.apply_gradients(grads=jax.grad(loss)(expected.params, *batch))
+    found, _ = train(state, batches, epochs=1, loss="softmax")
+    assert (seen, found.turn) == ([0, 1, 0], 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.params, expected.params)
 
 
 @pytest.mark.parametrize("made", [alternation_in_linen, alternation_in_nnx])
