@@ -643,6 +643,18 @@ def test_targets_that_float32_hardly_tells_apart_are_told_of(mean, kind, told, c
     solver.solve(X, np.hstack([X[:, :1], np.where(X[:, 1:2] > 0, 0.1 + 0.2, 0.3)]), hidden=8)  # nor of rounding itself
 
 
+@pytest.mark.parametrize(("size", "told"), [(1e-17, False), (1e-19, True), (1e-300, True)])
+def test_targets_whose_squares_are_zero_are_told_of(size, told):
+    """Their loss was zero, as of a perfect network, and the network was a constant, without a word."""
+    X = np.random.default_rng(0).normal(size=(300, 5)).astype("float32")
+    y, solver = np.abs(X[:, 0].astype(float)), cf.Cronos()
+    with pytest.warns(UserWarning, match="whose squares are zero there") if told else contextlib.nullcontext():
+        solution = solver.solve(X, y * size, hidden=8)
+    residuals = np.asarray(cf.predict(solution.params, X), float)[:, 0] / size - y
+    assert (np.var(residuals) > 0.1 * np.var(y)) == told
+    solver.solve(X, np.zeros(300), hidden=8)  # of constants nothing is lost
+
+
 @pytest.mark.parametrize(("times", "told"), [(1.0, False), (1e6, True)])
 def test_rows_beside_which_all_others_are_next_to_nothing_are_told_of(times, told):
     """The default weight decay was that of two rows, and all others got the best constant, without a word."""

@@ -215,8 +215,8 @@ class Cronos:
         Warns:
             UserWarning: if C is read off labels, and one below the largest is in no row. If the features are the same
                 in all rows. If targets, or features that explain little, lie so far from zero that rounding hides what
-                tells them apart. If little is explained, and a few rows are far larger than the others, or the
-                residuals far larger than ``delta`` of :class:`cronos_flax.Huber`.
+                tells them apart. If the squares of targets are zero. If little is explained, and a few rows are far
+                larger than the others, or the residuals far larger than ``delta`` of :class:`cronos_flax.Huber`.
         """
         checks.folds_of_path("solve", self.folds, self.beta)
         data = self._data(X, y, num_classes, _outputs_of(init, state), sample_weight)

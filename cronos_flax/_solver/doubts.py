@@ -25,6 +25,7 @@ _SMALL = 1e-3  # of the root mean squared norm of rows: where the median is belo
 _FLAT = 1e6  # residuals, in deltas of Huber's loss, from which on its curvature is lost
 _ROUNDED = 1e-4  # rounding of the features, relative to how much they vary, from which on solves end early
 _HIDDEN = 0.2  # the same of the targets, from which on a network explains clearly less of them
+_UNDER = 10.0  # deviations, in roots of the least number, up to which losses are lost
 _LOOKED_AT = 2**16  # targets, of more
 
 
@@ -44,7 +45,7 @@ def is_lost(solution: Solution) -> bool:
 def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
     """Warn if real targets are so far from zero that their rounding is of the size of what tells them apart.
 
-    Then the loss shows nothing of it: it may be that of a perfect network.
+    Then the loss shows nothing of it: it may be that of a perfect network. So it is if their squares are zero.
 
     Args:
         y: the targets as they came, in more bits perhaps than the solve has.
@@ -55,9 +56,18 @@ def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
         return
     values = on_host(opened(y, "solve: `y`"))  # before it is cut: inside jit that would be traced
     values = np.asarray(values[:: 1 + len(values) // _LOOKED_AT], float)
-    deviation = np.atleast_1d(np.std(values - values[:1], axis=0))  # of constants it is zero
+    apart = values - values[:1]  # of constants it is zero
+    unit = float(np.max(np.abs(apart), initial=0)) or 1.0  # in which squares are not
+    deviation = np.atleast_1d(unit * np.std(apart / unit, axis=0))
     size = np.atleast_1d(np.max(np.abs(values), axis=0))
-    lost = np.minimum(deviation, size * float(jnp.finfo(dtype).eps))
+    finfo, spread = jnp.finfo(dtype), float(np.max(deviation))
+    if 0 < spread < _UNDER * float(finfo.tiny) ** 0.5:
+        warn(
+            f"solve: `y` must have a loss that {finfo.dtype} can hold, got values with a standard deviation of "
+            f"{spread:.3g}, whose squares are zero there: the network is no more than a constant. Divide y by its "
+            "standard deviation, and multiply the outputs by it."
+        )
+    lost = np.minimum(deviation, size * float(finfo.eps))
     if np.linalg.norm(lost) > _HIDDEN * np.linalg.norm(deviation):
         most = np.argmax(lost)
         warn(
