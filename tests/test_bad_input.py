@@ -41,6 +41,7 @@ CASES = {
     "blocks once only": (lambda: solve(iter([X])), "`X`.*re-iterable"),
     "blocks of other widths": (lambda: solve([X[:20], X[20:, :3]]), "`X`.*columns"),
     "integer blocks": (lambda: solve([X.astype(int)]), "`X`.*floating"),
+    "X beyond float32": (lambda: solve(X.astype(float) * 1e300), "`X` must be finite in float32"),
     "NaN in a block": (lambda: solve([poisoned(np.nan)[:9], X[9:]]), "`X`.*finite"),
     "blocks of too few rows": (lambda: solve([X[:30]]), "`y`.*30"),
     "callback not callable": (lambda: solve(callback=3), "`callback`"),

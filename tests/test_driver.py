@@ -416,7 +416,7 @@ class Turned(TrainState):
         return new.replace(turn=1 - self.turn)
 
 
-def test_a_step_may_change_a_setting_of_the_state():
+def test_a_step_may_change_a_setting_of_the_state(tmp_path):
     """Each is a program of its own."""
     state = Turned.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.sgd(0.1))
     seen, batches = [], [(X[i : i + 64], Y[i : i + 64]) for i in (0, 64, 128)]
@@ -429,6 +429,8 @@ def test_a_step_may_change_a_setting_of_the_state():
         seen.append(expected.turn)
         expected = expected.apply_gradients(grads=jax.grad(loss)(expected.params, *batch))
     found, _ = train(state, batches, epochs=1, loss="softmax")
+    with pytest.raises(ValueError, match=r"leave what is no array in a Turned as it is.*got turn=1, which was 0"):
+        train(state, batches, epochs=1, loss="softmax", directory=tmp_path)  # it went on with 0
     assert (seen, found.turn) == ([0, 1, 0], 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.params, expected.params)
 

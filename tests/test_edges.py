@@ -683,7 +683,7 @@ def test_features_that_are_the_same_in_all_rows_are_told_of(value):
     variables = drawn(Off(), jax.random.key(0), x)
     variables["params"]["Dense_0"]["bias"] = jnp.full(8, -1e6)
     head = cf.find_head(Off(), variables, x)
-    with pytest.warns(UserWarning, match="`X` must differ from row to row, got 64 times the same"):
+    with pytest.warns(UserWarning, match="`X` must differ from row to row in float32, got 64 times the same"):
         cf.fit_head(head, variables, (x, x[:, :1]), solver=cf.Cronos())
     state = cf.CronosTrainState.create(
         apply_fn=Off().apply, params=variables["params"], tx=optax.sgd(0.1), head=head, solver=cf.Cronos()

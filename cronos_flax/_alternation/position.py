@@ -119,6 +119,7 @@ class Checkpoints:
         epochs: of the whole run.
         every: steps between two; None for one after each epoch.
         newest: the step of the newest.
+        given: the state that the run was called with.
     """
 
     directory: str | Path | None
@@ -128,6 +129,7 @@ class Checkpoints:
     epochs: int
     every: int | None
     newest: int | None = None
+    given: Any = None
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other runs from the directory."""
@@ -137,6 +139,7 @@ class Checkpoints:
 
     def resumed(self, given: State) -> tuple[State, Position, State | None]:
         """The saved state, its position, and the best state before; or, if there is none, the state given."""
+        self.given = given
         if self.directory is None:
             return given, Position(step=int(on_host(given.step))), None
         state, self.newest, extra = restored(self.directory, given)
@@ -172,10 +175,22 @@ class Checkpoints:
     def save(self, state: Any, position: Position) -> None:
         """Save a checkpoint that is missing, while the directory is locked."""
         assert self.directory is not None
+        self._check_settings_of(state)
         extra = {"settings": self.settings, "marks": self.marks, "start": self.start}
         extra["position"] = dataclasses.asdict(position)
         save_locked(self.directory, state, position.step, extra=extra, keep=_KEEP, besides=position.best_step)
         self.newest = position.step
+
+    def _check_settings_of(self, state: Any) -> None:
+        """Raise a ValueError if steps have changed what is no array in a state: a resumed run would not have it."""
+        for field in dataclasses.fields(state):
+            now, then = getattr(state, field.name), getattr(self.given, field.name)
+            if not field.metadata.get("pytree_node", True) and now is not then and said(now) != said(then):
+                raise ValueError(
+                    f"train: with a `directory` steps must leave what is no array in a {type(state).__name__} as it "
+                    f"is, for a checkpoint holds arrays only, got {field.name}={now!r}, which was {then!r}. Make it an "
+                    "array, a field with pytree_node=True."
+                )
 
     def _check_is_run(self, extra: Any) -> None:
         if not isinstance(extra, dict) or set(extra) != {"settings", "marks", "start", "position"}:

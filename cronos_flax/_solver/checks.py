@@ -173,11 +173,13 @@ def _finite(
         raise ValueError(f"solve: `{name}` must have shape {shapes}, got {value.shape}.")
     if jnp.issubdtype(value.dtype, jnp.floating):
         if isinstance(value, np.ndarray):
-            value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+            with np.errstate(over="ignore"):  # which is told of here
+                value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
         # What is on the host is looked at there, for on the device every shape would be a program.
         if not known_finite and concrete(value) and not all_finite(value):
             raise ValueError(
-                f"solve: `{name}` must be finite, got NaN or infinite entries. Remove or impute those rows."
+                f"solve: `{name}` must be finite in {value.dtype}, got NaN or infinite entries. Remove or impute those "
+                "rows."
             )
     return on_device(value)
 

@@ -88,9 +88,9 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
     reached, null = map(float, on_host(_losses(solution)))
     if reached > _NOTHING * null > 0 and on_host(automatically(_all_alike, X)):
         warn(
-            f"solve: `X` must differ from row to row, got {len(X)} times the same: the best that there is are constant "
-            "outputs. If these are the features of a module, its neurons may be off for all inputs, or its inputs be "
-            "all the same."
+            f"solve: `X` must differ from row to row in {X.dtype}, got {len(X)} times the same: the best that there is "
+            "are constant outputs. If these are the features of a module, its neurons may be off for all inputs, or its "
+            "inputs be all the same."
         )
         return
     if not _ended_above(_LITTLE, solution):
