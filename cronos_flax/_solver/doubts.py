@@ -89,8 +89,8 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
     if reached > _NOTHING * null > 0 and on_host(automatically(_all_alike, X)):
         warn(
             f"solve: `X` must differ from row to row in {X.dtype}, got {len(X)} times the same: the best that there is "
-            "are constant outputs. If these are the features of a module, its neurons may be off for all inputs, or its "
-            "inputs be all the same."
+            "are constant outputs. If these are the features of a module, its neurons may be off for all inputs, or "
+            "its inputs be all the same."
         )
         return
     if not _ended_above(_LITTLE, solution):
@@ -137,7 +137,7 @@ def _losses(solution: Solution) -> tuple[Scalar, Scalar]:
 @jax.jit
 def _distance(X: Float[Array, "n p"]) -> Scalar:
     """How far the mean of the rows is from zero, in root mean squared distances of rows from it."""
-    mean = jnp.mean(X, axis=0)
+    mean = jnp.mean(X, axis=0, keepdims=True)
     return jnp.linalg.norm(mean) / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(X - mean), axis=1)))
 
 
