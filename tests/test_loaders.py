@@ -335,3 +335,24 @@ def test_a_loader_that_has_ended_is_told_of():
     """The error did not say why there were no batches."""
     with pytest.raises(ValueError, match=r"train: `data` must have at least one batch .*An iterator \(Stream\)"):
         train(epochs=2, data=Stream(8))
+
+
+@pytest.mark.filterwarnings("ignore:shape requires ndarray")  # of JAX, to a module that is given lists
+@pytest.mark.parametrize(
+    ("apply_fn", "data", "message"),
+    [
+        (MODEL.apply, [(X[:64].tolist(), Y[:64])], r"arguments of shapes \('a list of numbers, which is no array',\)"),
+        (MODEL.apply, [(X[:64] + 0j, Y[:64])], "the module must return floats, got complex64"),
+        (
+            lambda *of, **how: (MODEL.apply(*of, **how), 0),
+            [(X[:64], Y[:64])],
+            r"return one array .*, got \(\(64, 2\), \(\)\)",
+        ),
+        (lambda *of, **how: MODEL.apply(*of, **how).sum(), [(X[:64], Y[:64])], r"must return one array \(\.\.\., C\)"),
+    ],
+)
+def test_what_a_model_takes_and_gives_is_said(apply_fn, data, message):
+    """Lists were printed number by number; other outputs gave an error of JAX, or none of `shape`."""
+    with pytest.raises(ValueError, match=message) as raised:
+        train(plain(apply_fn=apply_fn), data)
+    assert len(str(raised.value)) < 1000

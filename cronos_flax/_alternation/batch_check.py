@@ -5,13 +5,14 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.apply_fn import called, not_taken
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
-from cronos_flax._head.data import Batch
+from cronos_flax._head.data import Batch, shapes_said
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
@@ -76,18 +77,25 @@ class BatchCheck:
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 if refused := not_taken(self._apply_fn, self._extra, error):
                     raise ValueError(f"{where}: {refused} {error}") from error
-                shapes = jax.tree.map(np.shape, given[0] or given[1])
+                shapes = shapes_said(given[0] or given[1])
                 raise ValueError(
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
                 ) from error
-            if not isinstance(out, jax.ShapeDtypeStruct):
-                raise ValueError(
-                    f"{where}: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. Choose "
-                    "one with output= of find_head; if it returns more with train_kwargs than without, by a function "
-                    "that takes both, such as output=lambda out: out[0] if isinstance(out, tuple) else out."
-                )
-            self._known[key] = out.shape
+            self._known[key] = _shape_of(out, where)
         return self._known[key]
+
+
+def _shape_of(out: Any, where: str) -> tuple[int, ...]:
+    """The shape of outputs, if they are one array of floats."""
+    if not isinstance(out, jax.ShapeDtypeStruct) or not out.ndim:
+        raise ValueError(
+            f"{where}: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. Choose one with "
+            "output= of find_head; if it returns more with train_kwargs than without, by a function that takes both, "
+            "such as output=lambda out: out[0] if isinstance(out, tuple) else out."
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"{where}: the module must return floats, got {out.dtype}. Look at the inputs of the batch.")
+    return out.shape
 
 
 def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:

@@ -162,6 +162,18 @@ def as_arrays(tree: Any, what: str) -> Any:
     return jax.tree.map(lambda leaf: numbers(leaf, what) if is_array(leaf) else leaf, tree)
 
 
+def shapes_said(args: Any) -> Any:
+    """The shapes of a module's arguments, for messages; lists of numbers, which are no arrays, are said as such."""
+
+    def is_listed(node: Any) -> bool:
+        return isinstance(node, list) and not any(map(is_array, jax.tree.leaves(node)))
+
+    def said(node: Any) -> Any:
+        return "a list of numbers, which is no array" if is_listed(node) else np.shape(node)
+
+    return jax.tree.map(said, args, is_leaf=is_listed)
+
+
 def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: str = "fit_head") -> np.ndarray:
     """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
 

@@ -18,6 +18,7 @@ from jax import Array
 
 from cronos_flax._head import noise
 from cronos_flax._head.candidates import called_again, candidates, given
+from cronos_flax._head.data import shapes_said
 from cronos_flax._head.functional import Call, Functional, Watched, WrongOutputError
 from cronos_flax._head.head import Head, check_there, predicted, relative_difference
 from cronos_flax._head.jitted import jitted
@@ -146,7 +147,7 @@ def find(
         except WrongOutputError as raised:
             raise ValueError(f"find_head: {raised}") from raised
         except Exception as raised:
-            shapes = jax.tree.map(np.shape, args)
+            shapes = shapes_said(args)
             raise ValueError(
                 f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"
             ) from raised

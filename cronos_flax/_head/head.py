@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, UserData
+from cronos_flax._head.data import Batch, UserData, shapes_said
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.functional import Functional, Kind, Tap
@@ -317,7 +317,7 @@ class Head:
         try:
             return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
-            shapes = jax.tree.map(jnp.shape, args)
+            shapes = shapes_said(args)
             kernel = self.module.kernel_shape(variables, self.hidden_path)
             if len(kernel) == 3 and kernel[1:] == (self.features, self.hidden):
                 raise ValueError(
