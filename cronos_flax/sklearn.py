@@ -19,6 +19,7 @@ from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import loss_of
 from cronos_flax._solver.solution import Status
+from cronos_flax._solver.transfer import seeded
 from cronos_flax._solver.user_warnings import warn
 
 __all__ = ["CronosClassifier", "CronosRegressor"]
@@ -77,7 +78,7 @@ class _TwoLayer(BaseEstimator):
             hidden=self.n_neurons,
             num_classes=outputs if self.loss == "softmax" else None,
             sample_weight=(weight / weight.max()).astype(dtype),  # float32 does not hold all of them
-            key=jax.random.key(seed),
+            key=seeded(seed),
         )
         if solution.status is Status.nonfinite:
             raise ValueError(f"{where}: {solution.status.message}")

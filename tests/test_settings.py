@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import cronos_flax as cf
+from cronos_flax.sklearn import CronosClassifier
 
 SETTINGS = {
     "promotion and transfers": {  # all three only raise, and each setting traces everything anew
@@ -112,6 +114,16 @@ def solve_paired(user, directory):
     return figures(solver.solve(user.features, user.one, hidden=HIDDEN))
 
 
+def on_the_host(user, directory):
+    """Arrays of NumPy, which are sent."""
+    x, labels = np.asarray(user.x), np.asarray(user.labels)
+    solution = SOLVER.solve(x, labels, hidden=HIDDEN)
+    with warnings.catch_warnings(action="ignore"):  # of two iterations
+        estimator = CronosClassifier(HIDDEN, max_iter=2, random_state=0).fit(x, labels)
+    network = jax.device_get(solution.params)
+    return figures(solution), cf.predict(network, x), cf.predict(solution.params, x), estimator.kernel1_.shape
+
+
 def alternate(user, directory):
     state = jax.device_put(user.state(optax.rmsprop(1e-2)))  # Flax starts with a step that is Python's
     state = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))(state, user.grads)
@@ -166,6 +178,7 @@ PIECES = [
     solve_paired,
     solve_gated,
     solve_path,
+    on_the_host,
     alternate,
     train,
     alternate_nnx,

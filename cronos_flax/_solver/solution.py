@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from cronos_flax._solver.arrays import is_array, numbers
 from cronos_flax._solver.blocks import Blocks
 from cronos_flax._solver.meshes import automatically, on_one_device
-from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.transfer import batch_on_device, on_host
 from cronos_flax._solver.types import Activations, Directions, Gates, Scalar
 
 
@@ -204,6 +204,7 @@ def predict(params: Network, X: ArrayLike | Blocks) -> Float[Array, "n C"]:
                 f"got shape {X.shape}."
             )
         on_one_device("predict", params=params, X=X)
+        params, X = batch_on_device((params, X))
     return automatically(_outputs, params, X)
 
 

@@ -59,6 +59,14 @@ def default_key() -> Array:
     return jax.random.wrap_key_data(on_device(np.zeros(data.shape, data.dtype)))
 
 
+def seeded(seed: int) -> Array:
+    """``jax.random.key(seed)``, of a seed of 31 bits."""
+    return _seeded(on_device(seed, np.int32))
+
+
+_seeded = jax.jit(jax.random.key)
+
+
 @jax.jit
 def _folded(key: Array, number: Array) -> Array:
     return jax.random.fold_in(key, number)
