@@ -99,6 +99,8 @@ REFUSED = {
     "NaN x": ({"x": at(X, (slice(2), 1), np.nan)}, "x must be finite, got NaN or infinity in 2 of 60 rows"),
     "infinite x_test": (TEST | {"x_test": at(X[:4], 0, np.inf)}, "x_test must be finite"),
     "values too large": ({"y": at(X[:, 0], 0, 1e300)}, "y as float32 must be finite"),
+    "inputs too large": ({"x": at(X, 0, 1e300)}, "x as float32 must be finite, got values up to 1e+300"),
+    "one value": ({"y": np.full(ROWS, 0.5)}, "y as float32 must have at least two values, got only 0.5"),
     "one column y": ({"y": LABELS[:, None]}, "y (n,), got (60, 3) and (60, 1)"),
     "scalar x": ({"x": np.float64(1), "y": np.float64(1)}, "must have shape"),
     "flat x": ({"x": X[:, 0]}, "x must have shape (n, ...), got (60,)"),
@@ -119,6 +121,21 @@ REFUSED = {
     "one row": ({"x": X[:1], "y": np.array([0.5])}, "there must be rows to fit and rows to hold back, got 1 rows"),
     "objects": ({"y": NAMES[LABELS].astype(object)}, "it has Python objects, which are not loaded"),
 }
+
+
+def test_arrays_of_other_names_are_told_of(tmp_path):
+    """They were passed over without a word, as weights of rows were."""
+    notes = load(stored(tmp_path, weights=LABELS, X_test=X)).notes
+    assert notes["not used"] == "the arrays X_test, weights: only x, y, x_test and y_test are"
+    assert "not used" not in load(stored(tmp_path)).notes
+
+
+@pytest.mark.parametrize(("model", "x"), [("cnn", X[:, :, None]), ("strided-cnn", X), ("cnn", X[:, None, :, None])])
+def test_inputs_that_are_no_images_are_refused_by_models_of_images(model, x, tmp_path, capsys):
+    """Convolutions took rows for pixels, or ended in a ZeroDivisionError."""
+    code, said = stopped(["info", "--model", model, "--dataset", stored(tmp_path, x=x)], capsys)
+    assert code == 2
+    assert f"the model {model} takes images (n, height, width, channels) of at least" in said
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -30,6 +30,8 @@ def inputs(name: str, x: np.ndarray) -> np.ndarray:
     if x.ndim < 2 or not x.size:
         raise ValueError(f"{name} must have shape (n, ...), got {x.shape}.")
     _refuse_infinite(name, x)
+    if x.dtype.kind == "f" and x.dtype.itemsize > 4 and np.abs(x).max() > np.finfo("float32").max:
+        raise ValueError(f"{name} as float32 must be finite, got values up to {np.abs(x).max():.3g}. Divide it.")
     return x.astype("float32" if x.dtype.kind == "b" else x.dtype.newbyteorder("="), copy=False)
 
 
@@ -59,7 +61,10 @@ def targets(y: np.ndarray, y_test: np.ndarray | None, kind: str | None = None) -
         raise ValueError(f"y and y_test must be of one kind, got {y.dtype} and {y_test.dtype}.")
     is_whole = all(part.dtype.kind != "f" or bool(np.all(part == np.floor(part))) for part in parts.values())
     if kind == "values" or (kind is None and not is_whole and y.dtype.kind == "f"):
-        return Targets(_values(y), None if y_test is None else _values(y_test))
+        values = _values(y)
+        if len(y) > 1 and np.all(values == values[:1]):
+            raise ValueError(f"y as float32 must have at least two values, got only {values[0]:.6g}.")
+        return Targets(values, None if y_test is None else _values(y_test))
     if not is_whole:
         raise ValueError("y and y_test must be whole numbers to be classes, got floats that are not.")
     if kind is None and y.dtype.kind == "f" and len(np.unique(y)) ** 2 > len(y):

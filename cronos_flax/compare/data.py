@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
     """A whole set: inputs ``(n, ...)``, and labels or, for regression, floats ``(n,)``.
 
     ``classes`` are the names of labels that were not numbers 0, 1, … where they came from, in the order of the labels.
+    ``unused`` are the names of other arrays of a file.
     """
 
     x: np.ndarray
@@ -33,6 +34,7 @@ class Dataset(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     classes: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -95,7 +97,7 @@ class Dataset(NamedTuple):
 
     @property
     def notes(self) -> dict[str, str]:
-        """What the arrays were taken as: ``inputs``, ``targets`` and, if there are classes of one row, ``rare``."""
+        """What the arrays were taken as: ``inputs``, ``targets``, ``rare`` (classes of one row), ``not used``."""
         as_float = "" if self.x.dtype == "float32" else f" {self.x.dtype}, used as float32"
         notes = {"inputs": f"{self.x.shape[1:]}{as_float}", "targets": "values (regression)"}
         if self.num_classes is not None:
@@ -109,6 +111,8 @@ class Dataset(NamedTuple):
                 notes["rare"] = f"classes of one row, which is never held back ({len(alone)}): " + ", ".join(
                     alone[:_NAMES] + ["…"] * (len(alone) > _NAMES)
                 )
+        if self.unused:
+            notes["not used"] = f"the arrays {', '.join(self.unused)}: only x, y, x_test and y_test are"
         return notes
 
 
@@ -284,7 +288,7 @@ def _load_npz(path: Path, kind: str | None) -> Dataset:
     if not {"x", "y"} <= set(arrays):
         raise ValueError(f"load: {path} must have the arrays x and y, got {', '.join(there) or 'none'}.")
     try:
-        return Dataset.of(**arrays, kind=kind)
+        return Dataset.of(**arrays, kind=kind)._replace(unused=tuple(sorted(set(there) - set(arrays))))
     except ValueError as error:
         raise ValueError(f"load: in {path} {error}") from None
 

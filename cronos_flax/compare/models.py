@@ -34,6 +34,15 @@ class MLP(nn.Module):
         return nn.Dense(self.outputs, use_bias=False)(x)
 
 
+def _check_images(name: str, x: jax.Array, least: int) -> None:
+    """Raise a ValueError for what are no images: a convolution would take rows for pixels."""
+    if x.ndim != 4 or min(x.shape[1:3]) < least:
+        raise ValueError(
+            f"the model {name} takes images (n, height, width, channels) of at least {least} × {least} pixels, got "
+            f"inputs of shape {x.shape}. Store x in that shape, or take the model mlp."
+        )
+
+
 class CNN(nn.Module):
     """Two convolutions of 32 channels and a head of 16 neurons: that of the published experiments on ImageNet."""
 
@@ -42,6 +51,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs ``(n, outputs)`` for images ``(n, height, width, channels)``."""
+        _check_images("cnn", x, 4)
         for _ in range(2):
             x = nn.max_pool(nn.relu(nn.Conv(32, (3, 3))(x)), (2, 2), (2, 2))
         return nn.Dense(self.outputs)(nn.relu(nn.Dense(16)(x.reshape(len(x), -1))))
@@ -55,6 +65,7 @@ class StridedCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs ``(n, outputs)`` for images ``(n, height, width, channels)``."""
+        _check_images("strided-cnn", x, 1)
         for features in (16, 32):
             x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
         return nn.Dense(self.outputs)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
