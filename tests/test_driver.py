@@ -509,6 +509,7 @@ BAD = {
     "epochs": (lambda: train(epochs=0), "`epochs`"),
     "batch_size": (lambda: train(batch_size=0.5), "`batch_size`"),
     "solve_every": (lambda: train(solve_every="often"), "`solve_every`"),
+    "solve_rows": (lambda: train(solve_rows=1), "`solve_rows` must be an integer ≥ 2, got 1"),
     "seconds": (lambda: train(seconds=0), "`seconds` must be"),
     "seconds as a switch": (lambda: train(seconds=True), "`seconds` must be a positive number, got True"),
     "rows": (lambda: train(data=(X, Y[:5])), "equally many rows"),
@@ -544,6 +545,21 @@ def test_bad_input_is_refused(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_best_epoch_that_there_is_not_is_told_of():
+    """The state at the end was returned, without a word."""
+    bad = np.where(np.arange(len(X))[:, None] == 3, np.nan, X)
+    with pytest.warns(UserWarning, match=r"`keep_best` must be .* finite after an epoch, got 'validation_loss', which"):
+        train(plain(), loss="softmax", epochs=1, keep_best="validation_loss", validation=(bad, Y))
+
+
+def test_a_callback_cannot_change_the_history(tmp_path):
+    """A row that it emptied or added arrays to ended in an error about labels or JSON."""
+    plainly = {"loss": "softmax", "epochs": 1, "keep_best": "validation_loss", "validation": (X, Y)}
+    for change in (dict.clear, lambda row: row.update(own=np.ones(3))):
+        _, history = train(plain(), **plainly, callbacks=[change], directory=tmp_path / str(change))
+        assert list(history[-1]) == ["step", "epoch", "seconds", "loss", "validation_loss", "validation_accuracy"]
 
 
 def test_an_accuracy_that_there_is_not_is_refused_before_training():

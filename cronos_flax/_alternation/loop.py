@@ -335,14 +335,14 @@ class Loop:
         self.tell(**figures, solve_seconds=position.solve_seconds, **self.state.figures)
 
     def tell(self, **figures: float) -> None:
-        """Add a row to the history, and call the callbacks with it."""
+        """Add a row to the history, and call the callbacks with copies of it."""
         jax.block_until_ready(self.state)
         position = self.position
         row = {"step": position.step, "epoch": position.epoch, "seconds": self.clock.seconds, **figures}
         position.history.append(row)
         with self.clock.stopped():
             for callback in self.callbacks:
-                callback(row)
+                callback(dict(row))
 
     def save(self) -> None:
         """A checkpoint, unless this step has one, or the run has no directory."""

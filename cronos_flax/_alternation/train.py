@@ -117,8 +117,8 @@ def train(
         rngs: the rng streams of gradient steps: names, whose keys come from ``key``; or a dict of keys. Each key is
             folded with the step. Not for NNX models, whose own streams go on from call to call.
         key: of the order of rows, rng streams (those of NNX models have their own) and solves; None means a fixed one.
-        callbacks: functions that are called with each row of the history as it is made; of several processes in the
-            first one only.
+        callbacks: functions that are called with a copy of each row of the history as it is made; of several processes
+            in the first one only.
         seconds: limit on the training time; the run ends when the time left is shorter than the last epoch took.
         directory: where the checkpoints of this run lie; a run that is there is resumed, if its settings (those of the
             solver and the guard too), its data and its first parameters are the same; another optimizer is warned of,
@@ -149,9 +149,9 @@ def train(
 
     Warns:
         UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. If ``loss`` is
-            not that of ``state.solver``. If the loss of gradient steps contradicts that of a solve. If these have
-            the running statistics of batch norms, and solves those of the batch. And where
-            :meth:`CronosTrainState.solve_head` warns.
+            not that of ``state.solver``. If ``keep_best`` never was finite. If the loss of gradient steps contradicts
+            that of a solve. If these have the running statistics of batch norms, and solves those of the batch. And
+            where :meth:`CronosTrainState.solve_head` warns.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf
@@ -175,9 +175,10 @@ def train(
         optional=True,
         solve_every=solve_every,
         save_every=save_every,
-        solve_rows=solve_rows,
         steps_per_epoch=steps_per_epoch,
     )
+    if solve_rows is not None:
+        positive_integer("train", "solve_rows", solve_rows, least=2)
     for name, given in {"train_kwargs": train_kwargs, "eval_kwargs": eval_kwargs}.items():
         if given is not None and not (isinstance(given, Mapping) and all(isinstance(each, str) for each in given)):
             raise ValueError(f"train: `{name}` must be a dict of keyword arguments by name, got {given!r}.")
@@ -272,6 +273,11 @@ def train(
         over = position.epoch >= epochs or loop.time_is_up()
         while not over:
             over = loop.do_epoch()
+    if keep_best is not None and not any(np.isfinite(row.get(keep_best, np.nan)) for row in position.history):
+        warn(
+            f"train: `keep_best` must be a figure that is finite after an epoch, got {keep_best!r}, which never was: "
+            "the state is that at the end. Look for validation rows that are not finite."
+        )
     state = loop.state if loop.best is None else loop.best
     if isinstance(state.opt_state, RatedState):  # whoever goes on with it has a rate of his own
         state = state.replace(opt_state=state.opt_state._replace(run_decay=on_device(1, jnp.float32)))
