@@ -1,5 +1,7 @@
 """Every public function refuses bad input with a ValueError that names it, and leaves the caller's arrays alone."""
 
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -203,6 +205,19 @@ CASES = {
         lambda: cf.gather_features(HEAD, VARIABLES, (X, T), cache=3),
         "gather_features: `cache` must be a path",
     ),
+    "save: a URL": (
+        lambda: cf.save_checkpoint("gs://bucket/run", NET, 1),
+        "save_checkpoint: `directory` must be a path of this machine's file systems, got the URL gs://bucket/run",
+    ),
+    "restore: a URL that was made a path": (
+        lambda: cf.restore_checkpoint(pathlib.Path("gs://bucket/run"), NET),
+        "restore_checkpoint: `directory` must be a path of this machine's file systems, got the URL gs:/bucket/run",
+    ),
+    "gather: a home": (
+        lambda: cf.gather_features(HEAD, VARIABLES, (X, T), cache="~/features"),
+        r"gather_features: `cache` must be a path without ~, .*os\.path\.expanduser\('~/features'\)",
+    ),
+    "save: nowhere": (lambda: cf.save_checkpoint("", NET, 1), "save_checkpoint: `directory` must be a path, .* got ''"),
     "no such data set": (lambda: load_tfds("mnist", "train", "/nonexistent"), "Prepare it"),
 }
 

@@ -246,6 +246,9 @@ def test_a_directory_that_is_none_is_refused(command, tmp_path, capsys):
         assert code == 2
         assert f"`--out` must be a directory, or one that can be made, got {out}" in said
     assert (tmp_path / "file").read_text() == "mine"
+    code, said = stopped([command, *WINE, "--out", "s3://bucket/run"], capsys)  # it was a folder s3: here
+    assert code == 2
+    assert "`--out` must be a path of this machine's file systems, got the URL s3:/bucket/run" in said
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):

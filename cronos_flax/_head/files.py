@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -17,13 +18,22 @@ except ImportError:  # not Unix
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two; a drive has one letter
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def check_path(where: str, name: str, value: Any) -> None:
-    """Raise a ValueError unless an argument is the path of a file or of a directory."""
-    if not isinstance(value, str | os.PathLike):
+    """Raise a ValueError unless an argument is the path of a file or of a directory of this machine."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text:
         raise ValueError(f"{where}: `{name}` must be a path, as a str or a pathlib.Path, got {value!r}.")
+    if _URL.match(text):  # as a path it would be a folder of that name, here
+        raise ValueError(
+            f"{where}: `{name}` must be a path of this machine's file systems, got the URL {text}. Mount what it names,"
+            " or give a local path and copy the files."
+        )
+    if text == "~" or text.startswith("~/"):
+        raise ValueError(f"{where}: `{name}` must be a path without ~, got {text}. Give os.path.expanduser({text!r}).")
 
 
 @contextmanager

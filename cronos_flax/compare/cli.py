@@ -74,8 +74,9 @@ def _wrapped(text: str, first: str, others: str) -> str:
 
 def _check_free(out: Path, name: str = "`--out`") -> None:
     """Raise before any work if the directory cannot be written to, or another process holds it."""
-    from cronos_flax._head.files import LOCK, locked
+    from cronos_flax._head.files import LOCK, check_path, locked
 
+    check_path("cronos-flax", name.strip("`"), out)
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
