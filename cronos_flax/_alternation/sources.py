@@ -209,12 +209,13 @@ class Batches:
         that was read, and nothing of it is known again but shapes and dtypes.
         """
         given, stream = self.data.given, iter(self.data.given)
-        if stream is iter(given):
+        if (again := iter(given)) is stream:
             read = list(itertools.islice(stream, 1))
             self.data = dataclasses.replace(self.data, given=_ReadAhead(given, itertools.chain(read, stream)))
             batches = dataclasses.replace(self.data, given=read).batches()
             return {name: [*of, None] for name, (*of, _) in described(_arrays(_first_of(batches)), _READ_BYTES).items()}
-        one, two = (described(_arrays(_first_of(self.data.batches())), _READ_BYTES) for _ in range(2))
+        passes = dataclasses.replace(self.data, given=again), self.data
+        one, two = (described(_arrays(_first_of(each.batches())), _READ_BYTES) for each in passes)
         return {
             name: [a if a == b else None for a, b in zip(one[name], two[name], strict=True)]
             for name in one

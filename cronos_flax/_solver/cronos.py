@@ -18,7 +18,7 @@ from cronos_flax._solver.blocks import Blocks, Source
 from cronos_flax._solver.linear_solvers import NystromPCG, Structured
 from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
-from cronos_flax._solver.meshes import automatically, mesh_of, on_one_device
+from cronos_flax._solver.meshes import automatically, check_together, mesh_of
 from cronos_flax._solver.padding import padded
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.program import compiled_loss
@@ -291,7 +291,7 @@ class Cronos:
         if validation is not None and self.folds is not None:
             raise ValueError(f"solve: `validation` takes the place of folds, got both, and folds={self.folds}.")
         start, m = checks.start(self.gates, (data.X.shape[0], data.X.shape[1]), data.y, hidden, init, state)
-        on_one_device("solve", X=data.X, init=init, state=state, key=key, beta=self.beta)
+        check_together("solve", X=data.X, init=init, state=state, key=key, beta=self.beta)
         key = default_key() if key is None else key
         if isinstance(self.beta, str):
             first: Any = getattr(start, "params", start)
@@ -424,7 +424,7 @@ class Cronos:
         checks.number("beta", beta, expected, lambda v: v >= 0, where="objective")
         checks.single("beta", beta, where="objective")
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
-        on_one_device("objective", params=params, X=features)
+        check_together("objective", params=params, X=features)
         rest, run = (y, weight, on_device(beta, y.dtype)), functools.partial(compiled_loss, loss=loss_of(self.loss))
         if not isinstance(features, Source):
             return automatically(run, params, features, *rest)
@@ -447,7 +447,7 @@ class Cronos:
         loss = loss_of(self.loss)
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
-        on_one_device("solve", X=features, y=y, sample_weight=weight)
+        check_together("solve", X=features, y=y, sample_weight=weight)
         return Data(features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight))
 
 

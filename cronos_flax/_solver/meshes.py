@@ -27,7 +27,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     return next(filter(_is_explicit, meshes), next(large, None))
 
 
-def on_one_device(where: str, **given: Any) -> None:
+def check_together(where: str, **given: Any) -> None:
     """Raise a ValueError for trees of arrays that the user has put on one device each, and not all on the same one."""
     places = {
         name: next(iter(leaf.devices()))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from cronos_flax._solver.arrays import is_array, numbers
 from cronos_flax._solver.blocks import Blocks
-from cronos_flax._solver.meshes import automatically, on_one_device
+from cronos_flax._solver.meshes import automatically, check_together
 from cronos_flax._solver.transfer import batch_on_device, on_host
 from cronos_flax._solver.types import Activations, Directions, Gates, Scalar
 
@@ -203,7 +203,7 @@ def predict(params: Network, X: ArrayLike | Blocks) -> Float[Array, "n C"]:
                 f"predict: `X` must have the {params.kernel1.shape[0]} features of the network as its last axis, "
                 f"got shape {X.shape}."
             )
-        on_one_device("predict", params=params, X=X)
+        check_together("predict", params=params, X=X)
         params, X = batch_on_device((params, X))
     return automatically(_outputs, params, X)
 
