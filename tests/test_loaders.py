@@ -331,6 +331,39 @@ def test_a_directory_loses_no_batch_of_a_loader_that_goes_on_where_it_stopped(tm
     same(resumed.params, train(epochs=3, data=batched())[0].params)
 
 
+class Restarting:
+    """A loader with one iterator, which begins anew when it is asked for, as PyTorch's with persistent workers."""
+
+    def __init__(self):
+        self.place, self.batches = 0, batched()
+        self.iterator = _Places(self)
+
+    def __iter__(self):
+        self.place = 0
+        return self.iterator
+
+
+class _Places:
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.loader.place == len(self.loader.batches):
+            raise StopIteration
+        self.loader.place += 1
+        return self.loader.batches[self.loader.place - 1]
+
+
+def test_a_directory_leaves_solves_whole_where_one_loader_is_given_for_steps_and_solves(tmp_path, unsolved):
+    """To know the loader twice began it anew: the first solve had its first batch only, without a word."""
+    loader = Restarting()
+    train(alternating(), loader, solve_data=loader, directory=tmp_path)
+    assert {len(batches) for batches in unsolved} == {4}
+
+
 def test_a_loader_that_has_ended_is_told_of():
     """The error did not say why there were no batches."""
     with pytest.raises(ValueError, match=r"train: `data` must have at least one batch .*An iterator \(Stream\)"):

@@ -225,7 +225,8 @@ def train(
     marks = {}
     if directory is not None:
         marks["data"] = source.fingerprint()
-        marks["solve_data"] = marks["data"] if to_solve is source else to_solve.fingerprint()
+        is_one = to_solve is source or solve_data is data  # to read one loader twice may begin it anew
+        marks["solve_data"] = marks["data"] if is_one else to_solve.fingerprint()
     start = {} if directory is None else some_entries(module_params(state.params))
     checkpoints = Checkpoints(directory, settings, marks, start, epochs, save_every)
     with checkpoints.locked():
