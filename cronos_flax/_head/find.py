@@ -6,6 +6,7 @@ bias2``, applied to the recorded input, gives the module's outputs: with the mod
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -129,7 +130,7 @@ def find(
 
     def is_random(path: Path, tol: float) -> bool:
         """Whether the head's input changes with the random keys; also with other variables, as zeros hide a branch."""
-        for trial in (variables, *(redrawn(variables, spread) for spread in SPREADS)):
+        for trial in itertools.chain((variables,), (redrawn(variables, spread) for spread in SPREADS)):
             other_keys = noise.reseeded(trial, kwargs, args)
             if other_keys is None:
                 return False
