@@ -119,7 +119,7 @@ class Checkpoints:
         epochs: of the whole run.
         every: steps between two; None for one after each epoch.
         newest: the step of the newest.
-        given: the state that the run was called with.
+        fixed: the fields that are no arrays of the state that the run was called with, by name.
     """
 
     directory: str | Path | None
@@ -129,7 +129,7 @@ class Checkpoints:
     epochs: int
     every: int | None
     newest: int | None = None
-    given: Any = None
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other runs from the directory."""
@@ -139,9 +139,9 @@ class Checkpoints:
 
     def resumed(self, given: State) -> tuple[State, Position, State | None]:
         """The saved state, its position, and the best state before; or, if there is none, the state given."""
-        self.given = given
         if self.directory is None:
             return given, Position(step=int(on_host(given.step))), None
+        self.fixed = _fixed(given)  # not the state itself, whose arrays need not be kept alive
         state, self.newest, extra = restored(self.directory, given)
         if self.newest is None:
             return state, Position(step=int(on_host(state.step))), None
@@ -183,12 +183,12 @@ class Checkpoints:
 
     def _check_settings_of(self, state: Any) -> None:
         """Raise a ValueError if steps have changed what is no array in a state: a resumed run would not have it."""
-        for field in dataclasses.fields(state):
-            now, then = getattr(state, field.name), getattr(self.given, field.name)
-            if not field.metadata.get("pytree_node", True) and now is not then and said(now) != said(then):
+        for name, now in _fixed(state).items():
+            then = self.fixed[name]
+            if now is not then and said(now) != said(then):
                 raise ValueError(
                     f"train: with a `directory` steps must leave what is no array in a {type(state).__name__} as it "
-                    f"is, for a checkpoint holds arrays only, got {field.name}={now!r}, which was {then!r}. Make it an "
+                    f"is, for a checkpoint holds arrays only, got {name}={now!r}, which was {then!r}. Make it an "
                     "array, a field with pytree_node=True."
                 )
 
@@ -233,6 +233,12 @@ class Checkpoints:
                 f"train: `directory` {self.directory} holds a run of {extra['position']['epoch']} epochs, and `epochs` "
                 f"is {self.epochs}. Give as many or more, or another directory."
             )
+
+
+def _fixed(state: Any) -> dict[str, Any]:
+    """The fields of a state that are no arrays, by name."""
+    fields = (field for field in dataclasses.fields(state) if not field.metadata.get("pytree_node", True))
+    return {field.name: getattr(state, field.name) for field in fields}
 
 
 def some_entries(params: Any) -> dict[str, list[float]]:
