@@ -103,11 +103,11 @@ def _contradiction(seen: np.ndarray) -> str | None:
     if np.sum(after > objective) < _CLEARLY or not np.median(after) > np.median(null):
         return None
     return (
-        f"train: in the first {_FIRST} gradient steps after a solve the median of the loss was {np.median(after):.4g}, "
-        f"above {np.median(null):.4g} of the best constant outputs; the solve had ended at {np.median(objective):.4g}. "
-        "A solve does not see the noise of dropout, which large weights of the head enlarge: give the solver a larger "
-        "beta_ratio. Nor does it see what the module does in training only (train_kwargs) behind the head, such as "
-        "a scale. Else lower the optimizer's rate."
+        f"train: in the first gradient steps after a solve, {_FIRST} in all, the median of the loss was "
+        f"{np.median(after):.4g}, above {np.median(null):.4g} of the best constant outputs; the solve had ended at "
+        f"{np.median(objective):.4g}. A solve does not see the noise of dropout, which large weights of the head "
+        "enlarge: give the solver a larger beta_ratio. Nor does it see what the module does in training only "
+        "(train_kwargs) behind the head, such as a scale. Else lower the optimizer's rate."
     )
 
 
