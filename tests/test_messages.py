@@ -83,6 +83,10 @@ def test_a_module_that_returns_more_in_training_is_told_how_its_output_is_chosen
     ):
         train()
     train(output=lambda out: out[0] if isinstance(out, tuple) else out)
+    with pytest.raises(
+        ValueError, match=r"train: `output` must be .* one that raises .*outputs: a tuple of 2\. If .* takes both"
+    ):
+        train(output=lambda out: jnp.asarray(out.astype(float)))
 
 
 def test_shapes_alone_are_refused():

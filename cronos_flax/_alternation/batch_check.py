@@ -13,6 +13,7 @@ from jax import Array
 from cronos_flax._alternation.apply_fn import called, not_taken
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, shapes_said
+from cronos_flax._head.functional import WrongOutputError
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
@@ -74,6 +75,8 @@ class BatchCheck:
                     f'model_state={{"batch_stats": …}}, got {self._collections}. A field of another name, such as '
                     f"`batch_stats`, is not looked at. {error}"
                 ) from error
+            except WrongOutputError as error:
+                raise ValueError(f"{where}: {error} {_BOTH}") from error
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 if refused := not_taken(self._apply_fn, self._extra, error):
                     raise ValueError(f"{where}: {refused} {error}") from error
@@ -85,13 +88,18 @@ class BatchCheck:
         return self._known[key]
 
 
+_BOTH = (
+    "If the module returns something else with train_kwargs than without, give output= a function that takes both, such "
+    "as output=lambda out: out[0] if isinstance(out, tuple) else out."
+)
+
+
 def _shape_of(out: Any, where: str) -> tuple[int, ...]:
     """The shape of outputs, if they are one array of floats."""
     if not isinstance(out, jax.ShapeDtypeStruct) or not out.ndim:
         raise ValueError(
             f"{where}: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. Choose one with "
-            "output= of find_head; if it returns more with train_kwargs than without, by a function that takes both, "
-            "such as output=lambda out: out[0] if isinstance(out, tuple) else out."
+            f"output= of find_head. {_BOTH}"
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"{where}: the module must return floats, got {out.dtype}. Look at the inputs of the batch.")

@@ -19,7 +19,7 @@ from jax import Array
 from cronos_flax._head.data import Batch, UserData, shapes_said
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
-from cronos_flax._head.functional import Functional, Kind, Tap
+from cronos_flax._head.functional import Functional, Kind, Tap, WrongOutputError
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.operations import other_names
@@ -316,6 +316,8 @@ class Head:
         self.check_own_rows(args, kwargs, where)
         try:
             return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
+        except WrongOutputError as error:
+            raise ValueError(f"{where}: {error}") from error
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
             shapes = shapes_said(args)
             kernel = self.module.kernel_shape(variables, self.hidden_path)
