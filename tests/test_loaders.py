@@ -379,7 +379,7 @@ def test_a_loader_that_has_ended_is_told_of():
         (
             lambda *of, **how: (MODEL.apply(*of, **how), 0),
             [(X[:64], Y[:64])],
-            r"return one array .*, got \(\(64, 2\), \(\)\)",
+            r"return one array .*, got \(\(64, 2\), \(\)\)\. Choose .* without a head, by its apply_fn",
         ),
         (lambda *of, **how: MODEL.apply(*of, **how).sum(), [(X[:64], Y[:64])], r"must return one array \(\.\.\., C\)"),
     ],

@@ -19,6 +19,11 @@ from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
 from cronos_flax._solver.transfer import on_device, on_host
 
+_OF_BOTH = (
+    "If the module returns something else with train_kwargs than without, give output= a function that takes both, "
+    "such as output=lambda out: out[0] if isinstance(out, tuple) else out."
+)
+
 
 class BatchCheck:
     """The check of batches that are trained or scored on, on the host: targets become flat, see :meth:`Batch.flat`.
@@ -76,7 +81,7 @@ class BatchCheck:
                     f"`batch_stats`, is not looked at. {error}"
                 ) from error
             except WrongOutputError as error:
-                raise ValueError(f"{where}: {error} {_BOTH}") from error
+                raise ValueError(f"{where}: {error} {_OF_BOTH}") from error
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 if refused := not_taken(self._apply_fn, self._extra, error):
                     raise ValueError(f"{where}: {refused} {error}") from error
@@ -88,18 +93,12 @@ class BatchCheck:
         return self._known[key]
 
 
-_BOTH = (
-    "If the module returns something else with train_kwargs than without, give output= a function that takes both, such "
-    "as output=lambda out: out[0] if isinstance(out, tuple) else out."
-)
-
-
 def _shape_of(out: Any, where: str) -> tuple[int, ...]:
     """The shape of outputs, if they are one array of floats."""
     if not isinstance(out, jax.ShapeDtypeStruct) or not out.ndim:
         raise ValueError(
             f"{where}: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. Choose one with "
-            f"output= of find_head. {_BOTH}"
+            f"output= of find_head, or, in a state without a head, by its apply_fn. {_OF_BOTH}"
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"{where}: the module must return floats, got {out.dtype}. Look at the inputs of the batch.")
