@@ -364,6 +364,18 @@ def test_a_directory_leaves_solves_whole_where_one_loader_is_given_for_steps_and
     assert {len(batches) for batches in unsolved} == {4}
 
 
+def test_a_solve_within_an_epoch_does_not_end_it(unsolved):
+    """It did, without a word: the solve read what was left of the one iterator that there was."""
+    state, _ = train(alternating(), batched(), solve_every=3, epochs=1)
+    assert int(state.step) == 4
+    for same_loader in (False, True):
+        loader = Restarting()
+        with pytest.raises(ValueError, match=r"iterator of its own, got a Restarting .*solve_data="):
+            train(alternating(), loader, solve_every=3, solve_data=loader if same_loader else None)
+    state, _ = train(alternating(), Restarting(), solve_every=3, solve_data=batched(), epochs=1)
+    assert int(state.step) == 4
+
+
 def test_a_loader_that_has_ended_is_told_of():
     """The error did not say why there were no batches."""
     with pytest.raises(ValueError, match=r"train: `data` must have at least one batch .*An iterator \(Stream\)"):

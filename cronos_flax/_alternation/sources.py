@@ -197,6 +197,17 @@ class Batches:
         del step, count
         return self._first(), self.data.unpack
 
+    def check_begins_anew(self) -> None:
+        """Raise a ValueError for a loader whose iterators are one: a solve in mid-epoch would end the epoch."""
+        given = self.data.given
+        if self.steps is None and iter(given) is iter(given):
+            raise ValueError(
+                f"train: with `solve_every` each pass through `data` must have an iterator of its own, got a "
+                f"{type(given).__name__} whose __iter__ gives one and the same: a solve would read the rest of the "
+                "epoch. Let __iter__ make a new one (in PyTorch: persistent_workers=False), or give the rows of solves "
+                "as solve_data=."
+            )
+
     def empty(self) -> ValueError:
         """What to raise for an epoch without a batch."""
         given = self.data.given

@@ -218,6 +218,8 @@ def train(
     if isinstance(state, CronosTrainState):
         if solve_rows is not None and not isinstance(to_solve, Arrays):
             raise ValueError("train: `solve_rows` is for arrays, got a loader. Give the rows of solves as solve_data=.")
+        if solve_every is not None and isinstance(source, Batches) and (solve_data is None or solve_data is data):
+            source.check_begins_anew()
         if solve_rows is None and isinstance(to_solve, Arrays):
             between = schedule * batch_size if isinstance(schedule, int) else None
             solve_rows = to_solve.affordable(between, state.head)
