@@ -1,6 +1,7 @@
 """What is easily given wrong is refused with the words that help."""
 
 import types
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ from forked import Forked
 import cronos_flax as cf
 from cronos_flax._head.data import UserData
 
-X = np.asarray(jax.random.normal(jax.random.key(0), (32, 5)))
+KEY = jax.random.key(0)
+X = np.asarray(jax.random.normal(KEY, (32, 5)))
 MODEL = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(3)])
 VARIABLES = drawn(MODEL, jax.random.key(0), X)
 HEAD = cf.find_head(MODEL, VARIABLES, X)
@@ -200,6 +202,82 @@ def test_a_module_that_makes_its_layers_in_setup_cannot_be_replaced_but_its_laye
         "hidden"
         in cf.graft_variables(grafted, pretrained, jax.random.key(1), X)["params"]["backbone"]["layers_1"]["fc"]
     )
+
+
+PIXELS = np.ones((2, 6, 6, 3), "float32")
+PATCHES = partial(jax.lax.conv_general_dilated_patches, filter_shape=(3, 3), window_strides=(1, 1), padding="SAME")
+MORE = {
+    "kernel_size=": ({"kernel_size": (3, 3)}, {}),
+    "strides=2": ({"strides": 2}, {}),
+    "strides=": ({"strides": (1, 2)}, {}),
+    "kernel_dilation=": ({"kernel_size": (2, 1), "kernel_dilation": (2, 1)}, {}),
+    "feature_group_count=3": ({"feature_group_count": 3, "features": 3}, {}),
+    "padding=1": ({"padding": 1}, {}),
+    "and more": ({"kernel_size": (3, 3)}, {"features": 5}),
+}
+
+
+def convolutional(features=4, kernel_size=(1, 1), **settings):
+    """The same model in linen and NNX."""
+    conv = nnx.Conv(3, features, kernel_size, rngs=nnx.Rngs(0), **settings)
+    return nn.Sequential([nn.Conv(features, kernel_size, **settings)]), nnx.Sequential(conv)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_head_takes_the_place_of_no_convolution_that_sees_more_than_one_pixel(name):
+    """Before: a pointwise head, without a word."""
+    settings, given = MORE[name]
+    linen, model = convolutional(**settings)
+    expected = rf"`at` must be .* of the last axis, .* got layers[_/]0, a Conv with .*{name if '=' in name else ''}"
+    with pytest.raises(ValueError, match=expected):
+        cf.graft(linen, at="layers_0", hidden=6, **given).init(jax.random.key(0), PIXELS)
+    with pytest.raises(ValueError, match=expected):
+        cf.nnx.graft(model, at="layers/0", hidden=6, rngs=nnx.Rngs(1), **given)
+
+
+def test_a_head_takes_the_place_of_a_pointwise_convolution_and_of_another_by_patches():
+    linen, model = convolutional()
+    assert cf.graft(linen, at="layers_0", hidden=6).init_with_output(KEY, PIXELS)[0].shape == (2, 6, 6, 4)
+    assert cf.nnx.graft(model, at="layers/0", hidden=6, rngs=nnx.Rngs(1))(PIXELS).shape == (2, 6, 6, 4)
+
+    def pool(x, *_):
+        return PATCHES(x, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    linen, model = convolutional(kernel_size=(3, 3))
+    assert cf.graft(linen, at="layers_0", hidden=6, pool=pool).init_with_output(KEY, PIXELS)[0].shape == (2, 6, 6, 4)
+    of_patches = cf.nnx.graft(model, at="layers/0", hidden=6, in_features=27, pool=pool, rngs=nnx.Rngs(1))
+    assert of_patches(PIXELS).shape == (2, 6, 6, 4)
+
+
+LINEN_LAYERS = {
+    "an Embed that looks up a row for each integer": (nn.Embed(9, 4), np.ones((2, 6), int)),
+    "a MultiHeadAttention that works on a sequence": (nn.MultiHeadAttention(1), PIXELS[0]),
+    r"a DenseGeneral with axis=\(1, 2\)": (nn.DenseGeneral(4, axis=(1, 2)), PIXELS),
+    "a ConvLocal with weights=those of each place": (nn.ConvLocal(4, (1, 1)), PIXELS),
+}
+
+
+@pytest.mark.parametrize("got", LINEN_LAYERS)
+def test_a_head_takes_the_place_of_no_layer_of_another_kind(got):
+    """Before: of a lookup it was said that it makes its layers in setup(); of the others nothing."""
+    layer, x = LINEN_LAYERS[got]
+    with pytest.raises(ValueError, match=f"got layers_0, {got}"):
+        cf.graft(nn.Sequential([layer]), at="layers_0", hidden=6, features=4).init(KEY, x)
+
+
+NNX_LAYERS = {
+    "an Embed that looks up a row for each integer": lambda rngs: nnx.Embed(9, 4, rngs=rngs),
+    "a MultiHeadAttention that works on a sequence": lambda rngs: nnx.MultiHeadAttention(1, 4, rngs=rngs),
+    r"a LinearGeneral with axis=\(0, -1\)": lambda rngs: nnx.LinearGeneral((2, 3), 4, axis=(0, -1), rngs=rngs),
+    "a ConvTranspose with kernel_size": lambda rngs: nnx.ConvTranspose(3, 4, (2, 2), rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("got", NNX_LAYERS)
+def test_a_head_takes_the_place_of_no_nnx_layer_of_another_kind(got):
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match=f"got layers/0, {got}"):
+        cf.nnx.graft(nnx.Sequential(NNX_LAYERS[got](rngs)), at="layers/0", hidden=6, rngs=rngs)
 
 
 class Tokens(nnx.Module):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cronos_flax._head.paths import Path, as_path, format_path
+from cronos_flax._head.pointwise import check_replaceable
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.meshes import automatically
 
@@ -57,6 +58,8 @@ class Grafted(nn.Module):
             called.append(layer.path)
             if layer.path != path:
                 return call(*inputs, **kwargs)
+            at = format_path(path[len(self.backbone.path) :])
+            check_replaceable(layer, at, "nn.Dense", self.pool is not None)
             features = getattr(layer, "features", None) if self.features is None else self.features
             if not isinstance(features, int):
                 raise ValueError(f"graft: `features` must be given where {type(layer).__name__} is replaced, got None.")
@@ -66,7 +69,6 @@ class Grafted(nn.Module):
             try:
                 return _two_layers(pooled(inputs[0]), self.hidden, features, layer, **like)
             except flax.errors.AssignSubModuleError:
-                at = format_path(path[len(self.backbone.path) :])
                 raise ValueError(
                     f"graft: `at` must be the path of a layer, got {at}, a {type(layer).__name__} that makes its "
                     "layers in setup(). Give the path of one of these layers."
@@ -112,7 +114,8 @@ def graft(
 
     Raises:
         ValueError: for arguments outside their range; and, when the module is called, if it calls no layer at ``at``,
-            or that is a module which makes its layers in ``setup``.
+            or that is a module which makes its layers in ``setup``, or a layer of Flax that is more than a function of
+            the last axis (a lookup, attention; without ``pool``, a convolution that is not 1×1).
 
     Example:
         >>> import jax, flax.linen as nn, cronos_flax as cf

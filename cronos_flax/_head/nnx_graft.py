@@ -12,6 +12,7 @@ from jax import Array
 from cronos_flax._head.nnx import module_at
 from cronos_flax._head.nnx_watched import LAYERS
 from cronos_flax._head.paths import Path, as_path, format_path
+from cronos_flax._head.pointwise import check_replaceable
 from cronos_flax._solver.checks import positive_integer
 
 _calls = threading.local()  # .stack: arguments and trace of the grafted models that are being called
@@ -128,7 +129,8 @@ def graft(
         The grafted model.
 
     Raises:
-        ValueError: if there is nothing at ``at``, or a size is missing.
+        ValueError: if there is nothing at ``at``, or a layer of Flax that is more than a function of the last axis (a
+            lookup, attention; without ``pool``, a convolution that is not 1×1); or a size is missing.
 
     Example:
         >>> import cronos_flax as cf
@@ -157,6 +159,7 @@ def graft(
             raise ValueError(
                 f"graft: `at` must be the path of a layer, got {format_path(path)}; there are {there}."
             ) from None
+        check_replaceable(old, format_path(path), "nnx.Linear", pool is not None)
         features = getattr(old, "out_features", None) if features is None else features
         in_features = getattr(old, "in_features", None) if in_features is None else in_features
         names = ("dtype", "param_dtype", "precision")
