@@ -91,6 +91,39 @@ def test_a_module_that_returns_more_in_training_is_told_how_its_output_is_chosen
         train(output=lambda out: jnp.asarray(out.astype(float)))
 
 
+@pytest.mark.parametrize("output", [0, -1, "logits", (..., 0)])
+def test_an_index_chooses_no_row_of_one_array(output):
+    """Before: it took a row, and the layers were blamed."""
+    expected = (
+        r"find_head: `output` must be .* of several outputs, .*; the outputs: one array \(32, 3\)\. Leave `output` out"
+    )
+    with pytest.raises(ValueError, match=expected):
+        cf.find_head(MODEL, VARIABLES, X, output=output)
+    model = nnx.Sequential(nnx.Linear(5, 6, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(6, 3, rngs=nnx.Rngs(1)))
+    with pytest.raises(ValueError, match=expected):
+        cf.nnx.find_head(model, X, output=output)
+    assert cf.find_head(MODEL, VARIABLES, X, output=lambda out: out[:]).paths == HEAD.paths
+
+
+def test_an_index_chooses_no_row_in_training_either():
+    """A module that returns one array in training only was trained on its first row."""
+
+    class Less(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            out = nn.Dense(3)(nn.relu(nn.Dense(6)(nn.tanh(nn.Dense(8)(x)))))
+            return out if train else (out, jnp.mean(out))
+
+    model = Less()
+    params = drawn(model, KEY, X)["params"]
+    head = cf.find_head(model, {"params": params}, X, output=0)
+    made = {"apply_fn": model.apply, "params": params, "tx": optax.sgd(0.1), "head": head}
+    state = cf.CronosTrainState.create(**made, solver=cf.Cronos(loss="softmax"))
+    expected = r"train: `output` must be .* several outputs, .* got 0; the outputs: one array .*output=lambda"
+    with pytest.raises(ValueError, match=expected):
+        cf.train(state, (X, np.arange(32) % 3), epochs=1, train_kwargs={"train": True})
+
+
 def test_shapes_alone_are_refused():
     """They were errors of JAX about arguments."""
     match = "find_head: variables and data must be arrays with values, got shapes alone"

@@ -148,11 +148,16 @@ def selected(out: Any, output: Any) -> Any:
     """The output that the user chose: by a key, an index, or a function; None for ``out`` itself.
 
     Raises:
-        WrongOutputError: if there is none.
+        WrongOutputError: if there is none; for a key or an index where ``out`` is one array.
     """
     if output is None:
         return out
     there = sorted(map(str, out)) if isinstance(out, Mapping) else _kind(out)
+    if isinstance(out, Array) and not callable(output):  # an index would be one of rows
+        raise WrongOutputError(
+            f"`output` must be a key or an index of several outputs, or a function, got {output!r}; the outputs: "
+            f"{there}. Leave `output` out, or give a function of the array."
+        )
     try:
         return output(out) if callable(output) else out[output]
     except Exception as error:
