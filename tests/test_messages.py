@@ -282,6 +282,32 @@ def test_a_head_takes_the_place_of_a_pointwise_convolution_and_of_another_by_pat
     assert of_patches(PIXELS).shape == (2, 6, 6, 4)
 
 
+def test_a_head_of_pointwise_convolutions_is_told_how_to_be_found():
+    """Before: that the module calls no nn.Dense, which a 1x1 convolution is."""
+    model = nn.Sequential([nn.Conv(8, (3, 3)), nn.tanh, nn.Conv(6, (1, 1)), nn.relu, nn.Conv(2, (1, 1))])
+    variables = drawn(model, KEY, PIXELS)
+    with pytest.raises(ValueError, match=r"no nn.Dense.* 1×1 convolution .*, as at layers_4, is an nn.Dense on the"):
+        cf.find_head(model, variables, PIXELS)
+    rngs = nnx.Rngs(0)
+    convolutions = nnx.Conv(3, 6, (1, 1), rngs=rngs), nnx.relu, nnx.Conv(6, 2, (1, 1), rngs=rngs)
+    with pytest.raises(ValueError, match=r"calls no nnx.Linear.* 1×1 convolution .*, as at layers/2, is an nnx.Linear"):
+        cf.nnx.find_head(nnx.Sequential(*convolutions), PIXELS)
+    # What the message says is so.
+    layers = variables["params"]
+    dense = nn.Sequential([nn.Conv(8, (3, 3)), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+    written = {name: {**layers[name], "kernel": layers[name]["kernel"][0, 0]} for name in ("layers_2", "layers_4")}
+    variables_of_dense = {"params": {**layers, **written}}
+    same = dense.apply(variables_of_dense, PIXELS), model.apply(variables, PIXELS)
+    np.testing.assert_allclose(*same, rtol=1e-5, atol=1e-6)
+    assert cf.find_head(dense, variables_of_dense, PIXELS).paths == (("layers_2",), ("layers_4",))
+
+
+def test_convolutions_that_do_not_end_in_the_outputs_are_not_spoken_of():
+    wide = nn.Sequential([nn.Conv(6, (1, 1)), nn.relu, nn.Conv(2, (3, 3))])
+    with pytest.raises(ValueError, match=r"calls no nn.Dense\. Give it a two-layer head with cf\.graft\.$"):
+        cf.find_head(wide, drawn(wide, KEY, PIXELS), PIXELS)
+
+
 LINEN_LAYERS = {
     "an Embed that looks up a row for each integer": (nn.Embed(9, 4), np.ones((2, 6), int)),
     "a MultiHeadAttention that works on a sequence": (nn.MultiHeadAttention(1), PIXELS[0]),

@@ -27,7 +27,7 @@ from cronos_flax._head.others import moved, rescaled, warning
 from cronos_flax._head.own_rows import own_rows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import DEVIATIONS, SPREADS, check_kept, random_like, redrawn
-from cronos_flax._head.refusals import check_output, extended, flat, refusal
+from cronos_flax._head.refusals import check_output, convolved, extended, flat, refusal
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.user_warnings import warn
@@ -179,6 +179,7 @@ def find(
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = called_again(module, variables, calls, out)
     remarks = flat(module, variables, calls, out) + extended(module, variables, calls)
+    remarks += convolved(module, variables, watched)
     raise ValueError(refusal(module, calls, nearest, again) + remarks)
 
 

@@ -33,6 +33,14 @@ class Layer:
         return cls(path, jnp.dtype(least), 1 + (earlier.times if earlier else 0))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Paths of layers, which a compiled call may return."""
+
+    of: tuple[Path, ...] = ()
+
+
 class Call(NamedTuple):
     """A call of a layer, and the layer's input; None if a transform hides it."""
 
@@ -47,11 +55,13 @@ class Watched(NamedTuple):
         out: the chosen output.
         calls: every fully connected layer, in the order of its last call.
         every: the arrays of all outputs by name, if one was chosen.
+        pointwise: the 1×1 convolutions, in the order of their last call, or in NNX, which shows none, of the model.
     """
 
     out: Any
     calls: tuple[Call, ...]
     every: dict[str, Array]
+    pointwise: Paths
 
 
 class Tap(NamedTuple):

@@ -16,12 +16,13 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.functional import Call, Layer, Tap, Watched, selected
+from cronos_flax._head.functional import Call, Layer, Paths, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.norms import Moments, Norm, bound_axes, check_statistics, with_attributes
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
+from cronos_flax._head.pointwise import is_pointwise
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
@@ -53,6 +54,7 @@ class _Seen(NamedTuple):
         updates: the collections that changed; None if none may.
         norms: statistics of the batch norms; those of the batch only if they were observed.
         running: whether there are batch norms, and all were called to take running statistics, by the call itself.
+        pointwise: paths of the 1×1 convolutions, in call order.
     """
 
     out: Any
@@ -62,6 +64,7 @@ class _Seen(NamedTuple):
     updates: Mapping | None
     norms: tuple[Moments, ...]
     running: bool
+    pointwise: tuple[Path, ...]
 
 
 def _normed(
@@ -212,7 +215,8 @@ class LinenModule(Collections):
                 f'other norms call the module as in training instead: mutable=["{_STATS}"] and its own argument.'
             )
         calls = tuple(Call(layer, seen.inputs.get(path)) for path, layer in seen.layers.items())
-        return Watched(seen.out, calls, {} if self.output is None else named_arrays(seen.every))
+        every = {} if self.output is None else named_arrays(seen.every)
+        return Watched(seen.out, calls, every, Paths(seen.pointwise))
 
     def tap(self, variables: Mapping, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         seen = self._apply(variables, args, kwargs, lambda other: other == path, observed)
@@ -244,9 +248,12 @@ class LinenModule(Collections):
         layers: dict[Path, Layer] = {}
         norms: list[Path] = []
         running: list[bool] = []  # of each call of a batch norm
+        pointwise: list[Path] = []
 
         def watch(call: Callable, inputs: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
+            if is_pointwise(module):
+                pointwise.append(module.path)
             if context.method_name != "__call__" or not isinstance(module, (*_DENSE, nn.BatchNorm)):
                 return call(*inputs, **kwargs)
             if isinstance(module, nn.BatchNorm):
@@ -278,6 +285,7 @@ class LinenModule(Collections):
             None if asked is False else updates,
             tuple(_moments(changed[_STATS], path) for path in dict.fromkeys(norms)) if _STATS in changed else (),
             bool(running) and all(running),
+            tuple(reversed(dict.fromkeys(reversed(pointwise)))),
         )
 
 

@@ -15,13 +15,14 @@ from jax import Array
 
 from cronos_flax._head.find import find
 from cronos_flax._head.fit import fit_data, solver_or_default
-from cronos_flax._head.functional import Call, Tap, Watched, selected
+from cronos_flax._head.functional import Call, Paths, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head, relative_difference
 from cronos_flax._head.jitted import jitted
 from cronos_flax._head.nnx_watched import Seen, captured, watched
 from cronos_flax._head.norms import check_statistics
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
+from cronos_flax._head.pointwise import is_pointwise
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.solution import Solution, TwoLayer
@@ -78,7 +79,9 @@ class NnxModule:
             )
         calls = tuple(Call(layer, seen.inputs.get(path)) for path, layer in seen.layers.items())
         others = {} if self.output is None else named_arrays(seen.out)
-        return Watched(selected(seen.out, self.output), calls, others)
+        modules = nnx.iter_modules(nnx.merge(self.graphdef, variables))
+        pointwise = Paths(tuple(path for path, module in modules if is_pointwise(module)))
+        return Watched(selected(seen.out, self.output), calls, others, pointwise)
 
     def unwatched(self, variables: Any, args: tuple, kwargs: Mapping) -> Any:
         """The chosen output of one call of the model, whose layers are of their own classes."""

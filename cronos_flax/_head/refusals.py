@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.functional import Call, Functional
+from cronos_flax._head.functional import Call, Functional, Watched
 from cronos_flax._head.paths import format_path
 from cronos_flax._solver.checks import all_finite
 
@@ -78,4 +78,17 @@ def extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
     return (
         f" The layers of a head must have a kernel and a bias only, got more at {named}. Merge them into the kernel, "
         f"or replace the layers with {module.graft}."
+    )
+
+
+def convolved(module: Functional, variables: Any, watched: Watched) -> str:
+    """A remark on 1×1 convolutions that give the outputs, which are no layers of a head; empty without any."""
+    C = watched.out.shape[-1:]
+    named = [path for path in watched.pointwise.of if module.kernel_shape(variables, path)[-1:] == C]
+    if not named:
+        return ""
+    return (
+        f" A 1×1 convolution with the width of the outputs, as at {', '.join(map(format_path, named))}, is "
+        f"an {module.dense} on the last axis: write it so, and the one before it too. The kernel is the same, without "
+        "its axes of one."
     )
