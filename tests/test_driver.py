@@ -266,6 +266,42 @@ def test_a_solve_that_training_contradicts_is_told_of_where_few_steps_follow_eac
     assert "in training only" in message
 
 
+class Sowing(nn.Module):
+    """A network with an auxiliary loss, as of a mixture of experts, in some collection."""
+
+    collection: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(8)(x))
+        self.sow(self.collection, "balance", jnp.mean(x**2))
+        return nn.Dense(int(Y.max()) + 1)(nn.relu(nn.Dense(6)(self.perturb("x", x))))
+
+
+@pytest.mark.parametrize("kind", ["solved", "plain"])
+def test_auxiliary_losses_that_are_not_trained_on_are_told_of_once(kind, recwarn):
+    """They were left out of the loss, without a word; what is no loss passes without one."""
+
+    def run(collection, apply_fn=None):
+        model = Sowing(collection)
+        params = {"params": model.init(jax.random.key(0), X[:8])["params"]}
+        given = {"apply_fn": apply_fn or model.apply, **params, "tx": optax.sgd(1e-2)}
+        if kind == "plain":
+            state = TrainState.create(**given)
+        else:
+            head = cf.find_head(model, params, X[:64])
+            state = cf.CronosTrainState.create(**given, head=head, solver=cf.Cronos(loss="softmax"))
+        train(state, loss="softmax", epochs=2, validation=(X[:64], Y[:64]))
+        return [str(warning.message) for warning in recwarn]
+
+    assert run("intermediates") == []
+    assert (
+        run("losses", lambda variables, x, rngs=None: Sowing("losses").apply(variables, x)) == []
+    )  # takes no `mutable`
+    (said,) = run("losses")
+    assert "sows into ['losses'], and the loss of cf.train holds nothing of that" in said
+
+
 def test_solves_on_some_of_the_rows_are_on_others_each_time():
     state, history = train(solve_rows=192, epochs=4)
     assert all(row["objective"] <= row["initial_objective"] for row in history if "objective" in row)

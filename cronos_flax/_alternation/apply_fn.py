@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import DenyList
 from jax import Array
 
 from cronos_flax._head.functional import selected
@@ -21,7 +22,7 @@ def called(
     variables: Mapping,
     args: tuple,
     kwargs: Mapping[str, Any],
-    mutable: Sequence[str] = (),
+    mutable: Sequence[str] | DenyList = (),
     rngs: Mapping[str, Array] | None = None,
 ) -> tuple[Any, Mapping]:
     """The chosen output of a call, and the collections that it changed.
@@ -32,10 +33,10 @@ def called(
         variables: of the module.
         args: the positional arguments.
         kwargs: the keyword arguments.
-        mutable: the collections that may change.
+        mutable: the collections that may change, or all but some.
         rngs: keys of random streams.
     """
-    extra: dict[str, Any] = {"mutable": list(mutable)} if mutable else {}
+    extra: dict[str, Any] = {"mutable": mutable if isinstance(mutable, DenyList) else list(mutable)} if mutable else {}
     extra |= {"rngs": dict(rngs)} if rngs else {}
     with nn.intercept_methods(on_one_device):
         out = apply_fn(variables, *args, **extra, **kwargs)

@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import DenyList
 from flax.training.train_state import TrainState
 from jax import Array
 
@@ -14,10 +15,14 @@ from cronos_flax._alternation.apply_fn import called, not_taken
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, shapes_said
 from cronos_flax._head.functional import WrongOutputError
+from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.checks import is_labelled, labels_of
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
 from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.user_warnings import warn
+
+_NO_LOSSES = {"params", "intermediates", "perturbations"}  # collections of Flax
 
 _OF_BOTH = (
     "If the module returns something else with train_kwargs than without, give output= a function that takes both, "
@@ -51,7 +56,12 @@ class BatchCheck:
         def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
             return called(apply_fn, output, variables, args, {**kwargs, **given}, mutable, streams)[0]
 
+        def sown_into(variables: Any, args: tuple, given: Mapping) -> Mapping:
+            return called(apply_fn, output, variables, args, {**kwargs, **given}, DenyList(("params",)), streams)[1]
+
         self._outputs = outputs
+        self._expected = _NO_LOSSES | set(collections)
+        self._sown_into = None if streams is None or isinstance(apply_fn, NnxFunction) else sown_into
 
     def __call__(self, batch: Batch, where: str = "train") -> Batch:
         """The batch, checked; ``where`` begins an error.
@@ -90,7 +100,26 @@ class BatchCheck:
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
                 ) from error
             self._known[key] = _shape_of(out, where)
+            self._warn_of_sown(given)
         return self._known[key]
+
+    def _warn_of_sown(self, given: tuple[Any, ...]) -> None:
+        """Warn, once, of collections that the module sows into: a training step takes no losses from there."""
+        sown_into, self._sown_into = self._sown_into, None
+        if sown_into is None:
+            return
+        try:
+            sown = evaluated(sown_into, self._mesh, self._variables, *given)
+        except Exception:  # a function of the user's own may take no `mutable`
+            return
+        named = sorted(name for name in set(sown) - self._expected if jax.tree.leaves(sown[name]))
+        if named:
+            warn(
+                f"train: the module sows into {named}, and the loss of cf.train holds nothing of that: auxiliary "
+                "losses, as of a mixture of experts, are not trained on. Take gradient steps of your own with them "
+                f"(apply_fn with mutable={named}, then state.apply_gradients), and solve with state.solve_head. What "
+                'is no loss belongs into "intermediates".'
+            )
 
 
 def _shape_of(out: Any, where: str) -> tuple[int, ...]:

@@ -150,8 +150,9 @@ def train(
     Warns:
         UserWarning: if the parameters are no longer finite, and no guard goes back: they are not saved. If ``loss`` is
             not that of ``state.solver``. If ``keep_best`` never was finite. If the loss of gradient steps contradicts
-            that of a solve. If these have the running statistics of batch norms, and solves those of the batch. And
-            where :meth:`CronosTrainState.solve_head` warns.
+            that of a solve. If these have the running statistics of batch norms, and solves those of the batch. If a
+            linen module sows into collections such as ``"losses"``, which the loss does not hold. And where
+            :meth:`CronosTrainState.solve_head` warns.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, cronos_flax as cf
