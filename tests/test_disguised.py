@@ -6,6 +6,7 @@ that of the solution.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -155,6 +156,55 @@ def test_a_mask_of_outputs_in_a_later_batch_is_refused(ruled_out):
     weight = np.ones(32)
     fit(((X, all_allowed), Y, weight), ((X, some), Y, weight - (np.arange(32) == 5)))  # a row that does not count
     fit(((X, all_allowed), Y), ((X[:1] * 1e-6, all_allowed[:1]), Y[:1]))  # rounding of one row is not judged by itself
+
+
+def in_tf32(a, b, *args, **kwargs):
+    """A product with factors of 10 bits, as fast products of float32 have them unless "highest" is asked for."""
+    if jax.config.jax_default_matmul_precision == "highest":
+        return jax.lax.dot_general(a, b, *args, **kwargs)
+    a, b = (jax.lax.reduce_precision(factor, exponent_bits=8, mantissa_bits=10) for factor in (a, b))
+    return jax.lax.dot_general(a, b, *args, **kwargs)
+
+
+class Shifted(nn.Module):
+    """Adds to its outputs what comes with a batch."""
+
+    settings: Any
+
+    @nn.compact
+    def __call__(self, x, shift):
+        out = nn.Dense(3, **self.settings)(nn.relu(nn.Dense(HIDDEN, **self.settings)(jnp.tanh(x))))
+        return out + shift[..., None].astype(out.dtype)
+
+
+PRECISIONS = {
+    "float32": {},
+    "tf32": {"dot_general": in_tf32},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "float16": {"dtype": jnp.float16, "param_dtype": jnp.float16},
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_large_bias_does_not_hide_what_a_later_batch_adds(name, size):
+    """A change that is as large as what the rows bring was small beside the bias: it was taken for rounding."""
+    none, some = np.zeros(32, "float32"), 100.0 * (np.arange(32) == 5).astype("float32")
+    model = Shifted(PRECISIONS[name])
+    variables = jax.jit(model.init)(jax.random.key(0), X, none)
+    head = cf.find_head(model, variables, X, none)
+    network = head.read(variables)
+    network = dataclasses.replace(network, kernel2=size * network.kernel2, bias2=network.bias2 + 1000.0)
+    variables = head.write(variables, network)
+
+    def fit(shift):
+        data = [((scale * X, none), Y) for scale in (1, 0.1, 10)] + [((X, shift), Y)]
+        return cf.fit_head(head, variables, data, solver=cf.Cronos(max_iters=2), unpack=lambda batch: batch)
+
+    fit(none)  # rounding, of fast products and of few bits too, is none
+    least = {"float32": 0.01, "tf32": 0.01}.get(name, 1.0)
+    with pytest.raises(ValueError, match=r"in a later one they differ by .*, of .* at most without the bias"):
+        fit(least * some)
 
 
 class Scored(nn.Module):

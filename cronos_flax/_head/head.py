@@ -246,7 +246,7 @@ class Head:
         check_there(where, (variables, data.given if isinstance(data.given, tuple) else ()))
         in_training = self.in_training
         observed = in_training and self.recalibrate
-        apart = on_device(np.zeros(2), jnp.float32)
+        apart = on_device(np.zeros(3), jnp.float32)
         # Of float16, outputs may be infinite that are not of the two layers in float32.
         whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
 
@@ -271,17 +271,18 @@ class Head:
         gathered = gather(
             tap, self.outputs, data, callback=callback, shuffled=in_training, store=store, most_bytes=most_bytes
         )
-        difference, size = map(float, on_host(apart))
-        if difference > max(self.tolerance, _CHANGED) * size:
+        difference, size, bias = map(float, on_host(apart))
+        # A bias, even a large one, is not rounded as products are.
+        if difference > max(self.tolerance, _CHANGED) * size + self.tolerance * bias:
             first, other = f"the first batch of `{data.name}`", "a later one"
             if seen_with is not variables:
                 first, other = "the batch that the head was found on", "another one"
             raise ValueError(
                 f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
                 f"{format_path(self.hidden_path)} and {format_path(self.output_path)} for all rows that count, as for "
-                f"{first}; in {other} they differ by {difference:.2g}, of {size:.2g} at "
-                "most. What a batch brings, such as a mask of outputs, changes them after the two layers: let the "
-                "module return what these give, and mask that; or give rows that do not count weight 0."
+                f"{first}; in {other} they differ by {difference:.2g}, of {size:.2g} at most without the bias. What a "
+                "batch brings, such as a mask of outputs, changes them after the two layers: let the module return "
+                "what these give, and mask that; or give rows that do not count weight 0."
             )
         return gathered
 
@@ -402,10 +403,10 @@ def _largest_outputs(outputs: Array) -> Array:
 
 @jax.jit
 def _further(apart: Array, network: TwoLayer, features: Array, out: Array, counts: Array, whole: Array) -> Array:
-    """How far outputs are from those of the two layers, and the size of these: the largest of both, so far.
+    """How far outputs are from those of the two layers, the size of these without the bias, and that of the bias.
 
     Args:
-        apart: of the batches before, shape ``(2,)``.
+        apart: the largest of each in the batches before, shape ``(3,)``.
         network: the two layers.
         features: their input ``(..., p)``.
         out: outputs ``(..., C)`` of the module.
@@ -414,8 +415,10 @@ def _further(apart: Array, network: TwoLayer, features: Array, out: Array, count
     """
     expected, out = _predicted(network, features), out.astype(jnp.float32)
     counts &= jnp.isfinite(expected) & (whole | jnp.isfinite(out))
-    both = jnp.stack([jnp.abs(jnp.nan_to_num(out, nan=jnp.inf) - expected), jnp.abs(expected)])
-    return jnp.maximum(apart, jnp.max(jnp.where(counts, both, 0), axis=range(1, both.ndim), initial=0))
+    bias = jnp.zeros(()) if network.bias2 is None else network.bias2.astype(jnp.float32)
+    bias = jnp.broadcast_to(bias, expected.shape)
+    each = jnp.stack([jnp.abs(jnp.nan_to_num(out, nan=jnp.inf) - expected), jnp.abs(expected - bias), jnp.abs(bias)])
+    return jnp.maximum(apart, jnp.max(jnp.where(counts, each, 0), axis=range(1, each.ndim), initial=0))
 
 
 def _counts(batch: Batch, out: Array) -> Array:
