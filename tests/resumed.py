@@ -66,7 +66,7 @@ def main(directory: str, what: str, number: int) -> int:
         params=variables["params"],
         tx=optax.adam(0.03),
         head=cf.find_head(model, variables, x[:32], train=False, statistics="batch"),
-        solver=cf.Cronos(loss="softmax", beta_ratio=0.2),
+        solver=cf.Cronos(loss="softmax", beta_ratio=0.2),  # with less, dropout contradicts solves, and warns
         model_state={"batch_stats": variables["batch_stats"]},
     )
     state, history = cf.train(

@@ -115,10 +115,10 @@ class BatchCheck:
         named = sorted(name for name in set(sown) - self._expected if jax.tree.leaves(sown[name]))
         if named:
             warn(
-                f"train: the module sows into {named}, and the loss of cf.train holds nothing of that: auxiliary "
-                "losses, as of a mixture of experts, are not trained on. Take gradient steps of your own with them "
-                f"(apply_fn with mutable={named}, then state.apply_gradients), and solve with state.solve_head. What "
-                'is no loss belongs into "intermediates".'
+                f"train: the module sows into {named}, and the loss of cf.train holds nothing of that. If these are "
+                "auxiliary losses, as of a mixture of experts, they are not trained on: take gradient steps of your "
+                f"own (apply_fn with mutable={named}, then state.apply_gradients), and solve with state.solve_head. If "
+                'not, sow them into "intermediates".'
             )
 
 
