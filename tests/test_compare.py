@@ -183,13 +183,12 @@ def test_an_optimizer_follows_the_decay_that_its_name_has(task, monkeypatch):
 
 def test_a_run_that_fails_is_a_row_and_not_the_end(tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 4))
-    np.savez(tmp_path / "huge.npz", x=x * 1e39, y=(x[:, 0] > 0).astype(int))  # infinite in float32
+    np.savez(tmp_path / "huge.npz", x=x * 1e37, y=(x[:, 0] > 0).astype(int))  # its squares are infinite in float32
     settings = Settings(str(tmp_path / "huge.npz"), model="two-layer", epochs=1, scaling="none")
-    with np.errstate(over="ignore"):
-        rows = sweep(settings, [Run("linear-probe", 1.0, 0), Run("adam", 1e-3, 0)], tmp_path / "out")
+    rows = sweep(settings, [Run("cronos", None, 0), Run("adam", 1e-3, 0)], tmp_path / "out")
     assert "error" in rows[0]
     assert rows[1]["epoch"] == 1
-    assert "* failed: linear-probe, rate 1.0, seed 0: " in tables.table(rows)
+    assert "* failed: cronos, seed 0: " in tables.table(rows)
     assert untimed(kept(tmp_path / "out" / "results.jsonl")) == untimed(rows)
 
 

@@ -18,7 +18,7 @@ from cronos_flax.compare.summaries import (
     summaries,
     time_to,
 )
-from cronos_flax.compare.task import Row
+from cronos_flax.compare.task import Row, Run
 
 _SCORES = "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst"
 _COSTS = "method", "to the target, s", "run, s", "compile, s", "epochs"
@@ -65,7 +65,7 @@ def table(rows: list[Row], target: float | None = None) -> str:
         "",
         *markdown([*_COSTS, *(["solves (rejected)"] if solving else [])], costs),
         "",
-        *(f"* failed: {r['method']}, rate {r['rate']}, seed {r['seed']}: {r['error']}" for r in failed),
+        *(f"* failed: {Run(r['method'], r['rate'], r['seed']).name}: {r['error']}" for r in failed),
     ]
     if any(len(method.cells) > 1 for method in methods):
         text += [*([""] if failed else []), budget_table(rows)]
