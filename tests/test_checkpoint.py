@@ -441,14 +441,21 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):
 
 
 OTHERS = ocp.args.StandardSave({"a": np.arange(3)})
+MADE_BY_OTHERS = {
+    "one item": OTHERS,
+    "a state": ocp.args.Composite(state=OTHERS),
+    "arrays as meta": ocp.args.Composite(state=OTHERS, meta=OTHERS),
+    "a dict as meta": ocp.args.Composite(state=OTHERS, meta=ocp.args.JsonSave({"format": 1, "epoch": 3})),
+    "a list as meta": ocp.args.Composite(state=OTHERS, meta=ocp.args.JsonSave([3])),
+}
 
 
-@pytest.mark.parametrize("name", [None, "state"])
+@pytest.mark.parametrize("name", list(MADE_BY_OTHERS))
 def test_checkpoints_that_orbax_made_by_itself_are_left_alone(tmp_path, name):
     """One of the same step was put aside as damaged, and ``keep`` deleted the others, without a word."""
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in (1, 2):
-            manager.save(step, args=OTHERS if name is None else ocp.args.Composite(**{name: OTHERS}))
+            manager.save(step, args=MADE_BY_OTHERS[name])
     for given in ({"step": 2}, {"step": 3, "keep": 1}):
         with pytest.raises(
             ValueError, match=r"save_checkpoint: `directory` must be for .*step 2 was made by something"

@@ -40,6 +40,8 @@ _FORMAT = "cronos_flax checkpoint 1"
 _ASIDE = "damaged"
 _ITEMS = ("state", "meta")  # directories that a checkpoint consists of
 _LIST = "_CHECKPOINT_METADATA"  # Orbax's own, beside them
+_SAID, _DONE = "metadata", "commit_success.txt"  # files of the second one, the latter on some file systems
+_STATED = {"format", "body", "checksum"}
 _LONGEST = 200  # characters of what Orbax says
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
 
@@ -255,12 +257,23 @@ def _is_of_others(checkpoint: Path) -> bool:
     """Whether something else has made a checkpoint, and it is not one of ours that is damaged."""
     there = {path.name for path in checkpoint.iterdir()}
     if not there or there.issuperset(_ITEMS):
-        return False
+        return bool(there) and _is_list_of_others(checkpoint / _ITEMS[1])
     try:
         listed = json.loads((checkpoint / _LIST).read_text())["item_handlers"]
     except (OSError, ValueError, KeyError, TypeError):
         return there.isdisjoint(_ITEMS)
     return not isinstance(listed, dict) or listed.keys() != set(_ITEMS)
+
+
+def _is_list_of_others(meta: Path) -> bool:
+    """Whether an item of this name is something else's: a list of ours that is damaged has lost a key at most."""
+    try:
+        if not (meta / _SAID).exists():
+            return bool({path.name for path in meta.iterdir()} - {_DONE})
+        said = json.loads((meta / _SAID).read_text())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(said, dict) or len(_STATED & said.keys()) < 2
 
 
 def _free(directory: Path, name: str) -> Path:
