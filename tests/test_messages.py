@@ -150,6 +150,49 @@ def test_an_nnx_model_that_asks_for_the_type_of_a_layer_is_refused():
         cf.nnx.find_head(Asks(nnx.Rngs(0)), X)
 
 
+BY_ATTRIBUTES = {
+    "a factor": lambda model, x: x * len(vars(model)),
+    "a factor of a layer": lambda model, x: x * len(vars(model.hidden)),
+    "a constant": lambda model, x: x + np.arange(float(len(vars(model))), dtype="float32").sum() * np.eye(1, 8, 2),
+    "a shape": lambda model, x: x + jnp.ones(len(vars(model.out))).sum(),
+    "variables": lambda model, x: x / len(jax.tree.leaves(nnx.state(model))),
+}
+
+
+class ByAttributes(nnx.Module):
+    def __init__(self, change, sows=False):
+        rngs = nnx.Rngs(0)
+        self.encoder, self.hidden = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+        self.norm, self.out = nnx.BatchNorm(8, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.change, self.sows = change, sows
+
+    def __call__(self, x):
+        x = self.change(self, jnp.tanh(self.norm(self.encoder(x))))
+        if self.sows:
+            self.sow(nnx.Intermediate, "inside", x)
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("name", list(BY_ATTRIBUTES))
+@pytest.mark.parametrize("statistics", [None, "batch"])
+def test_an_nnx_model_that_goes_by_all_its_attributes_is_refused(name, statistics):
+    """While it is watched there are more of them: features were of another model, without a word."""
+    model = ByAttributes(BY_ATTRIBUTES[name])
+    with pytest.raises(ValueError, match=r"find_head: ByAttributes must compute the same .*vars\(self\)"):
+        cf.nnx.find_head(model, X, statistics=statistics)
+
+
+@pytest.mark.parametrize("sows", [False, True])
+def test_an_nnx_model_that_goes_by_some_of_its_attributes_is_none_of_these(sows):
+    def layers(model, x):
+        return x * sum(isinstance(value, nnx.Linear) for value in vars(model).values())
+
+    model = ByAttributes(layers, sows)
+    inputs = cf.nnx.find_head(model, X).inputs(model, X)
+    before = 3 * jnp.tanh(model.encoder(X) / jnp.sqrt(1 + 1e-5))  # fresh running statistics
+    np.testing.assert_allclose(inputs, before, rtol=1e-5, atol=1e-6)
+
+
 def test_an_object_that_holds_the_module_is_refused_with_its_attribute():
     """Before: the message did not help."""
     holder = types.SimpleNamespace(module=MODEL, params=VARIABLES["params"])

@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax
 
 from cronos_flax._head.data import as_arrays
-from cronos_flax._head.operations import Operations, operations
+from cronos_flax._head.operations import Operations, operations, text
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device
@@ -62,6 +62,14 @@ class Jitted:
         def traced(*arguments: Any) -> Operations:
             jaxpr = self.run.trace(*arguments).jaxpr.jaxpr
             return operations(jaxpr, itertools.compress(jaxpr.outvars, wanted))
+
+        return automatically(traced, variables, *Static.split((args, dict(kwargs))))
+
+    def text(self, variables: Any, args: tuple, kwargs: Mapping, wanted: list[bool]) -> str:
+        """The same with every number that is written there, and nothing left out."""
+
+        def traced(*arguments: Any) -> str:
+            return text(self.run.trace(*arguments).jaxpr, wanted)
 
         return automatically(traced, variables, *Static.split((args, dict(kwargs))))
 

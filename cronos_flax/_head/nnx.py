@@ -5,6 +5,7 @@ The user's model is only read; a solve writes to it once, at the end.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from cronos_flax._head.fit import fit_data, solver_or_default
 from cronos_flax._head.functional import Call, Paths, Tap, Watched, selected
 from cronos_flax._head.head import Head, check_head, relative_difference
 from cronos_flax._head.jitted import jitted
-from cronos_flax._head.nnx_watched import Seen, captured, watched
+from cronos_flax._head.nnx_watched import Seen, called, captured, watched
 from cronos_flax._head.norms import check_statistics
 from cronos_flax._head.others import named_arrays
 from cronos_flax._head.paths import Path, at_path, format_path
@@ -84,9 +85,14 @@ class NnxModule:
         return Watched(selected(seen.out, self.output), calls, others, pointwise)
 
     def unwatched(self, variables: Any, args: tuple, kwargs: Mapping) -> Any:
-        """The chosen output of one call of the model, whose layers are of their own classes."""
-        model = nnx.merge(self.graphdef, variables, copy=True)
-        return selected(captured(model, nnx.Intermediate, self.method, args, kwargs)[0], self.output)
+        """The chosen output of one call of the model as it is: its layers are of their own classes."""
+        try:
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of what the model sows
+                out = called(nnx.merge(self.graphdef, variables, copy=True), self.method, args, kwargs)
+        except Exception:  # it sows where only captures can, as inside of nnx.scan
+            model = nnx.merge(self.graphdef, variables, copy=True)
+            out, _ = captured(model, nnx.Intermediate, self.method, args, kwargs)
+        return selected(out, self.output)
 
     def tap(self, variables: Any, args: tuple, kwargs: Mapping, path: Path, observed: bool) -> Tap:
         seen = self._seen(variables, args, kwargs, lambda other: other == path)
@@ -285,14 +291,13 @@ def find_head(
 
 
 def _check_unwatched(module: NnxModule, state: Any, args: tuple, kwargs: Mapping, tolerance: float) -> None:
-    """Raise a ValueError if the model computes something else while its layers are of classes that are watched.
+    """Raise a ValueError if the model computes something else while it is watched.
 
-    Only where it has other operations then, which takes no compilation, are outputs compared.
+    Only where its program is another one then, which takes no compilation to tell, are outputs compared.
     """
-    if module.statistics is not None:  # batch norms take others then than those of the mode
-        return
+    module = dataclasses.replace(module, statistics=None)  # chosen ones are others than those of the mode
     plain, seen = jitted(module.unwatched), jitted(lambda *call: module.watch(*call).out)
-    if plain.operations(state, args, kwargs, [True]) == seen.operations(state, args, kwargs, [True]):
+    if plain.text(state, args, kwargs, [True]) == seen.text(state, args, kwargs, [True]):
         return
     with jax.default_matmul_precision("highest"):
         difference = relative_difference(seen(state, args, kwargs), plain(state, args, kwargs))
@@ -300,7 +305,8 @@ def _check_unwatched(module: NnxModule, state: Any, args: tuple, kwargs: Mapping
         raise ValueError(
             f"find_head: {module.name} must compute the same where its layers belong to subclasses of their classes, "
             f"by which they are watched; its outputs differ by {difference:.2g} of their size. It may ask for the type "
-            "of a layer, as by type(layer) is nnx.Linear: use isinstance."
+            "of a layer, as by type(layer) is nnx.Linear: use isinstance. Or it may go by all attributes of a module, "
+            "as by vars(self), of which there are more then, such as __captures__: name those that are meant."
         )
 
 

@@ -155,6 +155,12 @@ def watched(
     return Seen(out, inputs, layers, beside, moments)
 
 
+def called(model: nnx.Module, method: Any, args: tuple, kwargs: Mapping) -> Any:
+    """What a model returns; the arguments are those of :func:`captured`."""
+    of_class = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
+    return of_class(model, *args, **kwargs)
+
+
 def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tuple, kwargs: Mapping) -> tuple[Any, Any]:
     """What a model returns, and what it sows of this kind.
 
@@ -172,7 +178,6 @@ def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tup
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.List | nnx.Dict) and hasattr(module, "__captures__"):
                 delattr(module, "__captures__")
-        of_class = getattr(type(model), method) if isinstance(method, str) else method or type(model).__call__
-        return of_class(model, *args, **kwargs)
+        return called(model, method, args, kwargs)
 
     return nnx.capture(call, kind)(model)

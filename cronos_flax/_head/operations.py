@@ -1,11 +1,17 @@
 """What a function computes, as far as the names of its operations tell: parameters alone do not tell relu from tanh."""
 
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from cronos_flax._head.fingerprint import checksum
 
 Operations = dict[str, int]  # how often each is there
 
@@ -40,6 +46,13 @@ def integers(jaxpr: Any) -> list[int]:
         for one in _inner(equation):
             found.update(integers(one))
     return sorted(found)
+
+
+def text(closed: Any, wanted: Iterable[bool]) -> str:
+    """All that some outputs of a closed jaxpr are made of, with every number that is written there."""
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, list(wanted), instantiate=True)
+    constants = [value if isinstance(value, Array) else np.asarray(value) for value in closed.consts]
+    return f"{re.sub(r' at 0x[0-9a-f]+', '', str(jaxpr))} {checksum(constants)}"
 
 
 def _inner(equation: Any) -> list[Any]:
