@@ -141,7 +141,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("ruled_out", [-1e9, -np.inf, 0.0])
-def test_a_mask_of_outputs_in_a_later_batch_is_refused(ruled_out):
+def test_a_mask_of_outputs_in_any_batch_is_refused(ruled_out):
     """Where it let all through in the first batch, a solve was for outputs that the module does not have."""
     model, all_allowed, some = Masked(ruled_out), np.ones((32, 3), bool), np.ones((32, 3), bool)
     some[5, 1] = False
@@ -153,6 +153,8 @@ def test_a_mask_of_outputs_in_a_later_batch_is_refused(ruled_out):
 
     with pytest.raises(ValueError, match=r"as for the first batch of `data`; in a later one they differ by"):
         fit(((X, all_allowed), Y), ((X, some), Y))
+    with pytest.raises(ValueError, match=r"as when the head was found; now they differ by"):
+        fit(((X, some), Y))  # of -inf it was let through
     weight = np.ones(32)
     fit(((X, all_allowed), Y, weight), ((X, some), Y, weight - (np.arange(32) == 5)))  # a row that does not count
     fit(((X, all_allowed), Y), ((X[:1] * 1e-6, all_allowed[:1]), Y[:1]))  # rounding of one row is not judged by itself
@@ -187,7 +189,7 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_a_large_bias_does_not_hide_what_a_later_batch_adds(name, size):
+def test_a_large_bias_does_not_hide_what_a_batch_adds(name, size):
     """A change that is as large as what the rows bring was small beside the bias: it was taken for rounding."""
     none, some = np.zeros(32, "float32"), 100.0 * (np.arange(32) == 5).astype("float32")
     model = Shifted(PRECISIONS[name])
@@ -197,14 +199,17 @@ def test_a_large_bias_does_not_hide_what_a_later_batch_adds(name, size):
     network = dataclasses.replace(network, kernel2=size * network.kernel2, bias2=network.bias2 + 1000.0)
     variables = head.write(variables, network)
 
-    def fit(shift):
-        data = [((scale * X, none), Y) for scale in (1, 0.1, 10)] + [((X, shift), Y)]
+    def fit(shift, before=(1, 0.1, 10)):
+        data = [((scale * X, none), Y) for scale in before] + [((X, shift), Y)]
         return cf.fit_head(head, variables, data, solver=cf.Cronos(max_iters=2), unpack=lambda batch: batch)
 
     fit(none)  # rounding, of fast products and of few bits too, is none
     least = {"float32": 0.01, "tf32": 0.01}.get(name, 1.0)
     with pytest.raises(ValueError, match=r"in a later one they differ by .*, of .* at most without the bias"):
         fit(least * some)
+    fit(none, before=())
+    with pytest.raises(ValueError, match=r"as when the head was found; now they differ by"):
+        fit(least * some, before=())
 
 
 class Scored(nn.Module):

@@ -247,14 +247,12 @@ class Head:
         in_training = self.in_training
         observed = in_training and self.recalibrate
         apart = on_device(np.zeros(3), jnp.float32)
-        # Of float16, outputs may be infinite that are not of the two layers in float32.
-        whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
 
         def tap(batch: Batch) -> tuple[Array, tuple[Moments, ...]]:
             nonlocal is_first, apart, seen_with
             seen = self._pass(seen_with, batch.args, batch.kwargs, data.place, observed)
             if is_first:
-                self._check_still_holds(variables, seen.features, seen.out, where)
+                self._check_still_holds(variables, batch, seen, where)
                 if self._has_zero_outputs(variables, seen.features):  # a scale or a mask of them does not show
                     network = random_like(self.read(variables), seen.features, 1.0, self.largest / DEVIATIONS)
                     seen_with = self.module.write(variables, self.paths, network)
@@ -262,9 +260,8 @@ class Head:
                 if compare is not None:
                     compare(seen_with, batch.args, {**self.kwargs, **batch.kwargs}, seen.out)
             is_checked = is_first and seen_with is variables
-            if not is_checked and seen.out.shape[:-1] == seen.features.shape[:-1]:  # not waited for
-                counts, network = _counts(batch, seen.out), self.read(seen_with)
-                apart = automatically(_further, apart, network, seen.features, seen.out, counts, whole)
+            if not is_checked:
+                apart = self._further_apart(apart, seen_with, batch, seen)  # not waited for
             is_first = False
             return seen.features, seen.norms if observed else ()
 
@@ -272,8 +269,7 @@ class Head:
             tap, self.outputs, data, callback=callback, shuffled=in_training, store=store, most_bytes=most_bytes
         )
         difference, size, bias = map(float, on_host(apart))
-        # A bias, even a large one, is not rounded as products are.
-        if difference > max(self.tolerance, _CHANGED) * size + self.tolerance * bias:
+        if self._is_no_rounding(difference, size, bias):
             first, other = f"the first batch of `{data.name}`", "a later one"
             if seen_with is not variables:
                 first, other = "the batch that the head was found on", "another one"
@@ -292,16 +288,33 @@ class Head:
         call = {"statistics": "batch" if self.in_training else "running", "keyword arguments": dict(self.kwargs)}
         return found | {f"the call's {name}": [[], "", checksum(value)] for name, value in call.items()}
 
-    def _check_still_holds(self, variables: Any, features: Array, out: Array, where: str) -> None:
+    def _check_still_holds(self, variables: Any, batch: Batch, seen: Tap, where: str) -> None:
         """Raise a ValueError if the module's outputs are not those of the two layers any more."""
-        difference = self.outputs_apart(predicted(self.read(variables), features), out)
-        if difference is not None:
+        of_size = self.outputs_apart(predicted(self.read(variables), seen.features), seen.out)
+        apart = self._further_apart(on_device(np.zeros(3), jnp.float32), variables, batch, seen)
+        difference, size, bias = map(float, on_host(apart))
+        if of_size is None and self._is_no_rounding(difference, size, bias):
+            of_size = difference / size if size else math.inf
+        if of_size is not None:
             raise ValueError(
                 f"{where}: the outputs of {self.module.name} must be those of Dense → relu → Dense at "
                 f"{format_path(self.hidden_path)} and {format_path(self.output_path)}, as when the head was found; now "
-                f"they differ by {difference:.2g} of their size. Something around the two layers (a norm, a scale, an "
-                "adapter) has changed since. Call find_head again: it says what."
+                f"they differ by {of_size:.2g} of their size. Something around the two layers (a norm, a scale, an "
+                "adapter, a mask) has changed since. Call find_head again: it says what."
             )
+
+    def _further_apart(self, apart: Array, variables: Any, batch: Batch, seen: Tap) -> Array:
+        """:func:`_further`, with a batch whose outputs have the leading axes of the head's input, as they must."""
+        if seen.out.shape[:-1] != seen.features.shape[:-1]:
+            return apart
+        # Of float16, outputs may be infinite that are not of the two layers in float32.
+        whole = on_device(self.largest > float(jnp.finfo(jnp.float16).max))
+        counts, network = _counts(batch, seen.out), self.read(variables)
+        return automatically(_further, apart, network, seen.features, seen.out, counts, whole)
+
+    def _is_no_rounding(self, difference: float, size: float, bias: float) -> bool:
+        """Whether outputs differ by more than rounding; a bias, even a large one, is not rounded as products are."""
+        return difference > max(self.tolerance, _CHANGED) * size + self.tolerance * bias
 
     def _has_zero_outputs(self, variables: Any, features: Array) -> bool:
         """Whether one of the outputs of the two layers is zero for all rows, as fresh ones often are."""
