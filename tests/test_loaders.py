@@ -331,6 +331,19 @@ def test_a_directory_loses_no_batch_of_a_loader_that_goes_on_where_it_stopped(tm
     same(resumed.params, train(epochs=3, data=batched())[0].params)
 
 
+class Resumed:
+    """A loader whose every iterator goes on where the last one was left, and ends with the pass."""
+
+    def __init__(self):
+        self.place = 0
+
+    def __iter__(self):
+        while self.place < 4:
+            self.place += 1
+            yield batched()[self.place - 1]
+        self.place = 0
+
+
 class Restarting:
     """A loader with one iterator, which begins anew when it is asked for, as PyTorch's with persistent workers."""
 
@@ -362,6 +375,35 @@ def test_a_directory_leaves_solves_whole_where_one_loader_is_given_for_steps_and
     loader = Restarting()
     train(alternating(), loader, solve_data=loader, directory=tmp_path)
     assert {len(batches) for batches in unsolved} == {4}
+
+
+LOADERS = {
+    "a stream": (lambda: Stream(8), {"steps_per_epoch": 4}),
+    "goes on": (Resumed, {}),
+    "goes on, by steps": (Resumed, {"steps_per_epoch": 4}),
+    "begins anew": (Restarting, {}),
+    "a list": (batched, {}),
+}
+
+
+SOLVES = "none", "of their own rows", "of the same"
+CASES = [(case, solves) for case in LOADERS for solves in SOLVES if (case, solves) != ("a stream", SOLVES[2])]
+
+
+@pytest.mark.parametrize(("case", "solves"), CASES)
+def test_compilation_first_loses_no_batch(unsolved, case, solves):
+    """The batch that was read to compile a step was gone, without a word."""
+    make, given = LOADERS[case]
+
+    def trained(loader, **others):
+        if solves == "none":
+            return train(plain(), loader, **given, **others)[0]
+        data = loader if solves == "of the same" else batched()
+        return train(alternating(), loader, solve_data=data, **given, **others)[0]
+
+    state = trained(make(), compile_first=True)
+    assert int(state.step) == 8
+    same(state.params, trained(make()).params)
 
 
 def test_a_solve_within_an_epoch_does_not_end_it(unsolved):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import time
 import warnings
@@ -175,14 +174,17 @@ class Loop:
     lost: bool = False
 
     def compile(self) -> None:
-        """Compile by a step and a solve on copies, then restart the clock."""
+        """Compile by a solve and a step on copies, then restart the clock.
+
+        The step comes last: of a loader with one iterator a solve would end what the epoch goes on with.
+        """
         began, position = time.perf_counter(), self.position
-        for batch in itertools.islice(self.batches(), 1):
-            jax.block_until_ready(self.stepped(copied(self.state), batch))
         if self.schedule is not None:
             choice = {} if self.rest is None or self.held_back is None else {"validation": self.held_back.rows}
             with warnings.catch_warnings(action="ignore"):  # of a solve that is not the user's
                 jax.block_until_ready(self.solved(self.state._with_dead_neuron(), **choice)[0].params)
+        if (batch := (self.rest or self.source).ahead(position.epoch, position.batch)) is not None:
+            jax.block_until_ready(self.stepped(copied(self.state), batch))
         all_finite(self.state.params)
         compile_seconds = time.perf_counter() - began
         self.clock = Clock(position.seconds)

@@ -101,6 +101,10 @@ class Arrays:
             x, y = self._among(order[place * self.batch_size : (place + 1) * self.batch_size])
             yield Batch.of((x,), {}, y, None, "train")
 
+    def ahead(self, number: int, start: int) -> Batch | None:
+        """The batch that comes next; the epoch still has it."""
+        return next(self.epoch(number, start), None)
+
     def known_batches(self) -> int:
         """Batches of an epoch."""
         return len(self) // self.batch_size if self.steps is None else self.steps
@@ -166,9 +170,24 @@ class Batches:
     steps: int | None
     _next: int = -1  # the number of the batch that comes next, of all epochs
     _stream: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
+    _begun: Iterator[Batch] | None = None  # an epoch of which the first batch was looked at
 
     def epoch(self, number: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch, from batch ``start`` on."""
+        begun, self._begun = self._begun, None
+        yield from self._epoch(number, start) if begun is None else begun
+
+    def ahead(self, number: int, start: int) -> Batch | None:
+        """The batch that comes next; the epoch, which must follow, still has it.
+
+        A loader may go on where it was left, so what was read of it is not read again.
+        """
+        stream = self._epoch(number, start)
+        first = list(itertools.islice(stream, 1))
+        self._begun = itertools.chain(first, stream)
+        return next(iter(first), None)
+
+    def _epoch(self, number: int, start: int) -> Iterator[Batch]:
         if self.steps is None:
             yield from itertools.islice(self.once(), start, None)
             return
