@@ -320,6 +320,23 @@ def test_weights_of_classes_are_those_of_a_solve():
     np.testing.assert_allclose(balanced_weights(LOSSES["softmax"], masks)[:2], there[:2].sum() / (2 * there[:2]), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["softmax", "logistic"])
+def test_probabilities_count_for_each_class_in_training_too(unsolved, name):
+    """A row was counted for its likeliest class alone: of a rare class that never is, none was there."""
+    rare = np.random.default_rng(0).uniform(0.0, 0.4, 256).astype("float32")
+    shares = np.stack([1 - rare, rare], axis=1)
+    each = 256 / (2 * shares.sum(axis=0))
+    y = rare[:, None] if name == "logistic" else shares
+    flat = [Batch.of((), {}, rows, None, "train") for rows in np.split(y, 4)]
+    np.testing.assert_allclose(balanced_weights(LOSSES[name], flat), each, rtol=1e-5)
+    if name == "softmax":
+        weighted = [(x, p, p @ each) for (x, _), p in zip(batched(), np.split(shares, 4), strict=True)]
+        by_hand, expected = train(alternating(), weighted, unpack=masked)
+        ready, history = train(alternating(class_weight="balanced"), [(x, p) for x, p, _ in weighted])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ready.params, by_hand.params)
+        assert history[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ forms of data
 
 LONE = {"x": X[:64], "y": Y[:64]}

@@ -350,6 +350,24 @@ def test_balanced_classes_count_the_same():
     np.testing.assert_allclose(balanced.objective, by_hand.objective, rtol=1e-5)
 
 
+@pytest.mark.parametrize("C", [2, 4])
+def test_balanced_classes_count_probabilities(C):
+    """A row was counted for its likeliest class alone."""
+    X, _ = random_problem(1, n=60)
+    p = np.random.default_rng(C).dirichlet(np.linspace(0.2, 3.0, C), 60).astype("float32")
+    weight = p @ (60 / (C * p.sum(axis=0)))
+    assert weight.mean() == pytest.approx(1.0)
+    network = random_network(1, C=C)
+    by_hand = cf.Cronos(loss="softmax").objective(network, X, p, 0.1, sample_weight=weight)
+    balanced = cf.Cronos(loss="softmax", class_weight="balanced").objective(network, X, p, 0.1)
+    np.testing.assert_allclose(balanced, by_hand, rtol=1e-5)
+    if C == 2:
+        network, y = random_network(1, C=1), p[:, 1]
+        by_hand = cf.Cronos(loss="logistic").objective(network, X, y, 0.1, sample_weight=weight)
+        balanced = cf.Cronos(loss="logistic", class_weight="balanced").objective(network, X, y, 0.1)
+        np.testing.assert_allclose(balanced, by_hand, rtol=1e-5)
+
+
 def test_balanced_classes_do_not_count_rows_of_no_weight():
     X, _ = random_problem(1, n=60)
     labels, weight = (np.arange(60) % 6 == 0).astype(int), (np.arange(60) < 40).astype("float32")

@@ -16,7 +16,7 @@ from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, shapes_said
 from cronos_flax._head.functional import WrongOutputError
 from cronos_flax._head.nnx_collections import NnxFunction
-from cronos_flax._solver.checks import is_labelled, labels_of
+from cronos_flax._solver.checks import class_sizes, is_labelled
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import evaluated, mesh_of, shapes_of
 from cronos_flax._solver.transfer import on_device, on_host
@@ -137,6 +137,8 @@ def _shape_of(out: Any, where: str) -> tuple[int, ...]:
 def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
     """The weight of each class for ``class_weight="balanced"``: ``n / (classes · rows of the class)``.
 
+    A row whose target are probabilities is counted for each class with its probability.
+
     Args:
         loss: the loss of a row.
         flat: all batches, as a :class:`BatchCheck` gives them.
@@ -152,12 +154,15 @@ def balanced_weights(loss: Loss, flat: Iterable[Batch]) -> np.ndarray:
         y: Any = batch.y
         if not _has_labels(loss, y):
             raise ValueError("train: `class_weight` needs targets that are one label a row, got others.")
-        labels = y if y.ndim == 1 else on_host(labels_of(loss, on_device(y)))
-        C = max(len(counts), int(labels.max()) + 1, y.shape[1] if y.ndim == 2 else 2)
-        counts = np.pad(counts, (0, C - len(counts)))
-        counts += np.bincount(labels if batch.weight is None else labels[batch.weight > 0], minlength=C)
+        if y.ndim == 1:
+            some = np.bincount(y if batch.weight is None else y[batch.weight > 0], minlength=2)
+        else:
+            weight = np.ones(len(y), y.dtype) if batch.weight is None else batch.weight
+            some = on_host(class_sizes(loss, on_device(y), on_device(weight)))
+        C = max(len(counts), len(some))
+        counts = np.pad(counts, (0, C - len(counts))) + np.pad(some, (0, C - len(some)))
     there = counts > 0
-    return np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 1.0).astype("float32")
+    return np.where(there, counts.sum() / (there.sum() * np.where(there, counts, 1)), 1.0).astype("float32")
 
 
 def _has_labels(loss: Loss, y: np.ndarray) -> bool:

@@ -213,5 +213,10 @@ def _rows_of(out: Array, batch: Batch, loss: Loss) -> tuple[Array, Array, Array]
 
 
 def _of_classes(weight: Array, class_weight: Array | None, y: Array, loss: Loss) -> Array:
-    """The weights of rows, each times that of the row's class."""
-    return weight if class_weight is None else weight * class_weight.astype(weight.dtype)[loss.labels(y)]
+    """The weights of rows, each times that of the row's class; of probabilities, the mean of the classes' by these."""
+    if class_weight is None:
+        return weight
+    shares = loss.shares(y)
+    missing = shares.shape[1] - len(class_weight)  # outputs above the last class that there is
+    of_class = jnp.pad(class_weight.astype(weight.dtype), (0, missing), constant_values=1)
+    return weight * jnp.sum(shares * of_class[None], axis=1)

@@ -269,7 +269,8 @@ def _check_value(loss: Loss, C: int, dtype: np.dtype) -> None:
 def balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     """Weights ``n / (classes · rows of the class)``: every class that is there counts the same.
 
-    Rows of weight zero are not counted.
+    A row of probabilities is counted for each class with its probability, and has the mean of the classes' weights by
+    these. Rows of weight zero are not counted.
     """
     known = is_labelled(loss, targets) if concrete(targets) else loss.is_labelled(targets)
     if (isinstance(known, bool) or concrete(known)) and not on_host(known):
@@ -287,17 +288,17 @@ def is_labelled(loss: Loss, targets: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def labels_of(loss: Loss, targets: Array) -> Array:
-    """The labels that the targets stand for."""
-    return loss.labels(targets)
+def class_sizes(loss: Loss, targets: Array, weight: Array) -> Array:
+    """How many rows of positive weight each class has, ``(max(C, 2),)``; of probabilities their sums."""
+    return jnp.sum(jnp.where((weight > 0)[:, None], loss.shares(targets), 0), axis=0)
 
 
 @partial(jax.jit, static_argnums=0)
 def _balanced(loss: Loss, targets: Array, weight: Array) -> Array:
-    labels, counted = loss.labels(targets), (weight > 0).astype(jnp.int32)
-    counts = jnp.bincount(labels, counted, length=max(targets.shape[1], 2)).astype(targets.dtype)
-    n, classes = (number.astype(targets.dtype) for number in (jnp.sum(counted), jnp.count_nonzero(counts)))
-    return n / (classes * jnp.maximum(counts, 1)[labels])
+    sizes = class_sizes(loss, targets, weight)
+    n, classes = (jnp.count_nonzero(some).astype(targets.dtype) for some in (weight > 0, sizes))
+    of_class = n / (classes * jnp.where(sizes > 0, sizes, 1))
+    return jnp.sum(loss.shares(targets) * of_class[None], axis=1)
 
 
 def weights_in_range(what: str, weight: np.ndarray) -> None:

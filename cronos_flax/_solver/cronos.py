@@ -87,7 +87,7 @@ class Cronos:
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.
         class_weight: ``"balanced"`` multiplies the weight of each row by ``n / (classes · rows of its class)``;
-            rows of weight zero are not counted.
+            a row of probabilities counts for each class with its probability. Rows of weight zero are not counted.
         beta_ratio: fraction of β_max that ``beta=None`` takes, ``≥ 0``. None takes .001, and in an alternation .02
             (.005 with a frozen head).
         refreshed: constants of the refreshed path, for experts.

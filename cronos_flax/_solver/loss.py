@@ -109,6 +109,10 @@ class Loss:
             return jnp.argmax(targets, axis=1)
         return (targets[:, 0] > self.threshold).astype(jnp.int32)
 
+    def shares(self, targets: Outputs) -> Float[Array, "n classes"]:
+        """How much of each row is of each class, ``(n, max(C, 2))``: probabilities themselves; for a label, one."""
+        return jax.nn.one_hot(self.labels(targets), max(targets.shape[1], 2), dtype=targets.dtype)
+
     def predicted(self, outputs: Outputs) -> Int[Array, " n"]:
         """The class that the outputs of each row say: the largest, or the sign of a single one."""
         return jnp.argmax(outputs, axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(jnp.int32)

@@ -74,6 +74,9 @@ class Softmax(Loss):
     def is_labelled(self, targets: Outputs) -> bool:
         return True
 
+    def shares(self, targets: Outputs) -> Float[Array, "n classes"]:
+        return targets if targets.shape[1] > 1 else super().shares(targets)
+
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
             p = np.asarray(on_host(y))
@@ -167,6 +170,9 @@ class Logistic(Loss):
 
     def is_labelled(self, targets: Outputs) -> bool:
         return targets.shape[1] == 1
+
+    def shares(self, targets: Outputs) -> Float[Array, "n classes"]:
+        return jnp.concatenate([1 - targets, targets], axis=1)  # of one output, where rows have one label
 
     def check_targets(self, y: Array | np.ndarray, num_classes: int | None) -> None:
         p = np.asarray(on_host(y))
