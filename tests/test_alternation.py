@@ -97,6 +97,22 @@ def test_after_a_solve_the_optimizer_has_no_direction_for_the_head(name):
     assert np.isfinite(loss(donated(after).params))  # no buffer is there twice
 
 
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_after_a_solve_a_flattened_optimizer_has_no_direction_for_the_head_either(name):
+    """Its moments are one array of all parameters: they went on for the head, without a word."""
+    tx = OPTIMIZERS[name]
+    states = [made(tx), made(optax.flatten(tx))]
+    for i, state in enumerate(states):
+        for _ in range(3):
+            state = step(state)
+        states[i], solution = state.solve_head((X, Y))
+        assert solution.status != cf.Status.rejected
+    for field in ("nu", "z" if name == "schedule_free" else "mu"):
+        one, other = (optax.tree.get(state.optimizer_state, field) for state in states)
+        # A solve enlarges the rounding of the steps before.
+        close(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(one)]), other, rtol=1e-2, atol=1e-4)
+
+
 def test_a_late_solve_does_not_speed_up_the_head():
     state, rate = made(optax.adam(1e-3), guard=False), 1e-3
     for _ in range(500):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.meshes import in_place_of
-from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.transfer import on_device, on_host
 
 # Fields of Optax's states that hold the direction of the next updates; the last two are COCOB's, which steps from where
 # it began.
@@ -76,7 +77,8 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
 
     For the head, directions (first moments, gathered gradients) begin anew, and what an optimizer keeps of the
     parameters themselves (schedule-free ones do, and Prodigy) is of the new ones. Sizes of gradients (second moments)
-    stay: with none, an optimizer that shares one count with the backbone would take steps several times its rate.
+    stay: with none, an optimizer that shares one count with the backbone would take steps several times its rate. Of
+    arrays with all parameters in a row, as ``optax.flatten`` makes them, this holds for the entries of the head.
 
     Args:
         present: the state now.
@@ -84,18 +86,36 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
         params: the parameters with the new head.
         paths: of the head's two layers.
     """
+    size = sum(map(np.size, jax.tree.leaves(params)))
 
     def chosen(path: tuple, now: Any, at_start: Any) -> Any:
-        if not _is_inside(path, paths):
+        is_flat = _is_flat(path, now, size)
+        if not is_flat and not _is_inside(path, paths):
             return now
+        heads = _in_row(params, paths) if is_flat else ...
         is_direction = any(getattr(entry, "name", None) in _DIRECTIONS for entry in path)
-        of_parameters = not is_direction and bool(np.any(on_host(at_start)))
+        if not is_direction and not np.any(on_host(at_start)[heads]):
+            return now
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
-        return in_place_of(at_start.copy(), now) if is_direction or of_parameters else now
+        return in_place_of(_mixed(on_device(heads), at_start, now) if is_flat else at_start.copy(), now)
 
     with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
         new = _head_at_start(tx, params, paths)
     return jax.tree_util.tree_map_with_path(chosen, present, new)
+
+
+def _in_row(params: Any, paths: tuple[Path, Path]) -> np.ndarray:
+    """Which entries of all parameters, in a row, are those of these layers."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return np.concatenate([np.full(np.size(leaf), _is_inside(path, paths)) for path, leaf in leaves])
+
+
+def _is_flat(path: tuple, leaf: Any, size: int) -> bool:
+    """Whether a leaf of a state holds something for all of so many entries of parameters, in a row."""
+    return np.shape(leaf) == (size,) and not (path and hasattr(path[-1], "key"))
+
+
+_mixed = jax.jit(jnp.where)
 
 
 def _head_at_start(tx: optax.GradientTransformation, params: Any, paths: tuple[Path, Path]) -> Any:
@@ -116,7 +136,9 @@ def _head_at_start(tx: optax.GradientTransformation, params: Any, paths: tuple[P
 def _traced_init(tx: optax.GradientTransformation, treedef: Any, shapes: tuple, paths: tuple[Path, Path]) -> tuple:
     """What makes the head's leaves of a state from parameters; which leaves these are; and the state's structure."""
     closed, state = jax.make_jaxpr(tx.init, return_shape=True)(jax.tree.unflatten(treedef, shapes))
-    inside = [_is_inside(path, paths) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    size = sum(math.prod(shape.shape) for shape in shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    inside = [_is_inside(path, paths) or _is_flat(path, leaf, size) for path, leaf in leaves]
     jaxpr, used = dce_jaxpr(closed.jaxpr, inside)
 
     def init(leaves: list[Any]) -> list[Any]:
