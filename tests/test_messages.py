@@ -498,3 +498,56 @@ def test_arrays_on_two_devices_are_named(tmp_path):
         assert "all arrays must be on one device, or on one mesh of devices, got" in line
         assert f"`{name}` on cpu:1" in line
         assert "`X` on cpu:0" in line
+
+
+DEVICES_OF_MODULES = """
+import flax.linen as nn, jax, numpy as np, optax, cronos_flax as cf
+from flax import nnx
+one, two = jax.devices()
+X, y = np.random.default_rng(0).normal(size=(32, 5)).astype("float32"), np.arange(32) % 2
+model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+there, away = (lambda tree: jax.device_put(tree, one)), (lambda tree: jax.device_put(tree, two))
+variables = there(jax.jit(model.init)(jax.random.key(0), X))
+split = {"params": {**variables["params"], "layers_2": away(variables["params"]["layers_2"])}}
+head, solver = cf.find_head(model, variables, X), cf.Cronos(loss="softmax", max_iters=2)
+state = cf.CronosTrainState.create(
+    apply_fn=model.apply, params=variables["params"], tx=optax.sgd(0.1), head=head, solver=solver
+)
+rngs = nnx.Rngs(0)
+other = nnx.Sequential(nnx.Linear(5, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs))
+nnx.update(other, there(nnx.state(other)))
+for call in (
+    lambda: cf.find_head(model, variables, away(X)),
+    lambda: cf.find_head(model, split, X),
+    lambda: cf.fit_head(head, variables, (away(X), y), solver=solver),
+    lambda: head.inputs(variables, away(X)),
+    lambda: state.solve_head([(away(X), y)]),
+    lambda: cf.train(state, [(away(X), y)], epochs=1),
+    lambda: cf.train(state, (X, y), epochs=1, batch_size=16, validation=[(away(X), y)]),
+    lambda: cf.nnx.find_head(other, away(X)),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+cf.fit_head(head, away(variables), (away(X), y), solver=solver)
+"""
+
+
+def test_arrays_of_a_module_on_two_devices_are_named(tmp_path):
+    """It was said that the batch must be one that the model takes, with JAX's words about an inner program."""
+    status, out, err = Forked(tmp_path, "-c", DEVICES_OF_MODULES, config={"jax_num_cpu_devices": 2}).wait()
+    assert status == 0, err[-2000:]
+    expected = {
+        "find_head": ("variables", "args"),
+        "find_head of two": ("variables", "variables"),
+        "fit_head": ("variables", "batch"),
+        "inputs": ("variables", "batch"),
+        "solve_head": ("variables", "batch"),
+        "train": ("state", "batch"),
+        "train: `validation`": ("state", "batch"),
+        "find_head in nnx": ("variables", "args"),
+    }
+    for line, (where, (one, two)) in zip(out.splitlines(), expected.items(), strict=True):
+        said = f"all arrays must be on one device, or on one mesh of devices, got `{one}` on cpu:0, `{two}` on cpu:1."
+        assert line.startswith(f"{where.split(' of ')[0].split(' in ')[0]}: {said}")

@@ -18,7 +18,7 @@ from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import Batch, UserData
 from cronos_flax._head.jitted import Static
 from cronos_flax._solver.loss import Loss
-from cronos_flax._solver.meshes import Places, at_places, automatically, places_of
+from cronos_flax._solver.meshes import Places, at_places, automatically, check_together, places_of
 from cronos_flax._solver.transfer import batch_on_device, on_host
 
 Made = TypeVar("Made")
@@ -114,7 +114,11 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
 
         if jax.tree.structure(state) != structure:
             return gradient_step(state, loss, kwargs)(state, batch, run_decay, **others)
-        return automatically(run, state, batch, run_decay, others["streams"], others["class_weight"])
+        try:
+            return automatically(run, state, batch, run_decay, others["streams"], others["class_weight"])
+        except ValueError:
+            check_together("train", state=state, batch=batch, rngs=others["streams"])
+            raise
 
     return step
 
@@ -164,7 +168,11 @@ def scoring(
             if given_by is not None:
                 given_by.check_own_rows(batch.args, batch.kwargs, data.place)
             checked = batch_on_device(check(batch, data.place))
-            each.append(automatically(sums, params, collections, checked, class_weight))
+            try:
+                each.append(automatically(sums, params, collections, checked, class_weight))
+            except ValueError:
+                check_together(data.place, state=(params, collections), batch=checked)
+                raise
         if not each:
             raise data.empty()
         total, weights, hits, count, labelled = map(np.asarray, zip(*on_host(each), strict=True))

@@ -29,6 +29,7 @@ from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import DEVIATIONS, SPREADS, check_kept, random_like, redrawn
 from cronos_flax._head.refusals import check_output, convolved, extended, flat, refusal
 from cronos_flax._solver.checks import all_finite
+from cronos_flax._solver.meshes import check_together
 from cronos_flax._solver.solution import TwoLayer
 from cronos_flax._solver.user_warnings import warn
 
@@ -148,6 +149,7 @@ def find(
         except WrongOutputError as raised:
             raise ValueError(f"find_head: {raised}") from raised
         except Exception as raised:
+            check_together("find_head", variables=variables, args=(args, dict(kwargs)))
             shapes = shapes_said(args)
             raise ValueError(
                 f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"

@@ -27,7 +27,7 @@ from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import DEVIATIONS, random_like
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
-from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.meshes import automatically, check_together
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -328,11 +328,13 @@ class Head:
     def _pass(self, variables: Any, args: tuple, kwargs: Mapping, where: str, observed: bool = False) -> Tap:
         """One jitted pass, with the keyword arguments that the head was found with where none is given."""
         self.check_own_rows(args, kwargs, where)
+        given = {**self.kwargs, **kwargs}
         try:
-            return (self._observed if observed else self._tap)(variables, args, {**self.kwargs, **kwargs})
+            return (self._observed if observed else self._tap)(variables, args, given)
         except WrongOutputError as error:
             raise ValueError(f"{where}: {error}") from error
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
+            check_together(where, variables=variables, batch=(args, given))
             shapes = shapes_said(args)
             kernel = self.module.kernel_shape(variables, self.hidden_path)
             if len(kernel) == 3 and kernel[1:] == (self.features, self.hidden):

@@ -30,13 +30,13 @@ def mesh_of(tree: Any) -> Mesh | None:
 def check_together(where: str, **given: Any) -> None:
     """Raise a ValueError for trees of arrays that the user has put on one device each, and not all on the same one."""
     places = {
-        name: next(iter(leaf.devices()))
+        (name, next(iter(leaf.devices()))): None
         for name, tree in given.items()
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.committed and len(leaf.devices()) == 1
     }
-    if len(set(places.values())) > 1:
-        there = ", ".join(f"`{name}` on {device}" for name, device in places.items())
+    if len({device for _, device in places}) > 1:
+        there = ", ".join(f"`{name}` on {device}" for name, device in places)
         raise ValueError(
             f"{where}: all arrays must be on one device, or on one mesh of devices, got {there}. Put them on one by "
             "jax.device_put(array, device)."
