@@ -367,6 +367,16 @@ def test_a_head_takes_the_place_of_no_layer_of_another_kind(got):
         cf.graft(nn.Sequential([layer]), at="layers_0", hidden=6, features=4).init(KEY, x)
 
 
+def test_a_head_takes_the_place_of_a_general_layer_whose_axis_is_the_last():
+    """It was refused, though on rows of features axis 1 is the last."""
+    layers = nn.Sequential([nn.Dense(8), nn.tanh, nn.DenseGeneral(4, axis=1)])
+    grafted = cf.graft(layers, at="layers_2", hidden=6)
+    variables = cf.graft_variables(grafted, jax.jit(layers.init)(KEY, X), KEY, X)
+    assert cf.find_head(grafted, variables, X).outputs == 4
+    with pytest.raises(ValueError, match=r"got layers_2, a DenseGeneral with axis=1\."):
+        grafted.apply(variables, X.reshape(2, 16, 5))
+
+
 NNX_LAYERS = {
     "an Embed that looks up a row for each integer": lambda rngs: nnx.Embed(9, 4, rngs=rngs),
     "a MultiHeadAttention that works on a sequence": lambda rngs: nnx.MultiHeadAttention(1, 4, rngs=rngs),

@@ -59,7 +59,8 @@ class Grafted(nn.Module):
             if layer.path != path:
                 return call(*inputs, **kwargs)
             at = format_path(path[len(self.backbone.path) :])
-            check_replaceable(layer, at, "nn.Dense", self.pool is not None)
+            axes = getattr(next(iter(inputs), None), "ndim", None)
+            check_replaceable(layer, at, "nn.Dense", self.pool is not None, axes)
             features = getattr(layer, "features", None) if self.features is None else self.features
             if not isinstance(features, int):
                 raise ValueError(f"graft: `features` must be given where {type(layer).__name__} is replaced, got None.")

@@ -21,7 +21,7 @@ def is_pointwise(layer: Any) -> bool:
     return isinstance(layer, nn.Conv | nnx.Conv) and not _more(layer)
 
 
-def check_replaceable(layer: Any, at: str, dense: str, is_pooled: bool) -> None:
+def check_replaceable(layer: Any, at: str, dense: str, is_pooled: bool, axes: int | None = None) -> None:
     """Raise a ValueError for a layer of Flax in whose place a head, a function of the last axis, would be another.
 
     Args:
@@ -29,8 +29,9 @@ def check_replaceable(layer: Any, at: str, dense: str, is_pooled: bool) -> None:
         at: its path, for the message.
         dense: the name of a fully connected layer.
         is_pooled: whether the user makes the head's input, and so says what the head sees.
+        axes: how many axes the layer's input has; None where it is not known.
     """
-    more = _more(layer)
+    more = _more(layer, axes)
     if not more or (is_pooled and not isinstance(layer, _LOOKUPS)):
         return
     advice = "Give the path of another layer, or leave `at` out: the head then comes after the model's output"
@@ -46,7 +47,7 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
 
 
-def _more(layer: Any) -> str:
+def _more(layer: Any, axes: int | None = None) -> str:
     """What a layer of Flax is besides a function of the last axis, in words; empty for others."""
     if isinstance(layer, _LOOKUPS):
         return "that looks up a row for each integer"
@@ -55,7 +56,8 @@ def _more(layer: Any) -> str:
     settings: dict[str, Any] = {}
     if isinstance(layer, _LINEAR):
         batch = getattr(layer, "batch_dims", ()) or getattr(layer, "batch_axis", ())
-        settings = {"axis": layer.axis} if jax.tree.leaves(layer.axis) != [-1] else {}
+        is_last = jax.tree.leaves(layer.axis) in ([-1], [axes and axes - 1])
+        settings = {} if is_last else {"axis": layer.axis}
         settings |= {"batch axes": tuple(batch)} if batch else {}
     elif isinstance(layer, _CONVOLUTIONS):
         given = {name: getattr(layer, name, 1) for name in _OF_ONE}
