@@ -345,10 +345,28 @@ def test_a_head_of_pointwise_convolutions_is_told_how_to_be_found():
     assert cf.find_head(dense, variables_of_dense, PIXELS).paths == (("layers_2",), ("layers_4",))
 
 
+def test_a_pointwise_convolution_under_a_dense_is_told_of_too():
+    """It was said that there is one nn.Dense only."""
+    model = nn.Sequential([nn.Conv(8, (3, 3)), nn.tanh, nn.Conv(6, (1, 1)), nn.relu, nn.Dense(2)])
+    variables = drawn(model, KEY, PIXELS)
+    match = r"one nn.Dense only .* 1×1 convolution with the input width of the last nn.Dense, as at layers_2, is an nn"
+    with pytest.raises(ValueError, match=match):
+        cf.find_head(model, variables, PIXELS)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Conv(3, 6, (1, 1), rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs))
+    with pytest.raises(ValueError, match=r"input width of the last nnx.Linear, as at layers/0, is an nnx.Linear on"):
+        cf.nnx.find_head(model, PIXELS)
+
+
 def test_convolutions_that_do_not_end_in_the_outputs_are_not_spoken_of():
     wide = nn.Sequential([nn.Conv(6, (1, 1)), nn.relu, nn.Conv(2, (3, 3))])
     with pytest.raises(ValueError, match=r"calls no nn.Dense\. Give it a two-layer head with cf\.graft\.$"):
         cf.find_head(wide, drawn(wide, KEY, PIXELS), PIXELS)
+    pooled = nn.Sequential([nn.Conv(6, (1, 1)), nn.relu, lambda x: x.mean(axis=(1, 2)), nn.Dense(2)])
+    with pytest.raises(
+        ValueError, match=r"one nn.Dense only \(layers_3\)\. Give it a two-layer head with cf\.graft\.$"
+    ):
+        cf.find_head(pooled, drawn(pooled, KEY, PIXELS), PIXELS)
 
 
 LINEN_LAYERS = {

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._head.functional import Call, Functional, Watched
-from cronos_flax._head.paths import format_path
+from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.checks import all_finite
 
 
@@ -82,13 +82,30 @@ def extended(module: Functional, variables: Any, calls: Iterable[Call]) -> str:
 
 
 def convolved(module: Functional, variables: Any, watched: Watched) -> str:
-    """A remark on 1×1 convolutions that give the outputs, which are no layers of a head; empty without any."""
-    C = watched.out.shape[-1:]
-    named = [path for path in watched.pointwise.of if module.kernel_shape(variables, path)[-1:] == C]
-    if not named:
+    """A remark on 1×1 convolutions in the place of a layer of a head, which they are not; empty without any."""
+    last, below = _pointwise(module, variables, watched)
+    if last:
+        named, which, more = last, "with the width of the outputs", ", and the one before it too"
+    elif below:
+        named, which, more = below, f"with the input width of the last {module.dense}", ""
+    else:
         return ""
     return (
-        f" A 1×1 convolution with the width of the outputs, as at {', '.join(map(format_path, named))}, is "
-        f"an {module.dense} on the last axis: write it so, and the one before it too. The kernel is the same, without "
-        "its axes of one."
+        f" A 1×1 convolution {which}, as at {', '.join(map(format_path, named))}, is an {module.dense} on the last "
+        f"axis: write it so{more}. The kernel is the same, without its axes of one."
     )
+
+
+def _pointwise(module: Functional, variables: Any, watched: Watched) -> tuple[list[Path], list[Path]]:
+    """The 1×1 convolutions that may give the outputs, and those that may give the input of the layer that does."""
+    out = watched.out
+
+    def ends(call: Call) -> bool:
+        """Whether the outputs, of pixels, may be those of this layer."""
+        of_pixels = out.ndim > 2 and call.input is not None and call.input.shape[:-1] == out.shape[:-1]
+        return of_pixels and module.kernel_shape(variables, call.layer.path)[-1:] == out.shape[-1:]
+
+    inputs = {module.kernel_shape(variables, call.layer.path)[:1] for call in watched.calls if ends(call)}
+    widths = {path: module.kernel_shape(variables, path)[-1:] for path in watched.pointwise.of}
+    last = [path for path, width in widths.items() if width == out.shape[-1:]]
+    return last, [path for path, width in widths.items() if width in inputs]
