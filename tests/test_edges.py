@@ -13,7 +13,7 @@ from conftest import drawn
 from flax import nnx
 
 import cronos_flax as cf
-from cronos_flax._solver.transfer import default_key
+from cronos_flax._solver.transfer import default_key, seeded
 from cronos_flax.compare.task import Augmented
 
 rng = np.random.default_rng(0)
@@ -731,3 +731,18 @@ def test_no_key_stands_for_that_of_seed_zero(kind):
     """It is put together from its data: to make it by ``jax.random.key`` compiles a program."""
     with jax.default_prng_impl(kind):
         assert default_key() == jax.random.key(0)
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_no_key_goes_by_the_offset_of_seeds_too(kind):
+    """It did not, so runs of several offsets were one run where no key was given."""
+    with jax.default_prng_impl(kind):
+        without = default_key()
+        jax.config.update("jax_random_seed_offset", 7)
+        try:
+            assert default_key() == jax.random.key(0) != without
+            assert jax.jit(lambda: default_key() == jax.random.key(0))()
+        finally:
+            jax.config.update("jax_random_seed_offset", 0)
+        assert default_key() == without
+        assert seeded(3) == jax.random.key(3)  # before, the generator of the first call stayed

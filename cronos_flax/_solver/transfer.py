@@ -54,17 +54,27 @@ def _replicated(leaf: Any) -> Any:
 
 
 def default_key() -> Array:
-    """The key that None stands for: ``jax.random.key(0)``, whose data are zeros, without a program that makes it."""
+    """The key that None stands for: ``jax.random.key(0)``, whose data are zeros, without a program that makes it.
+
+    With a ``jax_random_seed_offset`` it is that of another seed, which a program makes.
+    """
+    if _configured("jax_random_seed_offset"):
+        return seeded(0)
     data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return jax.random.wrap_key_data(on_device(np.zeros(data.shape, data.dtype)))
 
 
 def seeded(seed: int) -> Array:
     """``jax.random.key(seed)``, of a seed of 31 bits."""
-    return _seeded(on_device(seed, np.int32))
+    return _seeded(on_device(seed, np.int32), impl=str(_configured("jax_default_prng_impl")))
 
 
-_seeded = jax.jit(jax.random.key)
+_seeded = jax.jit(jax.random.key, static_argnames="impl")  # a program of one generator, whatever the next one is
+
+
+def _configured(name: str) -> Any:
+    """A setting of JAX, which its types do not know."""
+    return getattr(jax.config, name)
 
 
 @jax.jit
