@@ -375,6 +375,42 @@ def test_a_rate_below_a_hundredth_is_told_once():
         assert [str(w.message)[:10] for w in heard] == ["solve_head"] * told
 
 
+def test_the_rate_does_not_fall_to_where_nothing_brings_it_back():
+    """It fell to zero in float32, and stayed there, with a warning at every second rejection."""
+    guard, parts, heard = cf.GuardState.init(GUARD, PARTS, drifts=False), PARTS, []
+
+    def judge(objective):
+        nonlocal guard, parts
+        with warnings.catch_warnings(record=True) as now:
+            warnings.simplefilter("always")
+            guard, parts = guard.judge(parts, SimpleNamespace(objective=objective, null_loss=1.0), 0.0)
+        heard.extend(str(warning.message) for warning in now)
+        return guard.figures["backbone_rate"]
+
+    judge(0.5)
+    rates = [judge(0.6) for _ in range(200)]
+    expected = [max(0.3**k, float(jnp.finfo(jnp.float32).eps)) for k in range(1, 201)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert [("where it stands still" in said) for said in heard] == [
+        False,
+        False,
+        True,
+    ]  # two in a row, a hundredth, and the last
+    assert "solves on other rows each time" in heard[-1]
+    assert judge(0.5) == pytest.approx(1.2 * rates[-1])
+    assert judge(0.6) == rates[-1]
+    assert len(heard) == 3
+    for _ in range(100):
+        highest = judge(0.5)
+    assert highest == 1.0
+
+
+def test_what_drift_has_rejected_raises_the_rate_to_that_of_the_optimizer_at_most():
+    guard, decisions = judged([0.5, 0.5, *[5.0] * 100, 1.0], drifts=True)
+    assert decisions == [True] * 2 + [False] * 100 + [True]
+    assert guard.figures["backbone_rate"] == 1.0
+
+
 @pytest.mark.parametrize("rows", [1_000, 50_000])
 def test_a_solve_again_without_a_step_is_never_rejected(rows):
     """Before: five of eight such solves were rejected."""

@@ -32,6 +32,7 @@ from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
+_LEAST_RATE = float(jnp.finfo(jnp.float32).eps)  # where steps as large as the parameters are lost in rounding
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -47,7 +48,8 @@ class Guard:
     up to rounding. If it is not, the state goes back to that of the last accepted solve, and the rate of the backbone
     is multiplied by ``decrease_factor``; after an accepted solve by ``increase_factor``, up to ``highest_rate``. In the
     optimizer's state, what is kept for each parameter goes back; schedules and injected hyperparameters go on. Two
-    rejections in a row, and a rate that falls below a hundredth of the optimizer's own, give a ``UserWarning``.
+    rejections in a row, and a rate that falls below a hundredth of the optimizer's own, give a ``UserWarning``. So does
+    a rate of ``1.2e-7``, the precision of float32: there the backbone stands still, and it falls no further.
 
     Running statistics (batch norm) change the features without the optimizer, so F can rise at any rate. Then the
     tolerance is multiplied by ``drift_factor ** k``, with k the number of rejections in a row but at most
@@ -197,14 +199,21 @@ class GuardState:
             rejections=on_device(int(on_host(self.rejections)) + (not accepted), jnp.int32),
             consecutive_rejections=on_device(in_a_row, jnp.int32),
         )
-        if in_a_row == 2 or rate < _LOW_RATE <= before:
-            state._warn(objective, best)
+        still = 2 * _LEAST_RATE  # so that an accepted solve or two there do not bring the next warning
+        stands_still = rate < still <= before
+        if stands_still or rate < _LOW_RATE <= before or (in_a_row == 2 and before >= still):
+            state._warn(objective, best, stands_still)
         return state, parts if accepted else copied(parts)
 
-    def _warn(self, objective: float, best: float) -> None:
+    def _warn(self, objective: float, best: float, stands_still: bool) -> None:
         """Tell the user that the backbone hardly moves, and what to do."""
         figures = self.figures
         look = "" if math.isfinite(objective) else "Look for rows that are not finite. "
+        if stands_still:
+            look += (
+                f"Its rate falls no further than to {_LEAST_RATE:.2g}, where it stands still: if solves are rejected "
+                "all the same, steps are not the reason, but solves on other rows each time. "
+            )
         warn(
             f"solve_head: the guard undid the optimizer's steps {figures['consecutive_rejections']} time(s) in a row, "
             f"and the backbone now moves at {figures['backbone_rate']:.2g} of the optimizer's own rate: after the last "
@@ -226,9 +235,11 @@ class GuardState:
     def _new_rate(self, rate: np.ndarray, accepted: bool, comparable: bool) -> np.ndarray:
         settings = self.settings
         if not accepted:
-            return rate * settings.decrease_factor
+            return np.maximum(rate * settings.decrease_factor, np.minimum(rate, _LEAST_RATE))
         if not comparable:  # the rejections before were the drift's doing
-            return rate / settings.decrease_factor ** int(on_host(self.consecutive_rejections))
+            # At the least rate some of them were no decreases.
+            before = rate / settings.decrease_factor ** int(on_host(self.consecutive_rejections))
+            return np.minimum(before, max(settings.highest_rate, 1.0))
         return np.maximum(rate, np.minimum(rate * settings.increase_factor, settings.highest_rate))
 
     @property
