@@ -418,6 +418,21 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
         )
 
 
+def test_of_many_dead_neurons_the_first_are_revived_and_the_others_stay():
+    rows, _ = rows_and_basis(1, n=60, C=2)
+    m, dead = 40, 30
+    U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], m)))
+    U = U.at[:, :dead].multiply(1e-6)
+    A, b = programs.default_directions(m, 2, U.dtype), rows.best_constant()
+    iterate = refreshed.init(rows, U, A, b, jnp.asarray(1e-3), jnp.asarray(1.0), refreshed.unmoved(U, A, b))
+    alive = refreshed.revived(rows, iterate, jax.random.key(0))
+    np.testing.assert_array_equal(alive.U[:, :16], 0)
+    for part in ("U", "Z"):
+        np.testing.assert_array_equal(getattr(alive, part)[:, 16:], getattr(iterate, part)[:, 16:])
+    left = jnp.where(jnp.arange(m) < 16, 0, U)
+    np.testing.assert_allclose(alive.outputs, programs.network_outputs(rows, A, b, rows.X @ left), atol=1e-12)
+
+
 def test_a_dead_neuron_is_revived_where_it_lowers_the_loss():
     rows, _ = rows_and_basis(1, n=60, C=1)
     U = jnp.asarray(np.random.default_rng(1).normal(size=(rows.X.shape[1], 4))).at[:, 1:].set(0)

@@ -37,6 +37,7 @@ from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.staging import EVERY_STEP, ONCE, SOME_STEPS, Stage
 from cronos_flax._solver.types import Activations, Bias, Directions, Neurons, Outputs, Scalar
 
+_REVIVED, _REVIVED_SHARE = 16, 8  # so many neurons at once, or one in so many, if these are more
 _QUARTERED = 30  # how often outputs that are too large may be divided by four
 
 
@@ -116,19 +117,30 @@ shrunk = Stage(_shrunk, few=ONCE)
 def on_gates_of(probe: Activations, rows: Rows, iterate: Iterate) -> Iterate:
     """The iterate with dead neurons at zero, on the gates of a probe, and pointing where the probe lowers the loss.
 
-    Z there is that of the probe.
+    Each column of the probe is for one of them; if they are more, the first are taken. Z there is that of the probe.
     """
-    is_dead = dead(iterate.U)
-    U, Z = jnp.where(is_dead[None, :], 0, iterate.U), jnp.where(is_dead[None, :], probe, iterate.Z)
-    lives = norms(U) > 0
-    outputs = network_outputs(rows, iterate.A, iterate.b, jnp.where(lives[None, :], Z, 0))
-    lower = unit_rows(-adjoint(jax.nn.relu(Z), rows.center(rows.gradient(outputs))), iterate.A)
-    return dataclasses.replace(iterate, U=U, Z=Z, A=jnp.where(lives[:, None], iterate.A, lower), outputs=outputs)
+    U, A, Z = iterate.U, iterate.A, iterate.Z
+    is_dead = dead(U)
+    column = jax.lax.cumsum(is_dead.astype(jnp.int32)) - 1
+    are = (column[None, :] == jnp.arange(probe.shape[1], dtype=jnp.int32)[:, None]) & is_dead[None, :]
+    spread, gone = are.astype(U.dtype), jnp.any(are, axis=0)  # products with it move columns; scatters trace slowly
+    fallback = spread @ A
+    outputs = iterate.outputs - rows.center(jax.nn.relu(Z @ spread.T) @ fallback)
+    lower = unit_rows(-adjoint(jax.nn.relu(probe), rows.center(rows.gradient(outputs))), fallback)
+    return dataclasses.replace(
+        iterate,
+        U=jnp.where(gone[None, :], 0, U),
+        A=jnp.where(gone[:, None], spread.T @ lower, A),
+        Z=jnp.where(gone[None, :], probe @ spread, Z),
+        outputs=outputs,
+    )
 
 
 def _revived(rows: Rows, iterate: Iterate, key: Array) -> Iterate:
-    """The iterate with dead neurons on random gates."""
-    return on_gates_of(rows.X @ random_neurons(key, iterate.U), rows, iterate)
+    """The iterate with its dead neurons, or the first of them, on random gates."""
+    d, m = iterate.U.shape
+    few = min(m, max(_REVIVED, m // _REVIVED_SHARE))
+    return on_gates_of(rows.X @ random_neurons(key, jnp.empty((d, few), iterate.U.dtype)), rows, iterate)
 
 
 revived = Stage(_revived, few=ONCE)
