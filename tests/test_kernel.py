@@ -254,13 +254,14 @@ def test_the_refreshed_direction_is_the_levenberg_marquardt_step(seed, output_bi
 
     unit = jnp.where(program.D, rows.X @ U, 0) / size
     model = gauss_newton.LocalModel(rows, program.D, unit, A, O, 1.0)
-    g = gauss_newton.gradient(model, jnp.asarray(beta), U)
+    here = gauss_newton.Here(rows.X @ U, 1 / jnp.asarray(size), A, O)
+    g = gauss_newton.gradient(rows, here, jnp.asarray(beta), U)
     flat = lambda step: np.concatenate([np.ravel(part) for part in jax.tree.leaves(step)])  # noqa: E731
     np.testing.assert_allclose(T.T @ flat(g), gradient, atol=1e-9)
     prepared = gauss_newton.prepare(rows, m, jax.random.key(seed), SETTINGS)
     rng = np.random.default_rng(seed)
     last = gauss_newton.Step(*(None if part is None else jnp.asarray(rng.normal(size=part.shape)) for part in g))
-    problem = model, model, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, last, True
+    problem = model, None, prepared, jnp.asarray(beta), jnp.asarray(damping), U, g, last, True
     exact, _ = gauss_newton.direction(*problem, dataclasses.replace(SETTINGS, precise_cg_steps=500, cg_tol=1e-12))
     np.testing.assert_allclose(flat(exact), expected, atol=1e-7)
     # What the solver takes of it is a direction of descent.
@@ -278,7 +279,7 @@ def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact
     model = gauss_newton.LocalModel(rows, program.D, H, A, outputs, 1.0)
     prepared = gauss_newton.prepare(rows, m, jax.random.key(0), SETTINGS)
     made = gauss_newton.Preconditioner.of(prepared, model, jnp.asarray(N), jnp.asarray(damping))
-    R = gauss_newton.Step(rng.normal(size=(d, m)), model.tangent(rng.normal(size=(m, C))), rng.normal(size=C))
+    R = gauss_newton.Step(rng.normal(size=(d, m)), gauss_newton.tangent(rng.normal(size=(m, C)), A), rng.normal(size=C))
     got = made.divide(R)
     h = np.asarray(rows.mean_curvature(outputs))
     M = (D.T * h) @ D * (A @ A.T) + n * damping * np.eye(m)
@@ -286,7 +287,7 @@ def test_the_preconditioner_is_the_kronecker_system_where_the_sketches_are_exact
     np.testing.assert_allclose(got.U, np.linalg.solve(system, R.U.ravel()).reshape(d, m), atol=1e-6)
     H = np.asarray(rows.center(H))
     kernel = (H.T * (h + damping)) @ H + np.diag(N)
-    np.testing.assert_allclose(got.W, model.tangent(np.linalg.solve(kernel, R.W)), atol=1e-6)
+    np.testing.assert_allclose(got.W, gauss_newton.tangent(np.linalg.solve(kernel, R.W), A), atol=1e-6)
     np.testing.assert_allclose(got.b, R.b / (np.asarray(rows.weight) @ (h + damping)))
 
 
@@ -416,6 +417,16 @@ def test_a_step_hands_on_one_network_and_the_damping_of_its_length():
         jax.tree.map(
             np.testing.assert_array_equal, (left.U, left.A, left.b, left.Z), (before.U, before.A, before.b, before.Z)
         )
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10, 19, 20])
+def test_sums_and_maps_over_pieces_are_those_over_all_rows(piece):
+    rows, _ = rows_and_basis(2, n=20)
+    pieces = dataclasses.replace(rows, piece=piece)
+    rng = np.random.default_rng(0)
+    Z, T = (jnp.asarray(rng.normal(size=(20, k))) for k in (3, 2))
+    np.testing.assert_allclose(pieces.summed(blocks.adjoint, Z, T), Z.T @ T, atol=1e-12)
+    np.testing.assert_array_equal(pieces.mapped(lambda Z, T: Z[:, :1] * T, Z, T), Z[:, :1] * T)
 
 
 def test_of_many_dead_neurons_the_first_are_revived_and_the_others_stay():

@@ -427,6 +427,22 @@ def test_rows_that_pad_change_nothing_but_rounding(loss, n, monkeypatch):
             np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("loss", ["squared", "softmax"])
+@pytest.mark.parametrize("rows_at_once", [7, 100])
+def test_rows_in_pieces_change_nothing_but_rounding(loss, rows_at_once, monkeypatch):
+    X, y = random_problem(3, n=301, C=3, dtype="float64")
+    y = y if loss == "squared" else y.argmax(axis=1)
+    some = cf.Refreshed(few_rows=64, least_sample=32, window=2, sampled_tol=1.0)  # samples at first, then all rows
+    solver = cf.Cronos(loss=loss, tol=0.0, max_iters=12, beta_ratio=0.2, refreshed=some)
+    with jax.enable_x64(True):
+        whole = solver.solve(X, y, hidden=5, key=jax.random.key(1)).stats
+        monkeypatch.setattr(coordinates, "_MANY_BYTES", 0)
+        monkeypatch.setattr(coordinates, "_PIECE_BYTES", rows_at_once * 5 * 8)
+        in_pieces = solver.solve(X, y, hidden=5, key=jax.random.key(1)).stats
+    np.testing.assert_allclose(in_pieces.objective_trace, whole.objective_trace, rtol=1e-8)
+    assert int(whole.cg_steps) > 12 * some.cg_steps
+
+
 @dataclasses.dataclass(frozen=True)
 class Poisson(cf.Loss):
     """Of a mean that is the output itself: infinite at 0, where a row of no weight has its output."""

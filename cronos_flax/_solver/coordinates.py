@@ -6,11 +6,13 @@ the Gram matrix. Nothing is centred: that would change what weight decay means.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from cronos_flax._solver.blocks import Blocks, fold
@@ -19,11 +21,13 @@ from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.sample import Sample
 from cronos_flax._solver.types import Design, Neurons, Outputs, RowVector, Scalar
 
+_MANY_BYTES, _PIECE_BYTES = 2**23, 2**21  # more than a cache holds, and what it holds
+
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["X", "Y", "root", "order", "length"],
-    meta_fields=["loss", "output_bias", "place"],
+    meta_fields=["loss", "output_bias", "place", "piece"],
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -41,6 +45,7 @@ class Rows:
             weight, where they lie on several devices; None for all places in their own order.
         length: how many of the places come before those of rows of weight zero that pad the others; None for all.
         place: how the rows are sharded over devices; None where they are on one, and where it is not known.
+        piece: how many rows :meth:`summed` and :meth:`mapped` take at a time; None for all of them.
     """
 
     X: Design | Blocks
@@ -51,6 +56,62 @@ class Rows:
     order: Int[Array, " k"] | None = None
     length: Int[Array, ""] | None = None
     place: NamedSharding | None = None
+    piece: int | None = None
+
+    def in_pieces(self, m: int) -> "Rows":
+        """The same with a ``piece``, where arrays with an entry for each row and neuron are far larger than a cache.
+
+        Of rows on one CPU: elsewhere pieces would be computed one after the other for nothing.
+
+        Args:
+            m: neurons.
+        """
+        place, bytes_of_row = self.root.sharding, m * self.root.dtype.itemsize
+        if not isinstance(place, SingleDeviceSharding) or len(self.Y) * bytes_of_row < _MANY_BYTES:
+            return self
+        device: Any = next(iter(place.device_set))
+        piece = max(1, _PIECE_BYTES // bytes_of_row) if device.platform == "cpu" else None
+        return dataclasses.replace(self, piece=piece)
+
+    def summed(self, of: Callable[..., Array], *of_rows: Array) -> Array:
+        """``of(*of_rows)``, a sum over rows that is zero for rows of zeros, piece by piece."""
+        count, size = self._pieces
+        if count == 1:
+            return of(*of_rows)
+
+        def add(i: Array, total: Array) -> Array:
+            start, rows = self._piece(i, of_rows)
+            is_new = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+            return total + of(*(jnp.where(jnp.expand_dims(is_new, range(1, part.ndim)), part, 0) for part in rows))
+
+        like = jax.eval_shape(of, *of_rows)
+        return jax.lax.fori_loop(0, count, add, jnp.zeros(like.shape, like.dtype))
+
+    def mapped(self, of: Callable[..., Array], *of_rows: Array) -> Array:
+        """``of(*of_rows)``, row by row, piece by piece."""
+        count, _ = self._pieces
+        if count == 1:
+            return of(*of_rows)
+
+        def put(i: Array, made: Array) -> Array:
+            start, rows = self._piece(i, of_rows)
+            return jax.lax.dynamic_update_slice_in_dim(made, of(*rows), start, 0)
+
+        like = jax.eval_shape(of, *of_rows)
+        return jax.lax.fori_loop(0, count, put, jnp.zeros(like.shape, like.dtype))
+
+    @property
+    def _pieces(self) -> tuple[int, int]:
+        """How many pieces there are, and how many rows each has."""
+        n = len(self.Y)
+        count = 1 if self.piece is None else -(-n // self.piece)
+        return count, -(-n // count)
+
+    def _piece(self, i: Array, of_rows: tuple[Array, ...]) -> tuple[Array, list[Array]]:
+        """Where a piece starts, and its rows; the last one overlaps the one before."""
+        n, (_, size) = len(self.Y), self._pieces
+        start = jnp.minimum(i * size, n - size)
+        return start, [jax.lax.dynamic_slice_in_dim(rows, start, size) for rows in of_rows]
 
     def sample(self, index: Int[Array, " k"]) -> Sample:
         """Where the rows with these numbers are."""

@@ -15,6 +15,7 @@ approximation. They begin along the last step, so that rough solutions of one sy
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -25,7 +26,8 @@ from jaxtyping import Array, Float, Int
 from cronos_flax._solver.blocks import adjoint, fold
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.numerics import conjugate_gradient, or_one, sketch, test_matrix
-from cronos_flax._solver.program import norms
+from cronos_flax._solver.program import norms, through_gates
+from cronos_flax._solver.sample import Sample
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
 
@@ -147,6 +149,26 @@ class Effect(NamedTuple):
     B: Outputs | None
 
 
+class Here(NamedTuple):
+    """Where a network is, on some rows.
+
+    Args:
+        Z: pre-activations; of a neuron that is zero, those of the gates it has.
+        scale: ``1/‖uᵢ‖``, floored; 0 for neurons that are zero.
+        A: output directions.
+        outputs: those of the network.
+    """
+
+    Z: Activations
+    scale: Float[Array, " m"]
+    A: Directions
+    outputs: Outputs
+
+    def take(self, some: Sample) -> "Here":
+        """The same on fewer rows."""
+        return self._replace(Z=some.take(self.Z), outputs=some.take(self.outputs))
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "D", "H", "A", "outputs", "stretch"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class LocalModel:
@@ -168,12 +190,12 @@ class LocalModel:
     outputs: Outputs
     stretch: Scalar | float
 
-    def take(self, index: Int[Array, " k"]) -> Self:
-        """The same on fewer rows."""
-        some = self.rows.sample(index)
-        H = None if self.H is None else some.take(self.H)
-        D, outputs, stretch = some.take(self.D), some.take(self.outputs), self.stretch * self.rows.count / len(index)
-        return dataclasses.replace(self, rows=self.rows.take(index), D=D, H=H, outputs=outputs, stretch=stretch)
+    @classmethod
+    def of(cls, rows: Rows, here: Here, stretch: Scalar | float) -> Self:
+        """Of the network at these rows."""
+        D = here.Z > 0
+        H = None if here.A.shape[1] == 1 else jnp.where(D, here.Z, 0) * here.scale[None, :]
+        return cls(rows, D, H, here.A, here.outputs, stretch)
 
     def effect(self, delta: Step) -> Effect:
         """``J₁ δ``."""
@@ -182,8 +204,11 @@ class LocalModel:
 
     def effect_adjoint(self, effect: Effect) -> Step:
         """``J₁*``, onto steps that leave the directions' lengths."""
-        W = None if self.H is None or effect.Y is None else self.tangent(adjoint(self.H, effect.Y))
-        return Step(adjoint(self.rows.X, effect.Z), W, None if effect.B is None else self.rows.root @ effect.B)
+        W = None
+        if self.H is not None and effect.Y is not None:
+            W = tangent(self.rows.summed(adjoint, self.H, effect.Y), self.A)
+        B = None if effect.B is None else self.rows.root @ effect.B
+        return Step(adjoint(self.rows.X, effect.Z), W, B)
 
     def outputs_of(self, effect: Effect) -> Outputs:
         """``J₂``."""
@@ -194,27 +219,36 @@ class LocalModel:
     def outputs_adjoint(self, R: Outputs) -> Effect:
         """``J₂*``."""
         T = self.rows.center(R)
-        # One output needs no product of matrices, which would cost more than the memory it writes.
-        Z = jnp.where(self.D, T * self.A.T if T.shape[1] == 1 else T @ self.A.T, 0)
+        Z = through_gates(self.D, T, self.A)
         return Effect(Z, None if self.H is None else T, R if self.rows.output_bias else None)
 
-    def tangent(self, W: Directions) -> Directions:
-        """W without what only lengthens a direction."""
-        return W - jnp.sum(W * self.A, axis=1, keepdims=True) * self.A
+
+def tangent(W: Directions, A: Directions) -> Directions:
+    """W without what only lengthens the directions A."""
+    return W - jnp.sum(W * A, axis=1, keepdims=True) * A
 
 
-def gradient(model: LocalModel, beta: Scalar, U: Neurons) -> Step:
-    """Of the regularised loss; at ``uᵢ = 0`` the subgradient of least norm."""
-    g, W, b = model.effect_adjoint(model.outputs_adjoint(model.rows.gradient(model.outputs)))
+def gradient(rows: Rows, here: Here, beta: Scalar, U: Neurons) -> Step:
+    """Of the regularised loss; at ``uᵢ = 0`` the subgradient of least norm.
+
+    By ``J*`` as in :class:`LocalModel`, but without its arrays D and H.
+    """
+    A, R = here.A, rows.gradient(here.outputs)
+    T, W = rows.center(R), None
+    if A.shape[1] > 1:
+        W = rows.summed(lambda Z, T: adjoint(jax.nn.relu(Z), T), here.Z, T)
+        W = tangent(here.scale[:, None] * W, A)
+    g = adjoint(rows.X, through_gates(here.Z > 0, T, A))
     size, slope = norms(U), norms(g)
     shrunk = g * (jnp.maximum(slope - beta, 0) / or_one(slope))[None, :]
     lives = (size > 0)[None, :]
-    return Step(jnp.where(lives, g + beta * U / jnp.where(lives, size[None, :], 1), shrunk), W, b)
+    U = jnp.where(lives, g + beta * U / jnp.where(lives, size[None, :], 1), shrunk)
+    return Step(U, W, rows.root @ R if rows.output_bias else None)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["features", "neurons", "kernel", "root", "bias", "model"],
+    data_fields=["features", "neurons", "kernel", "root", "bias", "A"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +270,7 @@ class Preconditioner:
         kernel: the spectrum of ``N^-½ Hᵀ (h + μ) H N^-½``; None with one output.
         root: the diagonal of ``N^-½``.
         bias: ``1ᵀ (h + μ) 1``.
-        model: whose tangents the kernel's steps lie in.
+        A: output directions, across which the kernel's steps lie.
     """
 
     features: Spectrum
@@ -244,7 +278,7 @@ class Preconditioner:
     kernel: Spectrum | None
     root: Float[Array, " m"]
     bias: Scalar
-    model: LocalModel
+    A: Directions
 
     @classmethod
     def of(cls, prepared: Prepared, model: LocalModel, N: Float[Array, " m"], damping: Scalar) -> Self:
@@ -264,7 +298,7 @@ class Preconditioner:
             both = jax.vmap(Spectrum.of, (0, 0, None))(images, traces, test)
             neurons, kernel = (jax.tree.map(lambda part, i=i: part[i], both) for i in range(2))
         bias = model.stretch * (rows.weight @ (h + damping))
-        return cls(prepared.features, neurons, kernel, root, bias, model)
+        return cls(prepared.features, neurons, kernel, root, bias, A)
 
     def divide(self, R: Step) -> Step:
         """The inverse applied to R."""
@@ -276,13 +310,13 @@ class Preconditioner:
         W = R.W
         if self.kernel is not None and W is not None:
             root = self.root[:, None]
-            W = self.model.tangent(root * self.kernel.resolvent(jnp.ones((), U.dtype), (root * W).T).T)
+            W = tangent(root * self.kernel.resolvent(jnp.ones((), U.dtype), (root * W).T).T, self.A)
         return Step(U, W, None if R.b is None else R.b / self.bias)
 
 
 def direction(
-    model: LocalModel,
     sampled: LocalModel,
+    whole: Callable[[], LocalModel] | None,
     prepared: Prepared,
     beta: Scalar,
     damping: Scalar,
@@ -294,10 +328,10 @@ def direction(
 ) -> tuple[Step, Int[Array, ""]]:
     """The Levenberg–Marquardt step δ for a gradient g, roughly; and the conjugate-gradient steps it took.
 
-    With the curvature on all rows, or, if it need not be precise, on some of them. Conjugate gradients begin along the
-    last step, zero for none.
+    With the curvature on some rows, or, if it is to be precise, on all of them, which is made only then (None: the same
+    ones). Conjugate gradients begin along the last step, zero for none.
     """
-    last = Step(last.U, None if last.W is None else model.tangent(last.W), last.b)
+    last = Step(last.U, None if last.W is None else tangent(last.W, sampled.A), last.b)
     N = damping + beta / floored(U, settings)
     preconditioner = Preconditioner.of(prepared, sampled, N, damping)
     max_steps = jnp.where(precise, settings.precise_cg_steps, settings.cg_steps)
@@ -320,11 +354,11 @@ def direction(
             tol=settings.cg_tol,
         )
 
-    if model is sampled:
-        return solve(model)
+    if whole is None:
+        return solve(sampled)
     if isinstance(precise, bool):
-        return solve(model if precise else sampled)
-    return jax.lax.cond(precise, lambda: solve(model), lambda: solve(sampled))
+        return solve(whole() if precise else sampled)
+    return jax.lax.cond(precise, lambda: solve(whole()), lambda: solve(sampled))
 
 
 def floored(U: Neurons, settings: Refreshed) -> Float[Array, " m"]:

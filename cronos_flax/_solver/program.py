@@ -67,9 +67,7 @@ class Program:
 
     def Ft(self, R: Outputs) -> Activations:
         """The adjoint of :meth:`F`: ``D ∘ (P R Aᵀ)``."""
-        R = self.rows.center(R)
-        # One output needs no product of matrices, which would cost more than the memory it writes.
-        return jnp.where(self.D, R * self.A.T if R.shape[1] == 1 else R @ self.A.T, 0)
+        return through_gates(self.D, self.rows.center(R), self.A)
 
     def G(self, Z: Activations | Scalar) -> Activations | Scalar:
         """``(2D − 1) ∘ Z``, its own adjoint and inverse; without cones the number zero."""
@@ -90,6 +88,12 @@ class Program:
     def objective(self, U: Neurons, b: Bias, Z: Activations) -> Scalar:
         """The program's objective at U and b, given ``Z = X U``."""
         return self.rows.value(self.outputs(Z, b)) + self.beta * jnp.sum(norms(U))
+
+
+def through_gates(D: Gates, R: Outputs, A: Directions) -> Activations:
+    """``D ∘ (R Aᵀ)``."""
+    # One output needs no product of matrices, which would cost more than the memory it writes.
+    return jnp.where(D, R * A.T if R.shape[1] == 1 else R @ A.T, 0)
 
 
 def activated(Z: Activations, D: Gates | None) -> Activations:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 from cronos_flax._solver.blocks import adjoint
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.gauss_newton import (
+    Here,
     LocalModel,
     Prepared,
     Step,
@@ -205,16 +206,20 @@ def step(
         known: the same, where it is known when the step is compiled.
     """
     U, A, b = jnp.where((norms(alive.U) > prepared.least)[None, :], alive.U, 0), alive.A, alive.b
-    D, Z = alive.Z > 0, jnp.where((norms(U) > 0)[None, :], alive.Z, 0)
-    size = floored(U, settings)
-    H = jnp.where(D, Z, 0) / size[None, :] if A.shape[1] > 1 else None
-    model = LocalModel(rows, D, H, A, alive.outputs, 1.0)
-    sampled = model if index is None else model.take(index)
-    g = gradient(model, beta, U)
+    lives, size = norms(U) > 0, floored(U, settings)
+    here = Here(alive.Z, jnp.where(lives, 1 / size, 0), A, alive.outputs)
+
+    def around(index: Int[Array, " k"] | None) -> LocalModel:
+        if index is None:
+            return LocalModel.of(rows, here, 1.0)
+        return LocalModel.of(rows.take(index), here.take(rows.sample(index)), rows.count / len(index))
+
+    sampled, whole = around(index), None if index is None else lambda: around(None)
     decided = known if precise is None else precise
     assert decided is not None
-    last = iterate.last._replace(U=jnp.where((norms(U) > 0)[None, :], iterate.last.U, 0))
-    delta, cg_steps = direction(model, sampled, prepared, beta, iterate.damping, U, g, last, decided, settings)
+    g = gradient(rows, here, beta, U)
+    last = iterate.last._replace(U=jnp.where(lives[None, :], iterate.last.U, 0))
+    delta, cg_steps = direction(sampled, whole, prepared, beta, iterate.damping, U, g, last, decided, settings)
     A_delta = jnp.zeros_like(A) if delta.W is None else delta.W / size[:, None]
     Z_delta = rows.X @ delta.U
 
@@ -225,20 +230,24 @@ def step(
             None if b is None or delta.b is None else b + length * delta.b,
         )
 
+    def further(length: Scalar, Z: Activations, Z_delta: Activations) -> Activations:
+        return jnp.where(lives[None, :], Z, 0) + length * Z_delta
+
     def reached(length: Scalar) -> tuple[Scalar, Outputs]:
         U, A, b = moved(length)
-        outputs = network_outputs(rows, A, b, Z + length * Z_delta)
+        made = rows.mapped(lambda *Z: jax.nn.relu(further(length, *Z)) @ A, alive.Z, Z_delta)
+        outputs = rows.center(made) + rows.constant(b)
         return objective_of(rows, outputs, A, beta, U), outputs
 
     estimate = None
     if tried is not None:
         some, share = rows.take(tried), beta * (len(tried) / rows.count)
         at = rows.sample(tried)
-        Z_some, Z_delta_some = at.take(Z), at.take(Z_delta)
+        Z_some, Z_delta_some = at.take(alive.Z), at.take(Z_delta)
 
         def estimate(length: Scalar) -> Scalar:
             U, A, b = moved(length)
-            return network_objective(some, A, b, share, U, Z_some + length * Z_delta_some)
+            return network_objective(some, A, b, share, U, further(length, Z_some, Z_delta_some))
 
     chosen, value, outputs = search(reached, estimate, (iterate.objective, iterate.outputs), settings)
     length = jnp.asarray(settings.step_lengths, U.dtype)[chosen]
@@ -250,7 +259,7 @@ def step(
         U=U,
         A=A / growth[:, None],
         b=b,
-        Z=(Z + length * Z_delta) * growth[None, :],
+        Z=further(length, alive.Z, Z_delta) * growth[None, :],
         outputs=outputs,
         objective=value,
         has_dead=jnp.any(dead(U)),

@@ -319,6 +319,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
     begun = begun.with_targets(asked.targets)
     problem, settings = begun.problem, begun.problem.refreshed
     rows, beta, total = problem.rows, problem.beta, problem.total_weight
+    rows = rows.in_pieces(first.A.shape[0]) if control is OnHost else rows
     tol, total_seen, null = control.seen((problem.tol, total, begun.null))
     if not isinstance(asked.start, RefreshedState):
         is_far = control.seen(first.objective) / _FAR > null
