@@ -8,8 +8,10 @@ EfficientNet-Lite0, a linen model, whose batch norms keep their statistics. Ever
 from the first pass through the backbone on. These are CPU seconds of the process, so that other work beside it does not
 count: run it on one core (``taskset -c 0``). The directory of ``--cache`` gets the rows and what ``compare`` writes,
 which it goes on from; then all rows are written to the file of ``--out``.
-``--out docs/benchmarks/few_shot.jsonl.gz``, without ``--cache``, prints the table of the kept rows. ``--unguarded``
-runs CRONOS-AM without its guard; give it a file of its own.
+``--out docs/benchmarks/few_shot.jsonl.gz``, without ``--cache``, prints the tables of the kept rows: scores; seconds;
+CRONOS-AM less each other method, paired by the draw of the rows, ± standard error; and, by rate, scores and differences
+at the end of the run, and what the guard rejected. ``--unguarded`` runs CRONOS-AM without its guard; give it a file of
+its own, which ``--besides`` adds to the tables.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from paired import difference, mean
 from rows import Row, kept, parser
 from sentences import example as text
 from sentences import texts_of
@@ -37,9 +41,13 @@ import cronos_flax as cf
 from cronos_flax._alternation.step_limit import limited
 from cronos_flax.compare import cli, methods, shots, style
 from cronos_flax.compare.data import load_tfds
+from cronos_flax.compare.summaries import Cell, Summary, last, peak, summaries
+from cronos_flax.compare.tables import markdown
 
 WEIGHTS = "FEW_SHOT_WEIGHTS"  # the environment variable that tells the factories, which compare imports by name
-METHODS = "cronos-ft", "cronos-ft:adam", "lp-ft:adam", "lp-ft:adam+cosine", "adam+cosine", "cronos", "linear-probe"
+SWEPT = "cronos-ft:adam"  # CRONOS-AM at several rates
+OURS, UNGUARDED = ("cronos-ft", SWEPT), f"{SWEPT}, without its guard"
+METHODS = *OURS, "lp-ft:adam", "lp-ft:adam+cosine", "adam+cosine", "cronos", "linear-probe"
 # With the decay of CRONOS-AM, and with its limit of steps too: what is left is due to the solves, and to the guard.
 CONTROLS = "lp-ft:adam+wsd", "lp-ft:limited_adam+wsd"
 
@@ -151,6 +159,7 @@ def main() -> None:
     made.add_argument("--rates", type=int, default=7)
     made.add_argument("--methods", nargs="+")
     made.add_argument("--unguarded", action="store_true", help="CRONOS-AM without its guard, and nothing else")
+    made.add_argument("--besides", type=Path, help="rows of --unguarded, for the tables")
     made.add_argument("--picture", type=Path, help="path of a picture of the rates")
     args = made.parse_args()
     if args.cache is not None:
@@ -159,7 +168,7 @@ def main() -> None:
         time.perf_counter = time.process_time  # the clock of compare
         methods.BASELINES["limited_adam"] = methods.Baseline(limited_adam, -4.5, -1.5)
         setting, where = SETTINGS[args.name], args.cache / f"few_shot-{args.name}{'-unguarded' * args.unguarded}"
-        names = args.methods or (("cronos-ft:adam",) if args.unguarded else (*METHODS, *CONTROLS))
+        names = args.methods or ((SWEPT,) if args.unguarded else (*METHODS, *CONTROLS))
         if args.unguarded:
             cf.CronosTrainState.create = functools.partial(cf.CronosTrainState.create, guard=False)
         data = f"--dataset {file_of(args.name, args)} --scaling none --batch-size 32 --validation {setting.held}"
@@ -168,15 +177,16 @@ def main() -> None:
         how = f"--model few_shot:{setting.model} --methods {','.join(names)} --out {where}"
         cli.main(["compare", *data.split(), *runs.split(), *how.split()])
         args.out.write_text("".join(path.read_text() for path in sorted(where.glob("shots-*/results.jsonl"))))
+    rows = kept(args.out)
+    rows += [] if args.besides is None else [{**row, "method": UNGUARDED} for row in kept(args.besides)]
     sweeps: dict[int, list[Any]] = {}
-    for row in whole(kept(args.out)):
+    for row in whole(rows):
         sweeps.setdefault(row["shots"], []).append(row)
     print(shots.table(sweeps))
-    for rows in sweeps.values():
-        ends = by_rate(rows)
-        table(ends)
+    for swept in sweeps.values():
+        report(swept)
         if args.picture is not None:
-            draw(ends, f"{args.name}, test accuracy at the end of the run", args.picture)
+            draw(by_rate(summaries(swept)), f"{args.name}, test accuracy at the end of the run", args.picture)
 
 
 def whole(rows: list[Row]) -> list[Row]:
@@ -186,33 +196,89 @@ def whole(rows: list[Row]) -> list[Row]:
     return [row for row in rows if all((*cell, row["seed"]) in done for cell in cells)]
 
 
-def by_rate(rows: list[Row]) -> dict[str, dict[float, float]]:
-    """Test accuracy in % at the end of the run of the methods that train at several rates, mean over seeds."""
-    last = {(row["method"], row["rate"], row["seed"]): 100 * row["test_accuracy"] for row in rows}  # the last check
-    ends: dict[str, dict[float, list[float]]] = {}
-    for (method, rate, _), end in last.items():
-        if "adam" in method:
-            ends.setdefault(method, {}).setdefault(rate, []).append(end)
-    return {method: {rate: float(np.mean(its[rate])) for rate in sorted(its)} for method, its in ends.items()}
+def report(rows: list[Row]) -> None:
+    """Print what the table of scores leaves out: differences, all rates, epochs, and what the guard rejected."""
+    found = summaries(rows)
+    print("Rate and epoch chosen on validation rows; differences ± standard error over draws; epochs of all runs:\n")
+    chosen(found, peak)
+    print("The rate with the best validation score at the end of the run, and the last epoch:\n")
+    chosen(found, last)
+    ends = by_rate(found)
+    if SWEPT not in ends:
+        return
+    rates, ours = list(ends[SWEPT]), ends[SWEPT]
+    heads = [f"{rate:.3g}" for rate in rates]
+    print("Test accuracy at the end of the run, by rate:\n")
+    scores = {name: [mean(cells[rate], "test", last) for rate in rates] for name, cells in ends.items()}
+    lines = {name: [*(f"{end:.1f}" for end in its), f"{max(its) - min(its):.1f}"] for name, its in scores.items()}
+    printed(["method", *heads, "highest less lowest"], lines)
+    print(f"{SWEPT} less each other method at the same rate, at the end of the run:\n")
+    others = {name: cells for name, cells in ends.items() if name != SWEPT}
+    less = {n: [difference(ours[rate], its[rate], "test", last) for rate in rates] for n, its in others.items()}
+    printed(["less", *heads], less)
+    if all("rejections" in last(run) for cell in ours.values() for run in cell.values()):
+        print(f"What the guard of {SWEPT} rejected:\n")
+        guarded = {f"{rate:.3g}": judged(cell) for rate, cell in ours.items()}
+        printed(["rate", "runs", "solves of a run", "rejected solves", "in runs", "as their last solve"], guarded)
 
 
-def table(ends: dict[str, dict[float, float]]) -> None:
-    """Print what :func:`by_rate` gives, and the range over rates."""
-    rates = list(next(iter(ends.values())))
-    print("At the end of the run, whatever validation says, by rate:\n")
-    print(f"| method | {' | '.join(f'{rate:g}' for rate in rates)} | highest less lowest |")
-    print("|---" * (len(rates) + 2) + "|")
-    for method, its in ends.items():
-        cells = [method, *(f"{its[rate]:.1f}" for rate in rates), f"{max(its.values()) - min(its.values()):.1f}"]
-        print(f"| {' | '.join(cells)} |")
+def chosen(found: list[Summary], which: Callable[[list[Row]], Row]) -> None:
+    """Print each method at the rate that validation rows choose, and what CRONOS-AM has more there.
+
+    Args:
+        found: the methods.
+        which: the check of a run that counts.
+    """
+    cells = {m.method: max(m.cells, key=lambda cell: mean(cell, "validation", which)) for m in found}
+    ours = [name for name in OURS if name in cells]
+    lines = {}
+    for method in found:
+        cell = cells[method.method]
+        rate = next(iter(cell.values()))[0]["rate"]
+        lines[method.method] = [
+            "–" if rate is None else f"{rate:.3g}",
+            f"{mean(cell, 'test', which):.2f}",
+            *("" if name == method.method else difference(cells[name], cell, "test", which) for name in ours),
+            span([last(run)["epoch"] for run in method.runs()]) if "step" in last(method.runs()[0]) else "–",
+        ]
+    printed(["method", "rate, or C", "test", *(f"{name} less it" for name in ours), "epochs"], lines)
 
 
-def draw(ends: dict[str, dict[float, float]], title: str, path: Path) -> None:
+def by_rate(found: list[Summary]) -> dict[str, dict[float, Cell]]:
+    """The cells, from the lowest rate on, of the methods that train all layers at several rates."""
+    swept = (method for method in found if "adam" in method.method)
+    return {method.method: dict(sorted(zip(method.rates, method.cells, strict=True))) for method in swept}
+
+
+def judged(cell: Cell) -> list[str]:
+    """Runs, solves of one, rejected solves, runs that have any, and runs whose last solve is one."""
+    ends = [last(run) for run in cell.values()]
+    counts = (
+        sum(end["rejections"] for end in ends),
+        sum(end["rejections"] > 0 for end in ends),
+        sum(not end["accepted"] for end in ends),
+    )
+    return [f"{len(ends)}", span([end["solves"] for end in ends]), *map(str, counts)]
+
+
+def span(counts: list[int]) -> str:
+    """The lowest and the highest."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def printed(heads: list[str], lines: dict[str, list[str]]) -> None:
+    """Print a table."""
+    print("\n".join(markdown(heads, [[name, *cells] for name, cells in lines.items()])) + "\n")
+
+
+def draw(ends: dict[str, dict[float, Cell]], title: str, path: Path) -> None:
     """Save a picture of the same."""
     looks = zip((style.OURS, *style.COLORS), ("*", *style.MARKERS), strict=False)
     with style.styled(7.2, 3.6) as figure:
         ax, labels = figure.subplots(), []
-        for (method, its), (color, marker) in zip(ends.items(), looks, strict=False):
+        for (method, cells), (color, marker) in zip(ends.items(), looks, strict=False):
+            its = {rate: mean(cell, "test", last) for rate, cell in cells.items()}
             ours = color == style.OURS
             ax.plot(list(its), list(its.values()), marker=marker, color=color, linewidth=2.4 if ours else 1.3)
             labels.append(style.Label(max(its), its[max(its)], method, color, ours))

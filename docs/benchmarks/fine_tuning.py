@@ -6,8 +6,9 @@ ResNet-20 with weights of CIFAR-10, on 1,000 images of Fashion-MNIST; 1,000 imag
 every epoch. All methods train everything by Adam, at four rates. CRONOS-AM solves the head first, and has its
 defaults; LP-FT begins with logistic regression, its strength chosen by cross-validation: on the network without a
 hidden layer, or, "two layers", in the head of CRONOS-AM, on the features that its first solve sees. Every run is one
-row of the file, written when it is done; rows that are there are not run again. Ends with the table;
-``--out docs/benchmarks/fine_tuning.jsonl.gz`` prints that of the kept rows.
+row of the file, written when it is done; rows that are there are not run again. Ends with the tables, of scores and of
+CRONOS-AM less each other method, seed by seed; ``--out docs/benchmarks/fine_tuning.jsonl.gz`` prints those of the kept
+rows.
 """
 
 import functools
@@ -30,6 +31,7 @@ from cronos_flax._alternation.backbone import rated
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.frozen import Linear, in_head
 from cronos_flax.compare.methods import BaselineState
+from cronos_flax.compare.tables import markdown
 
 ROWS, SCORED, BATCH, HIDDEN, CLASSES = 1000, 1000, 50, 64, 10
 EPOCHS, OURS_EPOCHS = 10, 9  # of about the same CPU time
@@ -157,23 +159,71 @@ def run(name: str, seed: int, *, data_dir: Path, weights: Path) -> Row:
     }
 
 
-def table(rows: list[Row]) -> None:
-    """Print accuracy during training and at its end, mean over seeds, and CPU seconds."""
-    print("| method | seeds | after 1 epoch | after 2 | after 4 | at the end | epochs | CPU s | rejected |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name in METHODS:
-        own = [row for row in rows if row["method"] == name]
-        if own:
-            after = (np.mean([row["accuracy"][at] for row in own]) for at in (0, 1, 3))
-            ends = [row["accuracy"][-1] for row in own]
-            cells = [name, f"{len(own)}", *(f"{value:.1f}" for value in after)]
-            cells += [f"{np.mean(ends):.2f} ({', '.join(f'{end:.1f}' for end in ends)})", f"{len(own[0]['accuracy'])}"]
-            cells += [f"{np.mean([row['cpu'] for row in own]):.0f}", f"{sum(row['rejections'] for row in own)}"]
-            print(f"| {' | '.join(cells)} |")
+def report(rows: list[Row]) -> None:
+    """Print accuracy during training and at its end by rate, what CRONOS-AM has more, and what runs cost."""
+    heads, runs = [f"{rate:.2g}" for rate in RATES], cells(rows)
+    for title, epoch in ("one epoch", 0), ("four epochs", 3), ("the last epoch", -1):
+        scores = {
+            name: {rate: {seed: row["accuracy"][epoch] for seed, row in cell.items()} for rate, cell in its.items()}
+            for name, its in runs.items()
+        }
+        printed(f"Accuracy after {title}, and that of each seed", heads, {n: by_rate(its) for n, its in scores.items()})
+        ours = scores.get(OURS, {})
+        less = {n: by_rate({r: minus(ours.get(r, {}), its[r]) for r in its}) for n, its in scores.items() if n != OURS}
+        printed(f"{OURS} less each other method at the same rate after {title}, and of each seed", heads, less)
+    best = {name: of_two for name, its in scores.items() if (of_two := best_of(its))}
+    ours = best.get(OURS, (0.0, {}))[1]
+    lines = {name: [f"{rate:.2g}", each(its), each(minus(ours, its))] for name, (rate, its) in best.items()}
+    columns = ["rate", "accuracy", f"{OURS} less it"]
+    printed("The best rate at the end, by these test rows, of those with two seeds", columns, lines)
+    costs = {name: cost([row for cell in its.values() for row in cell.values()]) for name, its in runs.items()}
+    printed("Of all runs of a method", ["runs", "epochs", "CPU seconds, mean of a run", "rejected solves"], costs)
+
+
+def cells(rows: list[Row]) -> dict[str, dict[float, dict[int, Row]]]:
+    """The rows by method, rate and seed; methods in their order."""
+    found: dict[str, dict[float, dict[int, Row]]] = {}
+    for name, method in METHODS.items():
+        cell = {row["seed"]: row for row in rows if row["method"] == name}
+        if cell:
+            found.setdefault(name.replace(f" {method.rate:.2g}", ""), {})[method.rate] = cell
+    return found
+
+
+def minus(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
+    """Differences of the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def best_of(scores: dict[float, dict[int, float]]) -> tuple[float, dict[int, float]] | None:
+    """The rate with the highest mean and the scores there, of the rates with more than one seed, if there are any."""
+    several = [(rate, its) for rate, its in scores.items() if len(its) > 1]
+    return max(several, key=lambda item: np.mean([*item[1].values()]), default=None)
+
+
+def by_rate(scores: dict[float, dict[int, float]]) -> list[str]:
+    """What :func:`each` says of each rate."""
+    return [each(scores.get(rate, {})) for rate in RATES]
+
+
+def each(scores: dict[int, float]) -> str:
+    """The mean, and the score of each seed."""
+    return f"{np.mean([*scores.values()]):.2f} ({', '.join(f'{i:.1f}' for i in scores.values())})" if scores else "–"
+
+
+def cost(runs: list[Row]) -> list[str]:
+    """How many runs, how many epochs and CPU seconds one takes, and how many solves were rejected."""
+    seconds, rejected = np.mean([run["cpu"] for run in runs]), sum(run["rejections"] for run in runs)
+    return [f"{len(runs)}", f"{len(runs[0]['accuracy'])}", f"{seconds:.0f}", f"{rejected}"]
+
+
+def printed(title: str, heads: list[str], lines: dict[str, list[str]]) -> None:
+    """Print a table."""
+    print("\n".join([f"{title}:", "", *markdown(["method", *heads], [[n, *its] for n, its in lines.items()]), ""]))
 
 
 def main() -> None:
-    """Run what is missing, print the table."""
+    """Run what is missing, print the tables."""
     made = parser(__file__, __doc__, data=False, weights=True)
     made.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     made.add_argument("--methods", nargs="*", default=list(METHODS), help="some of the methods")
@@ -182,7 +232,7 @@ def main() -> None:
     if given.data_dir is not None:
         do = functools.partial(run, data_dir=given.data_dir, weights=given.weights)
         rows = missing(given.out, ("method", "seed"), ((name, s) for s in given.seeds for name in given.methods), do)
-    table(rows)
+    report(rows)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ from cronos_flax.compare.task import Row
 COLUMNS = [("validation", peak), ("test", peak), ("validation", last), ("test", last)]
 
 
-def differences(ours: Cell, theirs: Cell) -> list[str]:
-    """One figure a column."""
-
-    def one(split: str, which: Callable[[list[Row]], Row]) -> str:
-        each = [score(which(ours[seed]), split) - score(which(theirs[seed]), split) for seed in ours]
-        return f"{np.mean(each):+.2f} ± {np.std(each, ddof=1) / np.sqrt(len(each)):.2f}"
-
-    return [one(*column) for column in COLUMNS]
+def mean(cell: Cell, split: str, which: Callable[[list[Row]], Row]) -> float:
+    """The mean score of a cell on validation or test rows, each run at one of its checks."""
+    return float(np.mean([score(which(checks), split) for checks in cell.values()]))
 
 
-def at_end(cell: Cell) -> float:
-    """The mean validation score at the end."""
-    return float(np.mean([score(last(checks), "validation") for checks in cell.values()]))
+def difference(ours: Cell, theirs: Cell, split: str, which: Callable[[list[Row]], Row]) -> str:
+    """Points of one cell less another, seed by seed, ± the standard error; both must have the same seeds."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"`theirs` must have the seeds of `ours`, {sorted(ours)}, got {sorted(theirs)}.")
+    each = [score(which(ours[seed]), split) - score(which(theirs[seed]), split) for seed in ours]
+    error = f" ± {np.std(each, ddof=1) / np.sqrt(len(each)):.2f}" if len(each) > 1 else ""
+    return f"{np.mean(each):+.2f}{error}"
 
 
 def main(path: str) -> None:
@@ -47,11 +46,15 @@ def main(path: str) -> None:
     for ours, which, cell in references:
         for theirs in methods:
             cells = dict(zip(theirs.rates, theirs.cells, strict=True))
-            compared = {"best": theirs.best, "best at the end": max(theirs.cells, key=at_end)}
+            compared = {
+                "best": theirs.best,
+                "best at the end": max(theirs.cells, key=lambda cell: mean(cell, "validation", last)),
+            }
             compared |= {"at 1": cells[1.0]} if 1.0 in cells else {}
             for name, other in compared.items():
                 if other is not cell:
-                    lines.append([f"{ours.method}, {which}", f"{theirs.method}, {name}", *differences(cell, other)])
+                    each = [difference(cell, other, *column) for column in COLUMNS]
+                    lines.append([f"{ours.method}, {which}", f"{theirs.method}, {name}", *each])
     sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
