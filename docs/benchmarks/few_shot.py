@@ -208,10 +208,11 @@ def report(rows: list[Row]) -> None:
         return
     rates, ours = list(ends[SWEPT]), ends[SWEPT]
     heads = [f"{rate:.3g}" for rate in rates]
-    print("Test accuracy at the end of the run, by rate:\n")
-    scores = {name: [mean(cells[rate], "test", last) for rate in rates] for name, cells in ends.items()}
-    lines = {name: [*(f"{end:.1f}" for end in its), f"{max(its) - min(its):.1f}"] for name, its in scores.items()}
-    printed(["method", *heads, "highest less lowest"], lines)
+    for title, which in ("with the epoch chosen on validation rows", peak), ("at the end of the run", last):
+        print(f"Test accuracy {title}, by rate:\n")
+        scores = {name: [mean(cells[rate], "test", which) for rate in rates] for name, cells in ends.items()}
+        lines = {name: [*(f"{one:.1f}" for one in its), f"{max(its) - min(its):.1f}"] for name, its in scores.items()}
+        printed(["method", *heads, "highest less lowest"], lines)
     print(f"{SWEPT} less each other method at the same rate, at the end of the run:\n")
     others = {name: cells for name, cells in ends.items() if name != SWEPT}
     less = {n: [difference(ours[rate], its[rate], "test", last) for rate in rates] for n, its in others.items()}
