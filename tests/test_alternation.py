@@ -445,3 +445,80 @@ def test_gradients_that_the_optimizer_passes_on_are_told_of_in_nnx():
     with pytest.warns(UserWarning, match="CronosTrainState: `tx` should turn gradients into steps"):
         cf.nnx.CronosTrainState.create(model=model, tx=tx, head=head)
     cf.nnx.CronosOptimizer(model, tx, head=head, alternation=cf.Alternation(head="frozen"))
+
+
+GATHER = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "ademamix": optax.contrib.ademamix(0.1),
+    "madgrad": optax.contrib.madgrad(0.1),
+    "adan": optax.adan(0.1),
+    "sm3": optax.sm3(0.1),
+    "rprop": optax.rprop(0.1),
+    "optimistic": optax.optimistic_gradient_descent(0.1),
+    "optimistic_adam": optax.optimistic_adam_v2(0.1),
+    "apply_every": optax.chain(optax.apply_every(3), optax.sgd(0.1)),
+    "monitor": optax.chain(optax.monitor({"size": optax.tree.norm}), optax.adam(0.1)),
+    "nested": optax.partition(
+        {"all": optax.named_chain(("sm3", optax.sm3(0.1)))}, lambda tree: jax.tree.map(lambda _: "all", tree)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATHER)
+def test_no_optimizer_drags_the_new_head_where_the_old_one_was_going(name):
+    """AdEMAMix, MADGRAD, Adan, SM3, Rprop, optimistic ones and apply_every did; at optax.monitor JAX stopped."""
+    tx, old = GATHER[name], jax.tree.map(jnp.ones_like, PARAMS)
+    update = jax.jit(lambda grads, state, params: tx.update(grads, state, params))
+    state = tx.init(old)
+    for _ in range(2):
+        _, state = update(old, state, old)
+    begun = optimizer_state.begun_anew(state, tx, PARAMS, HEAD.paths)
+    assert jax.tree.structure(begun) == jax.tree.structure(state)
+    assert jax.tree.structure(optimizer_state.gone_back(tx.init(old), state)) == jax.tree.structure(state)
+    updates, _ = update(jax.tree.map(jnp.zeros_like, PARAMS), begun, PARAMS)
+    largest = {layer: max(float(jnp.max(jnp.abs(leaf))) for leaf in updates[layer].values()) for layer in updates}
+    assert max(largest[layer] for layer in KERNELS) < 1e-6
+    assert largest["layers_0"] > 1e-3  # the backbone goes on
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.adagrad(0.1), optax.yogi(0.1), optax.rmsprop(0.1, initial_scale=1.0), optax.rprop(0.1)],
+    ids=["adagrad", "yogi", "rmsprop", "rprop"],
+)
+def test_sizes_of_gradients_stay_whatever_they_begin_with(tx):
+    """Those that begin with another number than zero began anew, so that the head's steps changed their size."""
+    state = jax.tree.map(lambda leaf: leaf + 3, tx.init(PARAMS))
+    begun = optimizer_state.begun_anew(state, tx, PARAMS, HEAD.paths)
+    directions = ("mu", "prev_updates")
+    for (path, now), before in zip(jax.tree_util.tree_leaves_with_path(begun), jax.tree.leaves(state), strict=True):
+        if not any(getattr(entry, "name", None) in directions for entry in path):
+            np.testing.assert_array_equal(now, before)
+
+
+def test_a_new_head_of_zeros_is_one_too():
+    """Schedule-free optimizers, Prodigy and others kept the old parameters where the new ones are zero."""
+    tx, zeros = optax.contrib.schedule_free_adamw(1e-2), jax.tree.map(jnp.zeros_like, PARAMS)
+    begun = optimizer_state.begun_anew(tx.init(PARAMS), tx, zeros, HEAD.paths)
+    for layer in KERNELS:
+        close(begun.z[layer], zeros[layer])
+
+
+def test_an_nnx_optimizer_may_keep_lists():
+    """SM3 has a list for each kernel, in whose place NNX puts a mapping: JAX stopped the solve."""
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(5, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 2, rngs=rngs)
+    model = nnx.Sequential(*layers)
+    optimizer = cf.nnx.CronosOptimizer(
+        model, optax.sm3(0.1), head=cf.nnx.find_head(model, X), solver=cf.Cronos(loss="softmax")
+    )
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        grads = nnx.grad(lambda m: optax.softmax_cross_entropy_with_integer_labels(m(X), Y).mean())(model)
+        optimizer.update(model, grads)
+
+    for _ in range(2):
+        train_step(model, optimizer)
+        solution = optimizer.solve_head(model, (X, Y))
+        np.testing.assert_array_equal(model.layers[4].kernel[...], solution.params.kernel2)

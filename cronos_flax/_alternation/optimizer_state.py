@@ -16,9 +16,14 @@ from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.meshes import in_place_of
 from cronos_flax._solver.transfer import on_device, on_host
 
-# Fields of Optax's states that hold the direction of the next updates; the last two are COCOB's, which steps from where
-# it began.
-_DIRECTIONS = ("mu", "trace", "m", "exp_avg", "acc_grads", "ema", "momentum", "cumulative_gradients", "reward")
+# Fields of Optax's states that hold the direction of the next updates; the last three are MADGRAD's and COCOB's, which
+# step from where they began.
+_DIRECTIONS = (
+    *("mu", "trace", "m", "m1", "m2", "exp_avg", "acc_grads", "grad_acc", "ema", "momentum"),
+    *("prev_updates", "previous_gradient", "s", "cumulative_gradients", "reward"),
+)
+# The same of states in which these names, or others, mean something else.
+_THEIR_DIRECTIONS = {optax.ScaleBySM3State: ("nu",), optax.ScaleByAdanState: ("m", "v", "g")}
 # Fields of Optax's states that schedules and users read, whatever stands beside them.
 _GO_ON = ("hyperparams", "hyperparams_states", "step_count", "gradient_step")
 
@@ -37,7 +42,9 @@ def gone_back(kept: Any, present: Any) -> Any:
     if jax.tree_util.all_leaves([kept]):
         return kept
     old, treedef = _children(kept)
-    new, _ = _children(present)
+    new, now_treedef = _children(present)
+    if treedef != now_treedef:  # what `optax.monitor` measures is there after a first step only
+        return present
     goes_back = any(_is_per_parameter(child) for name, child in old if name not in _GO_ON)
 
     def chosen(name: str | None, before: Any, now: Any) -> Any:
@@ -87,21 +94,26 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
         paths: of the head's two layers.
     """
     size = sum(map(np.size, jax.tree.leaves(params)))
+    with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
+        new = _by_names(_head_at_start(tx, params, paths))
+        others = jax.tree_util.tree_map_with_path(lambda at, p: 2 * p + 1 if _is_inside(at, paths) else p, params)
+        with_others = _by_names(_head_at_start(tx, others, paths))
+    nodes = jax.tree_util.tree_leaves_with_path(present, is_leaf=lambda node: type(node) in _THEIR_DIRECTIONS)
+    theirs = {path: _THEIR_DIRECTIONS[type(node)] for path, node in nodes if type(node) in _THEIR_DIRECTIONS}
 
-    def chosen(path: tuple, now: Any, at_start: Any) -> Any:
-        is_flat = _is_flat(path, now, size)
-        if not is_flat and not _is_inside(path, paths):
+    def chosen(path: tuple, now: Any) -> Any:
+        names, is_flat = _names(path), _is_flat(path, now, size)
+        if names not in new or not (is_flat or _is_inside(path, paths)):
             return now
         heads = _in_row(params, paths) if is_flat else ...
-        is_direction = any(getattr(entry, "name", None) in _DIRECTIONS for entry in path)
-        if not is_direction and not np.any(on_host(at_start)[heads]):
+        directions = next((theirs[path[:n]] for n in range(len(path) + 1) if path[:n] in theirs), _DIRECTIONS)
+        is_direction = any(getattr(entry, "name", None) in directions for entry in path)
+        if not is_direction and np.array_equal(*(of[heads] for of in on_host((new[names], with_others[names])))):
             return now
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
-        return in_place_of(_mixed(on_device(heads), at_start, now) if is_flat else at_start.copy(), now)
+        return in_place_of(_mixed(on_device(heads), new[names], now) if is_flat else new[names].copy(), now)
 
-    with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
-        new = _head_at_start(tx, params, paths)
-    return jax.tree_util.tree_map_with_path(chosen, present, new)
+    return jax.tree_util.tree_map_with_path(chosen, present)
 
 
 def _in_row(params: Any, paths: tuple[Path, Path]) -> np.ndarray:
@@ -178,6 +190,18 @@ def _is_inside(path: tuple, paths: tuple[Path, Path]) -> bool:
         if keys in paths:
             return True
     return False
+
+
+def _by_names(tree: Any) -> dict[Path, Any]:
+    """The leaves of a tree by the fields, keys and indices that lead there.
+
+    After a step, NNX has others in the place of lists, and the state of ``optax.monitor`` more leaves than at first.
+    """
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _names(path: tuple) -> Path:
+    return tuple(getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
 
 
 def _is_masked(node: Any) -> bool:
