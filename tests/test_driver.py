@@ -553,7 +553,7 @@ BAD = {
     "an iterator": (lambda: train(data=iter([(X[:64], Y[:64])])), "must be re-iterable"),
     "a field that is filled by a step": (
         lambda: train(Averaging.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.sgd(0.1)), loss="softmax"),
-        "`apply_gradients` of Averaging must leave as many arrays in the state as it found, .*, got .* Let a field",
+        "`apply_gradients` of Averaging must leave as many arrays .*, got 6 in `average`, 0 before. Let a",
     ),
     "keep_best without validation": (lambda: train(keep_best="validation_loss"), "`validation`, which is not given"),
     "keep_best": (

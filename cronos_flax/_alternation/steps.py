@@ -1,5 +1,6 @@
 """The parts of a training loop that know no schedule: the gradient step, and scoring."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -98,11 +99,13 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
         changed = {"model_state": _as_before(collections, updates)} if collections else {}
         state = with_value(state, value, grads=grads, **changed)
         structures[1:] = [jax.tree.structure(state)]
-        before, after = (each.num_leaves for each in (structure, structures[-1]))
-        if after != before:
+        before, after = (_counts(jax.tree.unflatten(each, range(each.num_leaves))) for each in structures)
+        said = {name: f"{count} in `{name}`, {before[name]} before" for name, count in after.items()}
+        if other := [said[name] for name in after if after[name] != before[name]]:
             raise ValueError(
                 f"train: `apply_gradients` of {type(state).__name__} must leave as many arrays in the state as it "
-                f"found, {before}, got {after}. Let a field that is None at first begin with its arrays."
+                f"found, got {' and '.join(other)}. Let a field that is None at first begin with its arrays. An "
+                "optimizer whose state grows, such as optax.monitor, is for a loop of your own."
             )
         return jax.tree.leaves(at_places(state, places)), value
 
@@ -121,6 +124,12 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
             raise
 
     return step
+
+
+def _counts(state: Any) -> dict[str, int]:
+    """How many arrays each field of a state has."""
+    names = [field.name for field in dataclasses.fields(state) if field.metadata.get("pytree_node", True)]
+    return {name: len(jax.tree.leaves(getattr(state, name))) for name in names}
 
 
 def _as_before(collections: Any, updates: Any) -> Any:
