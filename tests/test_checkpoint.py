@@ -515,3 +515,17 @@ def test_what_flax_pickles_is_pickled_with_its_head_solver_and_solution(again):
     of_nnx = cf.nnx.find_head(net, X)
     features = of_nnx.inputs(net, X)
     np.testing.assert_array_equal(again(of_nnx).inputs(net, X), features)
+
+
+def test_arrays_of_size_zero_come_back(tmp_path):
+    """GaLore has them for biases: Orbax refused them at the first save."""
+    state = {"empty": jnp.zeros((0, 3), jnp.bfloat16), "of NumPy": np.zeros((2, 0)), "full": jnp.arange(3)}
+    cf.save_checkpoint(tmp_path, state, 1)
+    back = cf.restore_checkpoint(tmp_path, jax.tree.map(lambda leaf: leaf + 1, state))
+    for name, leaf in state.items():
+        np.testing.assert_array_equal(back[name], leaf, strict=True)
+        assert type(back[name]) is type(leaf)
+    with pytest.raises(ValueError, match=r"at \['empty'\] it has bfloat16 of shape \(0, 4\), step 1 has .* \(0, 3\)"):
+        cf.restore_checkpoint(tmp_path, state | {"empty": jnp.zeros((0, 4), jnp.bfloat16)})
+    with pytest.raises(ValueError, match="`state` must have arrays"):
+        cf.save_checkpoint(tmp_path, {"empty": state["empty"]}, 2)

@@ -97,7 +97,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     if keep is not None:
         positive_integer("save_checkpoint", "keep", keep)
     leaves = _named(state)
-    if not leaves:
+    if not any(map(np.size, leaves.values())):
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
     for name, leaf in leaves.items():
         if not (leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.number)):
@@ -111,7 +111,8 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
-    return {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
+    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax takes no others
+    return {"state": ocp.args.StandardSave(stored), "meta": ocp.args.JsonSave(meta)}
 
 
 def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None, besides: int | None = None) -> None:
@@ -357,8 +358,10 @@ def _by_orbax(directory: Path, step: int, like: dict[str, Any] | None) -> tuple[
                 target = {
                     name: _target(d, None if like is None else like[name]) for name, d in described["leaves"].items()
                 }
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                leaves = manager.restore(step, args=args).state
+                empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in target.items() if 0 in leaf.shape}
+                stored = {name: leaf for name, leaf in target.items() if name not in empty}
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
+                leaves = {**manager.restore(step, args=args).state, **empty}
         except (_DamagedError, _MisfitError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
