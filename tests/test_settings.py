@@ -22,7 +22,7 @@ SETTINGS = {
     },
     "NaN": {"jax_debug_nans": True},
     "checks": {"jax_enable_checks": True},
-    "x64": {"jax_enable_x64": True},
+    "x64": {"jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict"},  # on arrays of float32
     "no jit": {"jax_disable_jit": True},
 }
 WIDTH, HIDDEN, CLASSES = 5, 6, 3

@@ -102,7 +102,7 @@ def random_like(network: TwoLayer, features: Array, size: float, largest: float)
     """
     rng = np.random.default_rng(0)  # on the host: to compile random numbers for every shape takes long
     draw = jax.tree.map(lambda leaf: on_device(rng.normal(size=jnp.shape(leaf)), float), network)
-    return automatically(_scaled_to, draw, features, on_device(size, jnp.float32), on_device(largest, jnp.float32))
+    return automatically(_scaled_to, draw, features, on_device(size, float), on_device(largest, float))
 
 
 @jax.jit
@@ -111,7 +111,7 @@ def _scaled_to(draw: TwoLayer, features: Array, size: Array, largest: Array) -> 
 
     Of a smaller size, biases with them, where the kernel would else exceed ``largest``.
     """
-    rows = features.reshape(-1, features.shape[-1]).astype(jnp.float32)
+    rows = features.reshape(-1, features.shape[-1]).astype(size.dtype)
     norm = or_one(jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows), axis=1))))
     reached = jnp.minimum(size, largest * norm)
     return TwoLayer(
