@@ -43,6 +43,33 @@ def test_batches_give_what_whole_arrays_give_and_frozen_dicts_stay_frozen():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_a_head_without_a_backbone_takes_integers(dtype):
+    """NumPy stopped the search, as integers have no precision."""
+    rows = np.asarray(jax.random.randint(KEY, (32, 6), 0, 9)).astype(dtype)
+    variables = init(Lie())
+    solver, labels = cf.Cronos(loss="softmax", max_iters=2), np.arange(32) % 4
+    fitted, solution = cf.fit_head(cf.find_head(Lie(), variables, rows), variables, (rows, labels), solver=solver)
+    as_floats = rows.astype("float32")
+    expected, _ = cf.fit_head(cf.find_head(Lie(), variables, as_floats), variables, (as_floats, labels), solver=solver)
+    jax.tree.map(np.testing.assert_array_equal, fitted, expected)
+    beta = float(solution.stats.beta)
+    assert float(solver.objective(solution.params, as_floats, labels, beta)) == pytest.approx(
+        float(solution.stats.objective), rel=1e-5
+    )
+
+
+def test_a_complex_layer_is_no_layer_of_a_head():
+    """It was found, and JAX stopped its first solve in training."""
+    hidden = nn.Dense(20, param_dtype="complex64")
+    model = nn.Sequential([nn.Dense(6), nn.tanh, hidden, lambda x: nn.relu(x.real), nn.Dense(4)])
+    with pytest.raises(ValueError, match="layers_2 → layers_4: its weights and inputs must be real, got complex64"):
+        cf.find_head(model, init(model), X)
+    model = nn.Sequential([nn.Dense(20), nn.relu, nn.Dense(4), lambda x: x.astype("complex64")])
+    with pytest.raises(ValueError, match="outputs on the batch must be finite floats, got complex64"):
+        cf.find_head(model, init(model), X)
+
+
 def test_the_order_of_batches_changes_nothing():
     x = np.asarray(jax.random.normal(KEY, (3000, 6)))  # enough rows to be sampled
     y = np.argmax(x[:, :4], axis=1)

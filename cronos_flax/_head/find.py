@@ -163,6 +163,10 @@ def find(
         for pair in pairs:
             seen = _Pass.of(module.read(variables, pair), pair, watched)
             kinds = _kinds(seen, pair, calls)
+            names = f"{format_path(pair[0])} → {format_path(pair[1])}"
+            if unreal := [kind for kind in kinds if jnp.issubdtype(kind, jnp.complexfloating)]:
+                refused.append((True, f"{names}: its weights and inputs must be real, got {unreal[0]}"))
+                continue
             tol, largest = _tolerance(kinds), _largest(kinds)
             verdict = _verified(seen, partial(call_with, pair), tol, largest / DEVIATIONS)
             if not verdict.reason:
@@ -177,7 +181,7 @@ def find(
                 wanted = [leaf is seen.features for leaf in jax.tree.leaves(watched)]
                 made_of = run.operations(variables, args, kwargs, wanted)
                 return dataclasses.replace(head, recalibrate=recalibrate, own_rows=own, operations=made_of)
-            refused.append((verdict.far, f"{format_path(pair[0])} → {format_path(pair[1])}: {verdict.reason}"))
+            refused.append((verdict.far, f"{names}: {verdict.reason}"))
     nearest = min(refused, key=lambda one: one[0], default=(True, ""))[1]
     again = called_again(module, variables, calls, out)
     remarks = flat(module, variables, calls, out) + extended(module, variables, calls)
@@ -214,7 +218,8 @@ def _head(
 def _kinds(seen: _Pass, pair: tuple[Path, Path], calls: Iterable[Call]) -> list[Any]:
     """The dtypes that the two layers compute in, the first one that of their weights."""
     computed = (call.layer.dtype for call in calls if call.layer.path in pair)
-    return [jnp.result_type(seen.network.kernel1), seen.out.dtype, seen.features.dtype, *computed]
+    kinds = [jnp.result_type(seen.network.kernel1), seen.out.dtype, seen.features.dtype, *computed]
+    return [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]  # integers, as of counts, are not rounded
 
 
 def _tolerance(kinds: list[Any]) -> float:

@@ -20,9 +20,11 @@ def check_output(out: Any) -> None:
             f"find_head: the module must return one array (..., C), got {jax.tree.map(np.shape, out)}. "
             "Choose one with output=: a key, an index, or a function of the outputs."
         )
-    if not jnp.issubdtype(out.dtype, jnp.floating) or not all_finite(out):
+    is_float = jnp.issubdtype(out.dtype, jnp.floating)
+    if not is_float or not all_finite(out):
         raise ValueError(
-            "find_head: the module's outputs on the batch must be finite floats. Check batch and variables."
+            "find_head: the module's outputs on the batch must be finite floats, got "
+            f"{'NaN or infinite entries' if is_float else out.dtype}. Check batch and variables."
         )
 
 
