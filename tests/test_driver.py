@@ -59,6 +59,19 @@ def train(state=None, data=(X[:256], Y[:256]), **kwargs):
     return cf.train(made() if state is None else state, data, **{"epochs": 3, "batch_size": 64, **kwargs})
 
 
+class Noisy(nn.Module):
+    """Adds noise to its input in training."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(2)(x + jax.random.normal(self.make_rng("noise"), x.shape) if train else x)
+
+
+def noisy():
+    params = {"Dense_0": {"kernel": jnp.ones((X.shape[1], 2)), "bias": jnp.zeros(2)}}
+    return TrainState.create(apply_fn=Noisy().apply, params=params, tx=optax.sgd(0.1))
+
+
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -569,6 +582,14 @@ BAD = {
     "an apply_fn that takes no rngs": (
         lambda: train(plain().replace(apply_fn=lambda variables, x: MODEL.apply(variables, x)), loss="softmax"),
         r"`apply_fn` must take `rngs` .*got .*<lambda>\. Give module\.apply.*give rngs=\(\)",
+    ),
+    "a stream that is not named": (
+        lambda: train(noisy(), loss="softmax", train_kwargs={"train": True}),
+        r"train: the module needs a random stream, .* named by `rngs`, got \['dropout'\]\. .*\"noise\"",
+    ),
+    "a stream in scoring": (
+        lambda: train(noisy(), loss="softmax", validation=(X, Y), eval_kwargs={"train": True}),
+        r"`validation`: the module needs a random stream, and scoring has none: give eval_kwargs",
     ),
     "no batches": (lambda: train(plain(), data=[], loss="softmax"), "at least one batch"),
     "targets": (lambda: train(data=(X, np.ones((300, 3), "float32"))), "targets"),

@@ -52,6 +52,7 @@ class BatchCheck:
         mutable = list(collections) if streams is not None else []
         apply_fn, output = state.apply_fn, output_of(state)  # the state itself must not be kept alive
         self._apply_fn, self._extra = apply_fn, ["mutable"] * bool(mutable) + ["rngs"] * bool(streams)
+        self._streams = None if streams is None else list(streams)
 
         def outputs(variables: Any, args: tuple, given: Mapping) -> Array:
             return called(apply_fn, output, variables, args, {**kwargs, **given}, mutable, streams)[0]
@@ -92,6 +93,11 @@ class BatchCheck:
                 ) from error
             except WrongOutputError as error:
                 raise ValueError(f"{where}: {error} {_OF_BOTH}") from error
+            except flax.errors.InvalidRngError as error:
+                there = "scoring has none: give eval_kwargs under which the module needs none, such as train=False"
+                if self._streams is not None:
+                    there = f"a gradient step has those that are named by `rngs`, got {self._streams}"
+                raise ValueError(f"{where}: the module needs a random stream, and {there}. {error}") from error
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 if refused := not_taken(self._apply_fn, self._extra, error):
                     raise ValueError(f"{where}: {refused} {error}") from error
