@@ -133,6 +133,24 @@ def test_targets_are_checked_in_gradient_steps_and_in_validation_too(case):
         train(data=(X[:256], good), validation=batched(X, y), loss=loss, epochs=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (Y[:64] > 0, r"labels as y\.astype\(int\)"),
+        (Y[:64, None], r"y\[:, 0\]"),
+        (Y[:64].astype("float32"), r"y\.astype\(int\)"),
+        (np.eye(2, dtype=bool)[Y[:64]], r"one-hot rows as y\.astype\(float\)"),
+        (np.array(["no", "yes"])[Y[:64]], r"np\.unique\(labels, return_inverse=True\)\[1\]"),
+    ],
+    ids=["bools", "a column", "floats", "one-hot", "text"],
+)
+def test_of_targets_of_another_form_it_is_said_what_to_give(given, instead):
+    with pytest.raises(ValueError, match=f"^fit_head: .*{instead}|^solve: .*{instead}"):
+        cf.fit_head(HEAD, {"params": PARAMS}, (X[:64], given), solver=cf.Cronos(loss="softmax"))
+    with pytest.raises(ValueError, match=f"^solve: `y` .*{instead}"):
+        cf.Cronos(loss="softmax").solve(X[:64], given, hidden=6)
+
+
 @pytest.mark.parametrize(("loss", "y"), [("softmax", WIDE), ("hinge", np.where(SIGNS > 0, 2**32 + 1, -1))])
 def test_labels_that_would_wrap_are_refused_by_solves(loss, y):
     """Before: int64 labels wrapped before the check."""

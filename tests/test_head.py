@@ -59,6 +59,22 @@ def test_a_head_without_a_backbone_takes_integers(dtype):
     )
 
 
+def test_shapes_of_keyword_arguments_are_said():
+    """``()`` was said of them."""
+
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, image):
+            return Lie()(image)
+
+    variables = jax.jit(Named().init)(KEY, X)
+    with pytest.raises(ValueError, match=r"find_head: the module cannot .* of shapes \{'picture': \(32, 6\)\}"):
+        cf.find_head(Named(), variables, picture=X)
+    head = cf.find_head(Named(), variables, image=X)
+    with pytest.raises(ValueError, match=r"fit_head: the batch must be .* of shapes \{'image': \(32, 3\)\}"):
+        cf.fit_head(head, variables, [X], unpack=lambda x: ({"image": x[:, :3]}, np.zeros((32, 4), "float32")))
+
+
 def test_a_complex_layer_is_no_layer_of_a_head():
     """It was found, and JAX stopped its first solve in training."""
     hidden = nn.Dense(20, param_dtype="complex64")

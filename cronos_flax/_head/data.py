@@ -195,6 +195,8 @@ def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: s
     raise ValueError(
         f"{where}: the targets must have {outputs} value(s), shape {(*leading, outputs)}, or an integer label, "
         f"{leading}, for each row that reaches the head, got shape {y.shape} of {y.dtype}."
+        + (" If these are labels, give y.astype(int)." if is_float and y.shape in (leading, (rows,)) else "")
+        + (" If these are labels, give y[:, 0]." if not is_float and y.shape == (rows, 1) else "")
     )
 
 

@@ -150,7 +150,7 @@ def find(
             raise ValueError(f"find_head: {raised}") from raised
         except Exception as raised:
             check_together("find_head", variables=variables, args=(args, dict(kwargs)))
-            shapes = shapes_said(args)
+            shapes = shapes_said(args or dict(kwargs))
             raise ValueError(
                 f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"
             ) from raised

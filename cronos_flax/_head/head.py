@@ -335,7 +335,7 @@ class Head:
             raise ValueError(f"{where}: {error}") from error
         except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
             check_together(where, variables=variables, batch=(args, given))
-            shapes = shapes_said(args)
+            shapes = shapes_said(args or dict(kwargs))
             kernel = self.module.kernel_shape(variables, self.hidden_path)
             if len(kernel) == 3 and kernel[1:] == (self.features, self.hidden):
                 raise ValueError(

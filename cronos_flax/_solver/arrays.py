@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+TO_NUMBERS = "Number labels by np.unique(labels, return_inverse=True)[1]; convert others by astype."
+
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array: of NumPy, JAX, or any library whose arrays NumPy can read (PyTorch, pandas)."""
@@ -76,5 +78,5 @@ def numbers(value: Any, what: str) -> Array | np.ndarray:
     array = native(value, what)
     in_jax = isinstance(array, Array)  # which holds numbers and random keys
     if not (in_jax or array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, jnp.number)):
-        raise ValueError(f"{what} must be numbers, got dtype {array.dtype}.")
+        raise ValueError(f"{what} must be numbers, got dtype {array.dtype}. {TO_NUMBERS}")
     return array

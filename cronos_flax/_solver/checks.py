@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import is_array, is_key, native
+from cronos_flax._solver.arrays import TO_NUMBERS, is_array, is_key, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
@@ -234,7 +234,7 @@ def data(
         positive_integer("solve", "num_classes", num_classes)
     y = native(y, "solve: `y`")
     if y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(f"solve: `y` must be numbers, got dtype {y.dtype}.")
+        raise ValueError(f"solve: `y` must be real numbers, got dtype {y.dtype}. {TO_NUMBERS}")
     y = _finite("y", y, "(n,) or (n, C)", (1, 2))
     if X.shape[0] < 2 or X.shape[1] < 1:
         raise ValueError(f"solve: `X` must have at least 2 rows and 1 column, got shape {X.shape}.")

@@ -105,8 +105,10 @@ class Softmax(Loss):
             are_one = jnp.abs(sums - 1) < _most_off(y.dtype)
             return y if known else where_taken(jnp.all(y >= 0, axis=1, keepdims=True) & are_one, y)
         if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+            instead = "labels as y.astype(int)" if y.shape[1:] == () else "one-hot rows as y.astype(float)"
             raise ValueError(
-                f"`y` must be integer labels (n,) or probabilities (n, C), got {y.dtype} of shape {y.shape}."
+                f"`y` must be integer labels (n,) or probabilities (n, C), got {y.dtype} of shape {y.shape}. Give "
+                f"{'labels as y[:, 0]' if y.shape[1:] == (1,) else instead}."
             )
         if num_classes is None and not known:
             raise ValueError("`num_classes` must be given inside jit, where labels cannot be counted; got None.")
