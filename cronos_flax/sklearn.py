@@ -184,7 +184,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         labels = labels[:, 0].astype(np.int32)
         weight = weight * self._of_classes(classes, labels, weight)
         self._solve(rows, labels, weight, outputs=max(len(classes), 2))
-        self.classes_ = classes
+        self.classes_, self._fitted_loss = classes, self.loss
         return self
 
     def _of_classes(self, classes: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -216,7 +216,8 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         return self.classes_[np.minimum(index, len(self.classes_) - 1)]
 
     def _has_probabilities(self) -> bool:
-        return self.loss in ("softmax", "logistic")
+        loss = getattr(self, "_fitted_loss", self.loss)  # `set_params` is for the next fit
+        return isinstance(loss, str) and loss in ("softmax", "logistic")
 
     @available_if(_has_probabilities)
     def predict_proba(self, X: ArrayLike) -> np.ndarray:

@@ -203,3 +203,15 @@ def test_sparse_features_are_refused(iris, estimator):
     X, y = iris
     with pytest.raises(TypeError, match="dense"):
         estimator.fit(csr_array(X), y)
+
+
+def test_probabilities_are_those_of_the_loss_that_was_fitted(iris):
+    """After `set_params`, outputs of the hinge loss were made probabilities, and those of softmax had none."""
+    X, y = iris
+    hinge = CronosClassifier(8, loss="hinge", max_iter=500, random_state=0).fit(X, y).set_params(loss="softmax")
+    assert not hasattr(hinge, "predict_proba")
+    softmax = CronosClassifier(8, random_state=0).fit(X, y)
+    before = softmax.predict_proba(X)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(softmax.set_params(loss="hinge"))).predict_proba(X), before)
+    assert not hasattr(softmax.fit(X, y), "predict_proba")
+    assert hasattr(clone(hinge), "predict_proba")
