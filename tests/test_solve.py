@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cronos_flax as cf
 from cronos_flax._solver import beta_max as betas
-from cronos_flax._solver import coordinates, cronos, descent, losses, padding, staging
+from cronos_flax._solver import beta_path, coordinates, cronos, descent, losses, padding, staging
 from cronos_flax._solver import solve as solve_module
 
 
@@ -409,6 +409,32 @@ def test_another_number_of_rows_of_the_same_size_class_compiles_nothing(loss, ca
         solver.solve(X, y, hidden=5, sample_weight=weight)
     compiled = {record.message.split()[1] for record in caplog.records if "Compiling" in record.message}
     assert compiled <= {"jit(_revived)"}  # dead neurons may come up in the second only
+
+
+@pytest.mark.parametrize("n", [90, 140, 2100])
+@pytest.mark.parametrize(("folds", "hidden"), [(None, 7), (3, 9)])  # shapes of no other test
+def test_a_path_compiles_each_of_its_programs_once(n, folds, hidden, caplog):
+    """Rows to fit were of another number than all rows, and so of another program; so was each fold."""
+    X, y = random_problem(4, n=n)
+    with jax.log_compiles(True), caplog.at_level(logging.WARNING):
+        cf.Cronos(beta="path", max_iters=3, folds=folds).solve(X, y, hidden=hidden)
+    compiled = [record.message.split()[1] for record in caplog.records if "Compiling" in record.message]
+    assert compiled.count("jit(step)") == 1
+    assert compiled.count("jit(_begin_refreshed)") <= 2  # from a random network, and from one that is there
+    assert compiled.count("jit(_mean_loss)") == 1
+
+
+@pytest.mark.parametrize("n", [100, 2050, 3000])
+def test_rows_held_out_by_their_weight_change_nothing_but_samples(n, monkeypatch):
+    """They come after the others, in the same arrays: the fit is as without them."""
+    X, y = random_problem(5, n=n, dtype="float64")
+    with jax.enable_x64(True):
+        solver = cf.Cronos(beta="path", max_iters=60)
+        stats = solver.solve(X, y, hidden=5).stats
+        monkeypatch.setattr(beta_path, "mesh_of", lambda _: "a mesh")  # so that rows are taken
+        taken = solver.solve(X, y, hidden=5).stats
+    np.testing.assert_allclose(stats.path_losses, taken.path_losses, rtol=0.02)
+    assert float(stats.objective) == pytest.approx(float(taken.objective), rel=0.02)
 
 
 @pytest.mark.parametrize(("loss", "n"), [("squared", 40), ("softmax", 140)])

@@ -5,7 +5,7 @@ On the path, each solve starts from the solution of the one before, from a large
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,15 @@ from jaxtyping import Bool, Float, Int
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.loss import Loss
-from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.meshes import automatically, mesh_of
 from cronos_flax._solver.solution import Network, Solution, predict
-from cronos_flax._solver.transfer import on_device, on_host, taken
+from cronos_flax._solver.transfer import beside, on_device, on_host, taken
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
 
 RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
 TOL = 1e-2  # of the solves on the way, which are for comparing
 PATIENCE = 4  # of refreshed ones, in place of that: they end when so many iterations bring little
+FEWEST = 10  # rows to choose from
 _EVERY = 5  # one row in so many is held out
 
 
@@ -40,6 +41,8 @@ class Data(NamedTuple):
 
     def at(self, places: Int[np.ndarray, " k"]) -> "Data":
         """The rows at these places."""
+        if mesh_of(self.X) is None:  # on the host, for on the device every number of rows would be a program
+            return Data(*(beside(rows, on_host(rows)[places]) for rows in self))
         there = on_device(places)
         return Data(*(automatically(taken, rows, there) for rows in self))
 
@@ -60,14 +63,17 @@ def choosable(data: Data, order: Array | None = None) -> Data:
             "None."
         )
     there = on_host(data.weight) > 0
-    if there.sum() < 10:
-        raise ValueError(f'solve: beta="path" needs at least 10 rows to hold some out, got {there.sum()}.')
+    if there.sum() < FEWEST:
+        raise ValueError(f'solve: beta="path" needs at least {FEWEST} rows to hold some out, got {there.sum()}.')
+    if there.all() and order is None:
+        return data
     return data.at(np.flatnonzero(there) if order is None else on_host(order))
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _mean_loss(network: Network, rows: Data, loss: Loss) -> Scalar:
-    return rows.weight @ loss.value(predict(network, rows.X), rows.y) / jnp.sum(rows.weight)
+    losses = jnp.where(rows.weight > 0, loss.value(predict(network, rows.X), rows.y), 0)
+    return rows.weight @ losses / jnp.sum(rows.weight)
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -93,23 +99,18 @@ def same_columns(validation: Data, fit: Data) -> Data:
     return validation
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _uniform(key: Array, count: int) -> Array:
-    return jax.random.uniform(key, (count,), jnp.float32)
-
-
 def folds(targets: Outputs, key: Array, count: int) -> Int[np.ndarray, " n"]:
     """The fold of each row, from 0 to count − 1: rows in the order of their targets take turns, from a random one on.
 
     So every class, or every range of a real target, has its share in each fold. Rows that are left over are in others
-    than the first one.
+    than the first one. NumPy draws, which compiles nothing.
     """
+    rng = np.random.default_rng(on_host(jax.random.key_data(key)).ravel())
     host = on_host(targets)
     rank = host[:, 0] if host.shape[1] == 1 else np.argmax(host, axis=1)
-    tie_key, place_key = jax.random.split(key)
-    order = np.lexsort((on_host(jax.random.permutation(tie_key, len(rank))), rank))
+    order = np.lexsort((rng.permutation(len(rank)), rank))
     stretches = np.array_split(order, max(len(rank) // count, 1))
-    place = on_host(_uniform(place_key, len(stretches)))
+    place = rng.random(len(stretches))
     fold = np.zeros(len(rank), int)
     for rows, at in zip(stretches, place, strict=True):
         turn = (np.arange(len(rows)) - int(at * len(rows))) % len(rows)
@@ -122,22 +123,46 @@ def held_out(targets: Outputs, key: Array) -> Bool[np.ndarray, " n"]:
     return folds(targets, key, _EVERY) == 0
 
 
-def parts(data: Data, key: Array, count: int | None) -> list[tuple[Data, Data]]:
-    """Rows to fit and rows to choose on: of one split, or with each of so many folds held out in turn.
+class Part(NamedTuple):
+    """Rows to fit and rows to choose on.
+
+    Args:
+        fit: rows to fit; after the first ``length`` others may follow, of weight zero.
+        chosen_on: rows to choose on, others among them of weight zero.
+        length: how many rows there are to fit; None for all.
+    """
+
+    fit: Data
+    chosen_on: Data
+    length: int | None = None
+
+    @classmethod
+    def of(cls, data: Data, held: Bool[np.ndarray, " n"]) -> Self:
+        """With these rows held out; all parts of the same data have one shape, for which programs are compiled once."""
+        if mesh_of(data.X) is not None:  # rows stay on their devices
+            return cls(data.take(~held), data.take(held))
+        data, length = data.at(np.argsort(held, kind="stable")), int(np.sum(~held))
+        weight = on_host(data.weight)
+        fits = np.arange(len(weight)) < length
+        fit, chosen_on = (beside(data.weight, np.where(there, weight, 0)) for there in (fits, ~fits))
+        return cls(data._replace(weight=fit), data._replace(weight=chosen_on), length)
+
+
+def parts(data: Data, key: Array, count: int | None) -> list[Part]:
+    """One split, or one with each of so many folds held out in turn.
 
     Raises:
         ValueError: if there are more folds than rows.
     """
     if count is None:
-        held = held_out(data.y, key)
-        return [(data.take(~held), data.take(held))]
+        return [Part.of(data, held_out(data.y, key))]
     if count > len(data.y):
         raise ValueError(
             f"solve: `folds` must not exceed the number of rows of positive weight, got folds={count} for "
             f"{len(data.y)} rows."
         )
     fold = folds(data.y, key, count)
-    return [(data.take(fold != k), data.take(fold == k)) for k in range(count)]
+    return [Part.of(data, fold == k) for k in range(count)]
 
 
 class Path(NamedTuple):
@@ -161,38 +186,33 @@ class Path(NamedTuple):
 
 
 def follow_all(
-    solve: Callable[[Data, float, Network | None], Solution],
+    solve: Callable[[Data, int | None, float, Network | None], Solution],
     loss: Loss,
     beta_max: float,
-    parts: Sequence[tuple[Data, Data]],
+    parts: Sequence[Part],
 ) -> Path:
     """The mean of the paths of all parts, by the weights of the rows to choose on; see :func:`follow`."""
-    paths = [follow(solve, loss, beta_max, fit, chosen_on) for fit, chosen_on in parts]
-    weights = [float(on_host(chosen_on.weight.sum())) for _, chosen_on in parts]
+    paths = [follow(solve, loss, beta_max, part) for part in parts]
+    weights = [float(np.sum(on_host(part.chosen_on.weight))) for part in parts]
     losses = np.average([path.losses for path in paths], axis=0, weights=weights)
     return paths[0]._replace(losses=losses)
 
 
 def follow(
-    solve: Callable[[Data, float, Network | None], Solution],
-    loss: Loss,
-    beta_max: float,
-    fit: Data,
-    validation: Data,
+    solve: Callable[[Data, int | None, float, Network | None], Solution], loss: Loss, beta_max: float, part: Part
 ) -> Path:
     """The path from ``beta_max`` on.
 
     Args:
-        solve: takes rows, β and a network to start from, None for the first.
+        solve: takes rows to fit, their number, β, and a network to start from, None for the first.
         loss: of one row.
         beta_max: where the path starts from.
-        fit: rows to fit.
-        validation: rows to choose on.
+        part: rows to fit, and rows to choose on.
     """
     betas, mean_loss = beta_max * np.asarray(RATIOS), functools.partial(_mean_loss, loss=loss)
     losses, networks, network = [], [], None
     for beta in betas:
-        network = solve(fit, float(beta), network).params
-        losses.append(float(on_host(automatically(mean_loss, network, validation))))
+        network = solve(part.fit, part.length, float(beta), network).params
+        losses.append(float(on_host(automatically(mean_loss, network, part.chosen_on))))
         networks.append(network)
     return Path(betas, np.asarray(losses), networks)

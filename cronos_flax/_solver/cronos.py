@@ -319,9 +319,10 @@ class Cronos:
         key: Array,
         callback: Callable[[dict[str, float]], Any] | None,
         order: Array | None = None,
+        length: int | None = None,
         patience: int | None = None,
     ) -> Solution:
-        """Run the compiled solve on arguments that fit together."""
+        """Run the compiled solve on arguments that fit together; rows after the first ``length`` have weight zero."""
         features, y, weight = data
         max_iters = MAX_ITERS if self.max_iters is None else self.max_iters
         # What does not matter to the compiled programs must not compile them anew.
@@ -333,7 +334,8 @@ class Cronos:
         limits: Any = {"hidden": hidden, "max_iters": max_iters, "patience": patience}
 
         def solved(rows: Any, progress: Array | None) -> Solution:
-            asked = Asked(solver, rows, y, weight, start, key, progress, order)
+            counted = None if length is None else on_device(np.int32(length))
+            asked = Asked(solver, rows, y, weight, start, key, progress, order, counted)
             solution = solve(asked, **limits)
             if self.gates != "refreshed" or not (doubts.is_full(start) and doubts.is_lost(solution)):
                 return solution
@@ -360,14 +362,13 @@ class Cronos:
         validation: tuple[ArrayLike, ArrayLike] | None,
     ) -> Solution:
         """Choose β on held-out rows, of one split or of all folds, then fit all rows from a network found with it."""
-        key, split_key, _ = jax.random.split(key, 3)  # in three, so that seeds go on giving what they gave
         if validation is not None:
             given = self._data(*beta_path.pair("validation", validation), data.y.shape[1], None, None)
-            parts = [(data, beta_path.same_columns(given, data))]
+            parts = [beta_path.Part(data, beta_path.same_columns(given, data))]
         else:
-            parts = beta_path.parts(data, split_key, self.folds)
+            parts = beta_path.parts(data, key, self.folds)
 
-        def solve(rows: Data, beta: float, init: Network | None, final: bool = False) -> Solution:
+        def solve(rows: Data, length: int | None, beta: float, init: Network | None, final: bool = False) -> Solution:
             tol, patience = self.tol, None
             if not final and tol is None and self.gates == "refreshed":
                 patience = beta_path.PATIENCE
@@ -375,13 +376,15 @@ class Cronos:
                 tol = beta_path.TOL if tol is None else max(float(on_host(tol)), beta_path.TOL)
             # The weights are as the classes made them.
             plain = dataclasses.replace(self, beta=beta, tol=tol, class_weight=None)
-            start, tell = network if init is None else init, callback if final else None
-            return plain._solve_checked(rows, start=start, hidden=hidden, key=key, callback=tell, patience=patience)
+            how: Any = {"key": key, "callback": callback if final else None, "patience": patience}
+            start = network if init is None else init
+            return plain._solve_checked(rows, start=start, hidden=hidden, length=length, **how)
 
-        beta_max, loss = float(on_host(self._user_beta_max(parts[0][0], network))), loss_of(self.loss)
+        beta_max, loss = float(on_host(self._user_beta_max(parts[0].fit, network))), loss_of(self.loss)
         path = beta_path.follow_all(solve, loss, beta_max, parts)
         beta, best = path.best
-        solution = solve(data, beta, best, final=True)
+        # The number of all rows, so that the programs are those of the parts.
+        solution = solve(data, None if parts[0].length is None else len(data.y), beta, best, final=True)
         tried, losses = on_device(path.betas), on_device(path.losses)
         return with_stats(solution, path_betas=tried, path_losses=losses)
 

@@ -55,7 +55,7 @@ def places(
     if size == n:
         return None
     among = n if length is None else length
-    stretch = among // size
+    stretch = among // size if length is None else jnp.maximum(among // size, 1)  # of fewer some are drawn twice
     first_key, place_key = jax.random.split(key)
     first = jax.random.randint(first_key, (), 0, among, jnp.int32)
     place = jax.random.randint(place_key, (size,), 0, stretch, jnp.int32)

@@ -45,7 +45,7 @@ from cronos_flax._solver.solution import (
     with_stats,
 )
 from cronos_flax._solver.staging import ONCE, OnHost, Stage, control_of
-from cronos_flax._solver.transfer import on_device
+from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Bias, Directions, Gates, Neurons, RowVector, Scalar
 
 # Defaults of a single fit, where the setting is None.
@@ -79,7 +79,7 @@ class Asked(NamedTuple):
         key: of all that is random.
         progress: the number of the callback, None for none.
         order: of the rows, as in :class:`cronos_flax._solver.coordinates.Rows`.
-        length: how many rows there are before those of weight zero that pad them; None without padding.
+        length: how many rows there are before others of weight zero; None for all.
     """
 
     solver: Any
@@ -293,7 +293,7 @@ def _padded(asked: Asked) -> Asked:
     if data is None:
         return asked
     features, targets, weight = data
-    length = on_device(np.int32(len(asked.targets)))
+    length = on_device(np.int32(len(asked.targets))) if asked.length is None else asked.length
     return asked._replace(features=features, targets=targets, weight=weight, length=length)
 
 
@@ -310,6 +310,7 @@ def solve(asked: Asked, *, hidden: int, max_iters: int, patience: int | None = N
         return _solve_held(asked, hidden=hidden, max_iters=max_iters)
     control, progress = control_of(asked), asked.progress
     n = len(asked.targets if asked.order is None else asked.order)
+    n = n if asked.length is None else int(on_host(asked.length))
     if control is OnHost and asked.order is None:
         asked = _padded(asked)
     if control is OnHost:
