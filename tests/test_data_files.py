@@ -77,6 +77,32 @@ def test_inputs_of_every_real_dtype_are_the_same_numbers(dtype, tmp_path):
     assert split.x.dtype == split.x_test.dtype == "float32"
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.random.default_rng(0).normal(1e9, 1, (50, 2)),
+        np.random.default_rng(0).normal(0, 1e30, (50, 2)),
+        np.random.default_rng(0).integers(1_600_000_000, 1_600_000_500, (50, 2)),
+        np.random.default_rng(0).integers(0, 256, (9000, 32, 32, 3), dtype="uint8"),  # sums past 2³² in float32
+    ],
+    ids=["far from zero", "large", "dates in seconds", "images"],
+)
+def test_features_of_any_range_are_standardised(x):
+    """Means were taken in float32: at 50,000 images they were two thirds of what they are."""
+    split = Split.of(Dataset.of(x, np.arange(len(x)) % 2, x[:2], np.arange(2)), 0, 10, "standardise")
+    axes = tuple(range(x.ndim - 1))
+    np.testing.assert_allclose(split.x.mean(axis=axes, dtype=float), 0, atol=1e-4)
+    np.testing.assert_allclose(split.x.std(axis=axes, dtype=float), 1, rtol=1e-4)
+
+
+def test_a_feature_that_never_varied_in_the_rows_to_fit_is_not_divided_by_rounding():
+    """One that was .1 in float32 had a deviation of 1e-6, and .2 in a test row became 100,000."""
+    x = np.full((1000, 2), 0.1, "float32")
+    split = Split.of(Dataset.of(x, np.arange(1000) % 2, x[:2] * 2, np.arange(2)), 0, 10, "standardise")
+    np.testing.assert_array_equal(split.x, 0)
+    np.testing.assert_allclose(split.x_test, 0.1)
+
+
 def at(array, place, value):
     array = array.copy()
     array[place] = value
@@ -100,6 +126,7 @@ REFUSED = {
     "infinite x_test": (TEST | {"x_test": at(X[:4], 0, np.inf)}, "x_test must be finite"),
     "values too large": ({"y": at(X[:, 0], 0, 1e300)}, "y as float32 must be finite"),
     "inputs too large": ({"x": at(X, 0, 1e300)}, "x as float32 must be finite, got values up to 1e+300"),
+    "values far from zero": ({"y": X[:, 0] + 1e6}, "y must vary around zero, got values up to 1e+06 with a standard"),
     "one value": ({"y": np.full(ROWS, 0.5)}, "y as float32 must have at least two values, got only 0.5"),
     "one column y": ({"y": LABELS[:, None]}, "y (n,), got (60, 3) and (60, 1)"),
     "scalar x": ({"x": np.float64(1), "y": np.float64(1)}, "must have shape"),

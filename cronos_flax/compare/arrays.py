@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("classes", "values")
+_ROUNDED = 1e-2  # of the standard deviation of values: what rounding to float32 may add
 _KINDS_OF_DTYPES = {"c": "complex", "O": "objects", "M": "dates", "m": "time spans", "V": "records or raw bytes"}
 
 
@@ -64,6 +65,12 @@ def targets(y: np.ndarray, y_test: np.ndarray | None, kind: str | None = None) -
         values = _values(y)
         if len(y) > 1 and np.all(values == values[:1]):
             raise ValueError(f"y as float32 must have at least two values, got only {values[0]:.6g}.")
+        if np.std(values - y.astype(float)) > _ROUNDED * np.std(y, dtype=float):
+            raise ValueError(
+                f"y must vary around zero, got values up to {np.abs(y).max():.3g} with a standard deviation of "
+                f"{np.std(y, dtype=float):.3g}, which float32 rounds away in part. Subtract their mean before they are "
+                "stored."
+            )
         return Targets(values, None if y_test is None else _values(y_test))
     if not is_whole:
         raise ValueError("y and y_test must be whole numbers to be classes, got floats that are not.")

@@ -19,6 +19,7 @@ from cronos_flax.compare.arrays import inputs, targets
 EMBEDDED = ("digits", "wine", "breast_cancer", "diabetes")
 SCALINGS = ("standardise", "unit", "none")
 _NAMES = 10  # of classes, printed at most
+_ROWS = 1024  # of which moments are taken at a time
 TEST_SHARE = 0.2  # of sets that come without a test split
 
 
@@ -168,7 +169,7 @@ class Split(NamedTuple):
         )
         y, y_held, y_test = dataset.y[fit], dataset.y[held], dataset.y_test
         if dataset.num_classes is None:
-            shift, scale = (y.mean(), y.std() or 1) if scaling != "none" else (0, 1)
+            shift, scale = (y.mean(dtype=float), y.std(dtype=float) or 1) if scaling != "none" else (0, 1)
             y, y_held, y_test = (((part - shift) / scale).astype("float32") for part in (y, y_held, y_test))
         return cls(x, y, x_held, y_held, x_test, y_test)
 
@@ -193,10 +194,13 @@ def _scale(x: np.ndarray, fit: np.ndarray, scaling: str) -> tuple[Any, Any]:
         return 0, 1
     if scaling == "unit":
         return 0, float(np.iinfo(x.dtype).max if np.issubdtype(x.dtype, np.integer) else np.abs(x).max() or 1)
-    x = x[fit].astype("float32")
-    axes = 0 if x.ndim == 2 else tuple(range(x.ndim - 1))
-    deviation = x.std(axis=axes)
-    return x.mean(axis=axes), np.where(deviation > 0, deviation, 1)
+    exact, used = (np.result_type(x.dtype, dtype) for dtype in ("float64", "float32"))
+    pieces = np.split(fit, range(_ROWS, len(fit), _ROWS))  # all rows in float64 may be too much
+    axes, count = tuple(range(x.ndim - 1)), len(fit) * math.prod(x.shape[1:-1])
+    first = x[fit[0]].reshape(-1, x.shape[-1])[0].astype(exact)  # from which the mean of a constant is exact
+    mean = first + sum((x[rows] - first).sum(axis=axes) for rows in pieces) / count
+    deviation = np.sqrt(sum(np.square(x[rows] - mean).sum(axis=axes) for rows in pieces) / count)
+    return mean.astype(used), np.where(deviation > 0, deviation, 1).astype(used)
 
 
 def load(name: str, data_dir: str | Path | None = None, kind: str | None = None) -> Dataset:
