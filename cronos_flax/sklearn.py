@@ -47,12 +47,22 @@ class _TwoLayer(BaseEstimator):
     """What the two estimators share: weights, units, the solve, and the outputs of the network that it found."""
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features, targets and weights of ``fit`` as arrays."""
+        """Features, targets and weights of ``fit`` as arrays; the largest weight is about one."""
+        for name, given in (("X", X), ("y", y), ("sample_weight", sample_weight)):
+            self._refuse_masked(name, given)
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2, **how)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weight.any():
             raise ValueError(f"{type(self).__name__}: `sample_weight` must not be all zero, got only zeros.")
-        return X, y, weight
+        return X, y, np.ldexp(weight, -np.frexp(weight.max())[1])  # their sum is finite, and no digit is lost
+
+    def _refuse_masked(self, name: str, given: Any) -> None:
+        """Raise a ValueError for masked entries: scikit-learn takes what is under the mask."""
+        if np.ma.is_masked(given):
+            raise ValueError(
+                f"{type(self).__name__}: `{name}` must not have masked entries, got a masked array. Fill them, or "
+                "remove those rows."
+            )
 
     def _units(self, values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is subtracted from each column, and what it is then divided by, if that is not zero."""
@@ -96,6 +106,7 @@ class _TwoLayer(BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """Of the network, shape ``(n, C)``."""
         check_is_fitted(self)
+        self._refuse_masked("X", X)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         return np.maximum(X @ self.kernel1_ + self.bias1_, 0) @ self.kernel2_ + self.bias2_
 

@@ -78,8 +78,11 @@ def test_balanced_classes_count_weights_as_repetitions_and_the_unit_of_weights_d
     weighted = classifier(class_weight="balanced").fit(X, y, sample_weight=weight).predict_proba(X)
     rows = np.repeat(np.arange(len(y)), weight)
     np.testing.assert_array_equal(classifier(class_weight="balanced").fit(X[rows], y[rows]).predict_proba(X), weighted)
-    tiny = classifier(class_weight="balanced").fit(X, y, sample_weight=weight * 2.0**-900)
-    np.testing.assert_array_equal(tiny.predict_proba(X), weighted)
+    for unit in (2.0**-900, 2.0**1022):  # the sum of the large ones was infinite, and the mean of every column zero
+        other = classifier(class_weight="balanced").fit(X, y, sample_weight=weight * unit)
+        np.testing.assert_array_equal(other.predict_proba(X), weighted)
+        y_other, y_one = (regressor().fit(X, y, sample_weight=weight * by).predict(X) for by in (unit, 1))
+        np.testing.assert_array_equal(y_other, y_one)
 
 
 def test_the_attributes_are_the_network_and_plain_numpy(iris):
@@ -203,6 +206,22 @@ def test_sparse_features_are_refused(iris, estimator):
     X, y = iris
     with pytest.raises(TypeError, match="dense"):
         estimator.fit(csr_array(X), y)
+
+
+@pytest.mark.parametrize("estimator", [classifier(), regressor()])
+@pytest.mark.parametrize("name", ["X", "y", "sample_weight"])
+def test_masked_entries_are_refused(iris, estimator, name):
+    """scikit-learn drops the mask, and takes what is under it."""
+    X, y = iris
+    given = {"X": X, "y": y, "sample_weight": np.ones(len(y))}
+    given[name] = np.ma.masked_greater(given[name], given[name].max() - 0.5)
+    with pytest.raises(ValueError, match=f"{type(estimator).__name__}: `{name}` must not have masked entries"):
+        estimator.fit(**given)
+    if name == "X":
+        fitted = clone(estimator).fit(X, y)
+        with pytest.raises(ValueError, match="`X` must not have masked entries"):
+            fitted.predict(given["X"])
+        np.testing.assert_array_equal(fitted.predict(np.ma.array(X)), fitted.predict(X))
 
 
 def test_probabilities_are_those_of_the_loss_that_was_fitted(iris):
