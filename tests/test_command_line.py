@@ -249,6 +249,9 @@ def test_a_directory_that_is_none_is_refused(command, tmp_path, capsys):
     code, said = stopped([command, *WINE, "--out", "s3://bucket/run"], capsys)  # it was a folder s3: here
     assert code == 2
     assert "`--out` must be a path of this machine's file systems, got the URL s3:/bucket/run" in said
+    code, said = stopped([command, *WINE, "--out", ""], capsys)  # as of a variable that is not set; it was the one here
+    assert code == 2
+    assert "argument --out: must be a directory, got ''" in said
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):

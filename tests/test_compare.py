@@ -533,6 +533,7 @@ BAD = {
     "no file": (["compare", "--dataset", "none.npz", "--out", "OUT"], "No such file"),
     "model": (["compare", "--model", "vgg", "--out", "OUT"], "`model` must be one of mlp"),
     "module": (["compare", "--model", "nothere:Net", "--out", "OUT"], "cannot be imported"),
+    "file": (["compare", "--model", "./mine.py:Net", "--out", "OUT"], "module:function, got './mine.py:Net'"),
     "loss": (["compare", "--loss", "logistic", "--out", "OUT"], "for two classes"),
     "epochs": (["compare", "--epochs", "0", "--out", "OUT"], "must be an integer ≥ 1, got '0'"),
     "two budgets": (["compare", "--epochs", "1", "--seconds", "1", "--out", "OUT"], "not allowed with"),

@@ -142,8 +142,10 @@ def _merge(kinds: Any) -> Parser:
         "one machine would have written, and write the same table and pictures there. Nothing is\n"
         "written if runs are missing or the parts do not fit together; it is said which and why.",
     )  # fmt: skip
-    merge.add_argument("out", type=Path, metavar="OUT", help="directory of the results; what it holds is kept")
-    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="directories that compare --shard made")
+    merge.add_argument("out", type=_directory, metavar="OUT", help="directory of the results; what it holds is kept")
+    merge.add_argument(
+        "parts", type=_directory, nargs="+", metavar="PART", help="directories that compare --shard made"
+    )
     shown = merge.add_argument_group("output")
     _add_target(shown)
     _add_quiet(shown)
@@ -184,7 +186,7 @@ def _add_target(group: Any) -> None:
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the results")
+    group.add_argument("--out", type=_directory, required=True, metavar="DIR", help="directory of the results")
     _add_quiet(group)
 
 
@@ -215,6 +217,12 @@ def _shard(text: str) -> Shard:
         return Shard.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _directory(text: str) -> Path:
+    if not text:  # which pathlib makes the directory where one is
+        raise argparse.ArgumentTypeError("must be a directory, got ''")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -20,8 +20,11 @@ def function(argument: str, name: str, said: str, also: str = "") -> Callable[..
         ValueError: if there is none.
     """
     file, _, attribute = name.partition(":")
-    if not file or not attribute:
-        raise ValueError(f"`{argument}` must be {also}module:function, got {name!r}.")
+    if not attribute or not all(map(str.isidentifier, file.split("."))) or file.endswith(".py"):
+        raise ValueError(
+            f"`{argument}` must be {also}module:function, got {name!r}. The module of my_module.py, here or in "
+            "PYTHONPATH, is my_module."
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
