@@ -529,3 +529,14 @@ def test_arrays_of_size_zero_come_back(tmp_path):
         cf.restore_checkpoint(tmp_path, state | {"empty": jnp.zeros((0, 4), jnp.bfloat16)})
     with pytest.raises(ValueError, match="`state` must have arrays"):
         cf.save_checkpoint(tmp_path, {"empty": state["empty"]}, 2)
+
+
+def test_numpy_arrays_of_64_bits_come_back_in_the_bits_of_a_device(tmp_path):
+    """As those of a model that a run begins with: after a step they have 32, and the run could not go on."""
+    fresh = {"table": np.arange(3.0), "count": np.arange(2)}
+    cf.save_checkpoint(tmp_path, jax.jit(lambda tree: tree)(fresh), 1)
+    back = cf.restore_checkpoint(tmp_path, fresh)
+    assert [str(leaf.dtype) for leaf in jax.tree.leaves(back)] == ["int32", "float32"]
+    jax.tree.map(np.testing.assert_array_equal, back, fresh)
+    with pytest.raises(ValueError, match="it has float64"):
+        cf.restore_checkpoint(tmp_path, {**fresh, "count": np.arange(2.0)})

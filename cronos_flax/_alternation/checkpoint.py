@@ -380,9 +380,13 @@ def _target(described: dict[str, Any], like: Any) -> Any:
 
 
 def _fits(described: dict[str, Any], leaf: Any) -> bool:
-    """Whether shape and dtype are the same; for scalars, which may be Python numbers, shape and kind."""
+    """Whether shape and dtype are the same; for scalars, which may be Python numbers, shape and kind.
+
+    A NumPy array may have the dtype that it has after a step: on a device 64 bits are 32.
+    """
     dtype = jnp.dtype(described["dtype"])
-    same_dtype = dtype == leaf.dtype or (leaf.ndim == 0 and dtype.kind == leaf.dtype.kind)
+    same_dtype = dtype in (leaf.dtype, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    same_dtype = same_dtype or (leaf.ndim == 0 and dtype.kind == leaf.dtype.kind)
     return same_dtype and tuple(described["shape"]) == leaf.shape
 
 
