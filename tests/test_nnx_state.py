@@ -1,5 +1,8 @@
 """``cf.train`` on NNX models: as on linen ones, and as in an NNX loop by hand; the model given is never changed."""
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -418,6 +421,37 @@ def test_other_seeds_take_the_same_programs():
     states = [cf.nnx.CronosTrainState.create(model=net(seed), tx=tx, head=head, solver=SOLVER) for seed in (0, 1)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     assert not np.array_equal(*(state.params["out"]["kernel"] for state in states))
+
+
+@dataclasses.dataclass
+class Config:
+    """Not frozen, so it has no hash; and arrays in it compare to no bool."""
+
+    sizes: Any = dataclasses.field(default_factory=lambda: np.arange(3))
+
+
+class Configured(Plain):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+
+@pytest.mark.parametrize("config", [lambda: [8, 0.5], lambda: {"width": 8}, Config])
+def test_attributes_may_be_without_a_hash(config, tmp_path):
+    """A foreign error, where find_head and CronosOptimizer took them."""
+    model = Configured(config())
+    state, history = train(alternating(model), validation=ROWS, directory=tmp_path)
+    assert state.model.config == model.config
+    np.testing.assert_allclose(losses(history), losses(train(alternating(Plain()))[1]), rtol=1e-5)
+    again, _ = train(alternating(model), validation=ROWS, directory=tmp_path)
+    same(again, state)
+    train(plain(model), epochs=1)
+
+
+def test_attributes_that_compare_to_no_bool_are_those_of_another_model():
+    head = cf.nnx.find_head(Configured(Config()), X[:64])
+    with pytest.raises(ValueError, match="or with other attributes"):
+        cf.nnx.fit_head(head, Configured(Config()), ROWS, solver=SOLVER)
 
 
 class Writing(Plain):

@@ -107,7 +107,7 @@ def _applies(apply_fn: Callable, head: Head) -> bool:
         return False
     try:
         return own is model or bool(own == model)
-    except ValueError:  # of arrays among their attributes
+    except Exception:  # arrays among their attributes compare to no bool
         return False
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +17,12 @@ from cronos_flax._alternation.apply_fn import called, with_method
 from cronos_flax._alternation.batch_check import BatchCheck, collections_of, output_of
 from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
 from cronos_flax._head.data import Batch, UserData
-from cronos_flax._head.jitted import Static
+from cronos_flax._head.jitted import Static, made_once
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import Places, at_places, automatically, check_together, places_of
 from cronos_flax._solver.transfer import batch_on_device, on_host
 
-Made = TypeVar("Made")
-
 _KEPT_COMPILED = 16  # compiled steps and scorings, for other losses and models
-
-
-def _kept(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Make the same once, so that a sweep compiles once. Of what does not hash, as it may change, all is made anew."""
-    kept = functools.lru_cache(maxsize=_KEPT_COMPILED)(make)
-
-    @functools.wraps(make)
-    def made(*of: Any) -> Made:
-        try:
-            hash(of)
-        except TypeError:
-            return make(*of)
-        return kept(*of)
-
-    return made
 
 
 # Of `state`, `batch` (as a BatchCheck gives it), `run_decay` (None for a state without), `streams` (keys) and
@@ -61,7 +44,7 @@ def gradient_step(state: TrainState, loss: Loss, kwargs: Mapping[str, Any] | Non
     return _gradient_step(jax.tree.structure(state), loss, Static.of(dict(kwargs or {})))
 
 
-@_kept
+@made_once(_KEPT_COMPILED)
 def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
     """A program of one structure, model and optimizer included, so that it can be given up with them.
 
@@ -200,7 +183,7 @@ def _params_to_score(state: TrainState) -> Any:
     return module_params(state.params) if given is None else given
 
 
-@_kept
+@made_once(_KEPT_COMPILED)
 def _sums(apply_fn: Callable, output: Any, loss: Loss, static: Static) -> Callable[..., tuple[Array, ...]]:
     """Gives sums over a batch: losses, their weights, correct rows, their weights; and whether all rows have labels."""
     kwargs = static.join()

@@ -1,9 +1,10 @@
 """Calls of a module, compiled: arrays are traced, and all other arguments are part of the program."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 
@@ -12,6 +13,8 @@ from cronos_flax._head.operations import Operations, operations, text
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device
+
+Made = TypeVar("Made")
 
 
 @jax.tree_util.register_static
@@ -82,3 +85,26 @@ def jitted(call: Callable[[Any, tuple, Mapping], Any]) -> Jitted:
         return call(variables, *static.join(arrays))
 
     return Jitted(run)
+
+
+def made_once(most: int) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
+    """Make the same once, so that a sweep compiles once. Of what does not hash, as it may change, all is made anew.
+
+    Args:
+        most: how many to keep.
+    """
+
+    def decorated(make: Callable[..., Made]) -> Callable[..., Made]:
+        kept = functools.lru_cache(most)(make)
+
+        @functools.wraps(make)
+        def made(*of: Any) -> Made:
+            try:
+                hash(of)
+            except TypeError:
+                return make(*of)
+            return kept(*of)
+
+        return made
+
+    return decorated

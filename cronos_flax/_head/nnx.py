@@ -60,10 +60,15 @@ class NnxModule:
         if not isinstance(given, nnx.Module):
             raise ValueError(f"{where}: `model` must be an NNX module, got {type(given).__name__}.")
         graphdef, state = _functional(given, self.eval_mode)
-        if self.structure != (graphdef if self.eval_mode else _functional(given, eval_mode=True)[0]):
+        structure = graphdef if self.eval_mode else _functional(given, eval_mode=True)[0]
+        try:
+            is_same = bool(self.structure == structure)
+        except Exception:  # NumPy arrays in attributes, as of a configuration, compare to no bool
+            is_same = False
+        if not is_same:
             raise ValueError(
                 f"{where}: `model` must be the {self.name} that the head was found in, unchanged in structure, "
-                f"got a {type(given).__name__} of another structure. Call find_head again."
+                f"got a {type(given).__name__} of another structure or with other attributes. Call find_head again."
             )
         return state
 

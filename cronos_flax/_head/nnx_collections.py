@@ -15,6 +15,7 @@ from jax import Array
 
 from cronos_flax._head.functional import Tap, Watched
 from cronos_flax._head.head import Head
+from cronos_flax._head.jitted import made_once
 from cronos_flax._head.linen import Collections
 from cronos_flax._head.nnx import NnxModule, without_sown
 from cronos_flax._head.nnx_watched import captured
@@ -113,7 +114,9 @@ def functional(model: nnx.Module, method: Any = None, train_mode: bool = True) -
 
 # The same object for models of the same structure, so that a step is compiled once for all seeds. JAX compares it at
 # each step, and so need not look into it.
-_interned = functools.lru_cache(maxsize=64)(NnxFunction)
+@made_once(64)
+def _interned(structure: Any, training: Any, evaluation: Any, method: Any, kept_back: tuple[str, ...]) -> NnxFunction:
+    return NnxFunction(structure, training, evaluation, method, kept_back)
 
 
 def _split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
