@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -292,6 +293,60 @@ def test_an_optimizer_that_needs_the_loss_is_told_where_it_comes_from():
     with pytest.raises(ValueError, match=r"update: `tx` needs the mean loss .*value=loss"):
         jax.eval_shape(lambda grads: made.apply_gradients(grads=grads), VARIABLES["params"])
     jax.eval_shape(lambda grads: made.apply_gradients(grads=grads, value=jnp.float32(1.0)), VARIABLES["params"])
+
+
+PARAMS = VARIABLES["params"]
+FIRST, *_ = PARAMS
+WRONG_GRADIENTS = {
+    "of variables": (VARIABLES, "nothing at layers_0/bias.* and what no parameter is at params/layers_0/bias"),
+    "of some layers": ({k: v for k, v in PARAMS.items() if k != "layers_4"}, "nothing at layers_4/bias, layers_4/"),
+    "a leaf that is None": ({**PARAMS, FIRST: {**PARAMS[FIRST], "bias": None}}, f"nothing at {FIRST}/bias"),
+    "other containers": (flax.core.freeze(PARAMS), "FrozenDict instead of dict"),
+    "each row's": (jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), PARAMS), r"got \(2, 8\) at layers_0/bias"),
+    "one number for a bias": (
+        {**PARAMS, FIRST: {**PARAMS[FIRST], "bias": jnp.zeros(())}},
+        rf"got \(\) at {FIRST}/bias, which has \(8,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("head", ["moving", "frozen"])
+@pytest.mark.parametrize("case", list(WRONG_GRADIENTS))
+def test_gradients_of_another_form_are_refused(case, head):
+    """Some were errors of JAX about its own trees; those of each row gave parameters of another shape, in silence."""
+    grads, message = WRONG_GRADIENTS[case]
+    made = state(optax.adam(1e-2), alternation=cf.Alternation(head=head))
+    with pytest.raises(ValueError, match=f"update: `grads` must .*{message}"):
+        jax.eval_shape(lambda grads: made.apply_gradients(grads=grads), grads)
+
+
+def test_an_optimizer_may_take_the_gradients_of_each_row():
+    """As those of differential privacy do."""
+    rows = optax.stateless(lambda grads, _: jax.tree.map(lambda leaf: leaf.mean(axis=0), grads))
+    made = state(optax.chain(rows, optax.sgd(0.1)))
+    grads = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), PARAMS)
+    new = jax.eval_shape(lambda grads: made.apply_gradients(grads=grads), grads)
+    assert jax.tree.map(jnp.shape, new.params) == jax.tree.map(jnp.shape, PARAMS)
+
+
+@pytest.mark.parametrize("head", ["moving", "frozen"])
+@pytest.mark.parametrize("value", [jnp.ones(64), (jnp.ones(()), {"aux": jnp.ones(())})], ids=["of each row", "a pair"])
+def test_a_loss_that_is_not_one_number_is_refused(value, head):
+    """It was broadcast over parameters, or an error of JAX."""
+    made = state(optax.adam(1e-2), alternation=cf.Alternation(head=head))
+    with pytest.raises(ValueError, match="update: `value` must be the mean loss, one number, got"):
+        jax.eval_shape(lambda grads: made.apply_gradients(grads=grads, value=value), PARAMS)
+
+
+def test_gradients_of_another_form_are_refused_in_nnx():
+    model = nnx.Sequential(*(nnx.Linear(*size, rngs=nnx.Rngs(0)) for size in ((5, 8), (8, 6))), nnx.relu)
+    model = nnx.Sequential(model, nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    optimizer = cf.nnx.CronosOptimizer(model, optax.adam(1e-2), head=cf.nnx.find_head(model, X), solver=SOLVER)
+    grads = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match="`grads` must be a tree like the parameters, got one with nothing at"):
+        optimizer.update(model, nnx.State({"layers": {0: grads["layers"][0]}}))
+    with pytest.raises(ValueError, match=r"`grads` must have the shapes .* got \(2, 8\)"):
+        optimizer.update(model, jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), grads))
 
 
 def test_what_a_line_search_is_made_of_is_not_taken_for_the_loss_with_weight_decay():

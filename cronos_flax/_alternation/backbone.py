@@ -58,11 +58,20 @@ def rated(
         return RatedState(inner.init(params), *(on_device(value, jnp.float32) for value in (1, 1, 0)))
 
     def update(updates: Any, state: RatedState, params: Any = None, **extra: Any) -> tuple[Any, RatedState]:
+        value = extra.get("value")
+        if value is not None:  # the loss, for optimizers that take it
+            _check_value(value)
+        if params is not None:
+            _check_structure(updates, params)
+            _check_shapes(updates, updates, params, leading=True)
         if paths:
             updates = _with_decay(updates, params, state.head_decay, paths)
-            if extra.get("value") is not None:  # the loss, for optimizers that take it: of the same function
-                extra["value"] = extra["value"] + _decay_of(params, state.head_decay, paths)
-        updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
+            if value is not None:  # of the same function
+                extra["value"] = value + _decay_of(params, state.head_decay, paths)
+        grads = updates
+        updates, optimizer_state = inner.update(grads, state.optimizer_state, params, **extra)
+        if params is not None:
+            _check_shapes(_module_params(updates), grads, params)
         if largest_step is not None:
             kernels = _given(params, "steps are limited by the size of kernels")
             updates = limited(updates, kernels, largest_step, together=learns_from_steps(optimizer_state))
@@ -177,8 +186,70 @@ def _decay_of(params: Any, beta: Array, paths: tuple[Path, ...]) -> Float[Array,
 def _decaying(params: Any, paths: tuple[Path, ...]) -> tuple[Any, tuple[Path, ...]]:
     """The parameters that gradients are of, and the paths of these layers' kernels."""
     params = _given(params, "the head has weight decay in gradient steps")
-    kernels = tuple((*path, "kernel") for path in paths)
-    return params.fast if isinstance(params, optax.LookaheadParams) else params, kernels
+    return _module_params(params), tuple((*path, "kernel") for path in paths)
+
+
+def _module_params(tree: Any) -> Any:
+    """The part of a tree like the parameters that gradients are of."""
+    return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+
+
+def _check_value(value: Any) -> None:
+    """Raise a ValueError unless the loss is one number."""
+    if [jnp.shape(leaf) for leaf in jax.tree.leaves(value)] != [()]:
+        shapes = jax.tree.map(jnp.shape, value)
+        raise ValueError(
+            f"update: `value` must be the mean loss, one number, got {shapes}. Give the mean over the batch; of a pair "
+            "(loss, aux), as jax.value_and_grad with has_aux=True returns it, give the loss."
+        )
+
+
+def _check_structure(grads: Any, params: Any) -> None:
+    """Raise a ValueError unless gradients are a tree like the parameters."""
+    params = _module_params(params)
+    if jax.tree.structure(grads) == jax.tree.structure(params):
+        return
+    got, expected = ([name for name, _ in _named_leaves(tree)] for tree in (grads, params))
+    differ = {
+        "nothing at": [name for name in expected if name not in got],
+        "what no parameter is at": [name for name in got if name not in expected],
+    }
+    said = [f"{what} {', '.join(names[:3])}{', …' * (len(names) > 3)}" for what, names in differ.items() if names]
+    containers = f"other containers, such as {type(grads).__name__} instead of {type(params).__name__}"
+    raise ValueError(
+        f"update: `grads` must be a tree like the parameters, got one with {' and '.join(said) or containers}. Take "
+        "gradients in state.params alone, not in variables with other collections: "
+        "jax.grad(lambda params: loss({'params': params, **state.model_state}))(state.params); in NNX, those of the "
+        "Variables that the optimizer moves (wrt=)."
+    )
+
+
+def _check_shapes(tree: Any, grads: Any, params: Any, leading: bool = False) -> None:
+    """Raise a ValueError, which tells of ``grads``, unless the leaves of ``tree`` have the shapes of the parameters.
+
+    Args:
+        tree: gradients, or updates made of them.
+        grads: the gradients.
+        params: the parameters.
+        leading: whether there may be more axes in front: some optimizers take the gradients of each row.
+    """
+    leaves, each = (
+        jax.tree.leaves(tree),
+        zip(jax.tree.leaves(grads), _named_leaves(_module_params(params)), strict=True),
+    )
+    for leaf, (grad, (name, param)) in zip(leaves, each, strict=True):
+        more = max(jnp.ndim(leaf) - jnp.ndim(param), 0) if leading else 0
+        if jnp.shape(leaf)[more:] != jnp.shape(param):
+            raise ValueError(
+                f"update: `grads` must have the shapes of the parameters, got {jnp.shape(grad)} at {name}, which has "
+                f"{jnp.shape(param)}. Give gradients of the mean loss of the batch."
+            )
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their names."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/") or "the root", leaf) for path, leaf in leaves]
 
 
 def _given(params: Any, why: str) -> Any:
@@ -232,6 +303,8 @@ def backbone_only(tx: optax.GradientTransformation, head: Head) -> optax.Gradien
             ) from error
 
     def update(grads: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+        if params is not None:
+            _check_structure(grads, params)
         updates, state = inner.update(backbone(grads), state, None if params is None else backbone(params), **extra)
         # Not optax.partition: the updates of optax.lookahead have another structure than its gradients.
         updates = jax.tree.map(
