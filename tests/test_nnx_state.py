@@ -467,6 +467,30 @@ class Making(Plain):
         return super().__call__(x)
 
 
+class Lazy(Plain):
+    """Makes a layer when it is called first."""
+
+    def __init__(self):
+        super().__init__()
+        self.rngs, self.more = nnx.Rngs(0), nnx.List([])
+
+    def __call__(self, x):
+        if not self.more:
+            self.more.append(nnx.Linear(5, 5, rngs=self.rngs))
+        return super().__call__(nnx.tanh(self.more[0](x)))
+
+
+def test_a_layer_that_the_first_call_makes_is_there_after_it():
+    """Before it, it was drawn anew in every step, and trained in none, without a word."""
+    model = Lazy()
+    model(X)
+    state, _ = train(plain(model), epochs=1)
+    assert not np.array_equal(state.model.more[0].kernel, model.more[0].kernel)
+    fresh = plain(Lazy())
+    with pytest.raises(ValueError, match=r"but it makes more/0/bias, more/0/kernel\. Make them"):
+        fresh.apply_fn({"params": fresh.params, **fresh.model_state}, X)
+
+
 def given(**kwargs):
     model = kwargs.get("model", Plain())
     defaults = {"model": model, "tx": optax.adam(1e-2), "head": cf.nnx.find_head(Plain(), X[:64])}
@@ -503,6 +527,7 @@ BAD = {
     "a field": (lambda: given(batch_stats={}), "is not a field"),
     "assigned parameters": (lambda: train(plain(Writing())), r"it assigns one of shape \(8,\)"),
     "made variables": (lambda: train(plain(Making())), "it makes seen"),
+    "made parameters": (lambda: train(plain(Lazy())), "it makes more/0/bias, more/0/kernel"),
 }
 
 

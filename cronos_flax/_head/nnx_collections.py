@@ -5,6 +5,7 @@ All that trains or solves for a linen module takes an NNX model in this form. Th
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class NnxFunction:
             What the model returns; with ``mutable`` a pair of that, and the collections that are mutable.
 
         Raises:
-            ValueError: if a call in a gradient step assigns parameters, or makes Variables.
+            ValueError: if a call in a gradient step assigns parameters, or makes Variables; or any call parameters.
         """
         model = _merged(self.training if mutable else self.evaluation, variables)
         for _, module in nnx.iter_modules(model):
@@ -73,15 +74,14 @@ class NnxFunction:
                     variable.set_metadata(on_set_value=(_refused,))
         # What the model sows goes nowhere; outside of a capture, Flax would warn.
         out, _ = captured(model, nnx.Intermediate, self.method, args, kwargs)
+        _, after = _split(model)
+        if made := _made(after if mutable else {"params": after["params"]}, variables):
+            raise ValueError(
+                f"a call of the model must make no nnx.Variables, but it makes {', '.join(made)}. Make them when the "
+                "model is made, or by one call before; or sow values as nnx.Intermediate, which training passes over."
+            )
         if not mutable:
             return out
-        _, after = _split(model)
-        if made := after.keys() - variables.keys():
-            paths = ", ".join(format_path(path) for name in sorted(made) for path in flatten_dict(after[name]))
-            raise ValueError(
-                f"a call of the model must make no nnx.Variables, but it makes {paths}. Make them when the model is "
-                "made; or sow values as nnx.Intermediate, which training passes over."
-            )
         names = after.keys() - {"params"} if mutable is True else [mutable] if isinstance(mutable, str) else mutable
         return out, {name: after.get(name, {}) for name in names}
 
@@ -124,6 +124,12 @@ def _split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
     structure, *states = nnx.split(model, *_KINDS.values(), ...)
     collections = dict(zip((*_KINDS, _REST), map(nnx.to_pure_dict, states), strict=True))
     return structure, {name: tree for name, tree in collections.items() if tree or name in _ALWAYS}
+
+
+def _made(after: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """The Variables that collections have after a call, and had not before."""
+    made = (flatten_dict(tree).keys() - flatten_dict(before.get(name, {})).keys() for name, tree in after.items())
+    return sorted(map(format_path, itertools.chain(*made)))
 
 
 def _is_evaluated(module: nnx.Module) -> bool:
