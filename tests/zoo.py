@@ -398,6 +398,12 @@ class NnxMapped(nnx.Module):
         return self.lie(self.over(self.encoded)(x))
 
 
+def merged_over_rows(method):
+    """The method of a model that is merged within a transform of JAX, of Variables from outside."""
+    graphdef, state = nnx.split(method.__self__)
+    return jax.vmap(lambda x: method.__func__(nnx.merge(graphdef, state), x))
+
+
 class NnxConv(nnx.Module):
     def __init__(self):
         self.conv, self.head = nnx.Conv(1, 6, (3, 3), rngs=rngs()), NnxMLP()
@@ -453,6 +459,9 @@ NNX = {
     "recurrent": Member(NnxRecurrent, (X.reshape(32, 3, 2),), {}, (("head", "fc1"), ("head", "fc2"))),
     "backbone in jax.vmap": Member(lambda: NnxMapped(jax.vmap, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))),
     "backbone in jax.jit": Member(lambda: NnxMapped(jax.jit, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))),
+    "backbone merged in jax.vmap": Member(
+        lambda: NnxMapped(merged_over_rows, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))
+    ),
     "backbone in nnx.vmap": Member(
         lambda: NnxMapped(over_rows, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))
     ),

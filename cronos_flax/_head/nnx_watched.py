@@ -26,10 +26,15 @@ class Tapped(nnx.Variable):
     """The recorded input of a layer, in a watched copy of a model."""
 
 
-def _may_change(module: Any) -> bool:
-    """Whether what a watched layer holds may change here: within a transform of JAX itself it may only be read."""
+def _may_change(module: Any, *variables: nnx.Variable) -> bool:
+    """Whether what a watched layer holds may change here: within a transform of JAX itself it may only be read.
+
+    A layer that is merged there may hold Variables from outside.
+    """
     try:
         module.tap = module.tap
+        for variable in variables:
+            variable.set_value(variable.get_value())
     except flax.errors.TraceContextError:
         return False
     return True
@@ -41,7 +46,7 @@ def _tapping(kind: Any) -> type:
 
     def call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         path, wanted = self.tap
-        if wanted and _may_change(self):
+        if wanted and _may_change(self, *getattr(self, "__captures__", ())):
             self.sow(Tapped, "input", jnp.asarray(inputs), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         out = kind.__call__(self, inputs, *args, **kwargs)
         earlier, _ = _trace.calls.pop(path, (None, None))  # order by the last call
@@ -58,7 +63,7 @@ def _normalising(kind: Any) -> type:
     def call(self: Any, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
         if self.statistics is not None:
             use_running_average = self.statistics == "running"
-        if not _may_change(self):
+        if not _may_change(self, self.calls):
             with with_attributes(self, axis_name=bound_axes(self.axis_name)):
                 return kind.__call__(self, x, use_running_average, **kwargs)
         mean, var, earlier = self.mean[...], self.var[...], self.calls[...]
