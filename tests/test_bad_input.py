@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import drawn, random_network, random_problem
+from scipy.sparse import csr_array, csr_matrix
 
 import cronos_flax as cf
 from cronos_flax.compare.data import load_tfds
@@ -116,6 +117,17 @@ CASES = {
         lambda: cf.Cronos(beta="path").solve(X, Y, hidden=3, validation=(X[:, :2], Y)),
         "`validation`",
     ),
+    "validation of NaN": (
+        lambda: cf.Cronos(beta="path").solve(X, Y, hidden=3, validation=(X * np.nan, Y)),
+        "solve: in `validation` `X` must be finite",
+    ),
+    "blocks beyond float32": (
+        lambda: solve([X[:9], X[9:].astype(float) * 1e60]),
+        "solve: `X` must be finite in float32",
+    ),
+    "sparse": (lambda: solve(csr_array(X)), "solve: `X` must be dense, got a sparse csr_array. Give .toarray()"),
+    "sparse blocks": (lambda: solve(csr_matrix(X)), "solve: the blocks of `X` must be dense"),
+    "predict: sparse": (lambda: cf.predict(NET, csr_matrix(X)), "predict: `X` must be dense"),
     "a path under jit": (lambda: jax.jit(lambda y: cf.Cronos(beta="path").solve(X, y, hidden=3))(Y), "traced"),
     "a path in blocks": (lambda: cf.Cronos(beta="path").solve([X], Y, hidden=3), "blocks"),
     "a path of few rows": (lambda: cf.Cronos(beta="path").solve(X[:5], Y[:5], hidden=3), "10 rows"),

@@ -525,6 +525,22 @@ def test_nothing_is_promoted_silently(dtype, gates, strict_promotion):
     assert {str(leaf.dtype) for leaf in floats} == {dtype}
 
 
+def test_a_solve_is_differentiated_forwards():
+    """Outside jit the doubts about a result looked at its losses, which are not known there."""
+    X, y = random_problem(0)
+    solver = cf.Cronos(beta=1e-2, max_iters=5)
+
+    def objective(y):
+        return solver.solve(X, y, hidden=4).stats.objective
+
+    for f in (objective, jax.jit(objective)):
+        value, slope = jax.jvp(f, (y,), (y,))
+        apart = 1e-3
+        expected = (objective((1 + apart) * y) - objective((1 - apart) * y)) / (2 * apart)
+        np.testing.assert_allclose(value, objective(y), rtol=1e-4)
+        np.testing.assert_allclose(slope, expected, rtol=0.02)
+
+
 def test_a_one_dimensional_target_is_one_column():
     X, y = random_problem(7)
     a, b = (cf.Cronos(max_iters=5).solve(X, t, hidden=4) for t in (y, y[:, 0]))

@@ -36,6 +36,8 @@ def opened(value: Any, what: str) -> Array | np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ValueError(f"{what} must not have masked entries, got a masked array. Fill them, or give a weight of 0.")
+    if hasattr(value, "toarray") and not is_array(value):  # of which NumPy makes an array of one object
+        raise ValueError(f"{what} must be dense, got a sparse {type(value).__name__}. Give .toarray().")
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged; on another device, with a gradient

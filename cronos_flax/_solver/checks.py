@@ -205,11 +205,15 @@ def _blocks(X: Iterable[Any]) -> Source:
             )
         if shape is not None and block.shape[1] != shape[1]:
             raise ValueError(f"solve: the blocks of `X` must have {shape[1]} columns each, got shape {block.shape}.")
-        if not np.all(np.isfinite(block)):
-            raise ValueError("solve: `X` must be finite, got NaN or infinite entries. Remove or impute those rows.")
-        dtype = np.promote_types(dtype, block.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(np.promote_types(dtype, block.dtype))
+        with np.errstate(over="ignore"):  # which is told of here
+            is_finite = np.all(np.isfinite(np.asarray(block, dtype)))
+        if not is_finite:
+            raise ValueError(
+                f"solve: `X` must be finite in {dtype}, got NaN or infinite entries. Remove or impute those rows."
+            )
         shape = (len(block) if shape is None else shape[0] + len(block)), block.shape[1]
-    return Source(X, shape or (0, 0), jax.dtypes.canonicalize_dtype(dtype))
+    return Source(X, shape or (0, 0), dtype)
 
 
 def data(

@@ -363,7 +363,11 @@ class Cronos:
     ) -> Solution:
         """Choose β on held-out rows, of one split or of all folds, then fit all rows from a network found with it."""
         if validation is not None:
-            given = self._data(*beta_path.pair("validation", validation), data.y.shape[1], None, None)
+            pair = beta_path.pair("validation", validation)
+            try:
+                given = self._data(*pair, data.y.shape[1], None, None)
+            except ValueError as error:
+                raise ValueError(str(error).replace("solve:", "solve: in `validation`", 1)) from None
             parts = [beta_path.Part(data, beta_path.same_columns(given, data))]
         else:
             parts = beta_path.parts(data, key, self.folds)

@@ -83,7 +83,7 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
     Features may be so far from zero that float32 hardly tells rows apart, or next to nothing beside a few rows.
     Residuals may be so large that Huber's loss has next to no curvature. And rows that are all the same tell nothing.
     """
-    if not isinstance(X, Array) or not concrete(X) or not concrete(solution.status_code):
+    if not isinstance(X, Array) or not concrete(X) or not _is_known(solution):
         return
     reached, null = map(float, on_host(_losses(solution)))
     if reached > _NOTHING * null > 0 and on_host(automatically(_all_alike, X)):
@@ -122,11 +122,16 @@ def _ended_above(share: float, solution: Solution) -> bool:
 
     Of a loss that is negative there, as one of the user's own may be: with less than the rest of its size gone.
     """
-    if not concrete(solution.status_code):
+    if not _is_known(solution):
         return False
     reached, null = on_host(_losses(solution))
     left = (share if null >= 0 else 2 - share) * null
     return bool(reached > left) and solution.status == Status.stationary
+
+
+def _is_known(solution: Solution) -> bool:
+    """Whether its figures are numbers; where it is differentiated the integers among them are, and the losses not."""
+    return all(map(concrete, (solution.status_code, *_losses(solution))))
 
 
 def _losses(solution: Solution) -> tuple[Scalar, Scalar]:
