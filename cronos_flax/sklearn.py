@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from cronos_flax._solver import checks
+from cronos_flax._solver.beta_path import FEWEST
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import loss_of
@@ -77,8 +78,11 @@ class _TwoLayer(BaseEstimator):
         checks.positive_integer(where, "max_iter", self.max_iter)
         if self.folds is not None:
             checks.positive_integer(where, "folds", self.folds, least=2)
-        folds = self.folds if isinstance(self.beta, str) else None  # a search over β may have both
-        solver = Cronos(loss=self.loss, beta=self.beta, max_iters=self.max_iter, tol=self.tol, folds=folds)
+        beta = self.beta
+        if isinstance(beta, str) and beta == "path" and len(X) < FEWEST:
+            beta = None
+        folds = self.folds if isinstance(beta, str) else None  # a search over β may have both
+        solver = Cronos(loss=self.loss, beta=beta, max_iters=self.max_iter, tol=self.tol, folds=folds)
         mean, scale = self._units(X, weight)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         dtype = jax.dtypes.canonicalize_dtype(float)
@@ -120,9 +124,11 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         n_neurons: number of hidden neurons.
         loss: ``"softmax"``; ``"logistic"``, for two classes; ``"squared"``, ``"huber"`` or ``"hinge"``, of targets ±1;
             or a :class:`cronos_flax.Loss`. The first two have ``predict_proba``.
-        beta: weight decay of the network on the standardised features; None takes a thousandth of the value above which
-            the network is zero. ``"path"`` tries seven values and chooses on a held-out fifth of the rows.
-        folds: for ``beta="path"``, choose by the mean over so many folds of the rows instead.
+        beta: weight decay of the network on the standardised features. ``"path"`` tries seven values and chooses by the
+            loss on held-out rows. None takes a thousandth of the value above which the network is zero, and so does
+            ``"path"`` with fewer than ten rows (equal ones count once).
+        folds: for ``beta="path"``, choose by the mean over so many folds of the rows, each held out in turn. None
+            holds out a fifth, and with fewer than 300 rows takes five folds.
         max_iter: most iterations; a ConvergenceWarning says that they did not suffice.
         tol: as for :class:`cronos_flax.Cronos`; None ends when going on would not pay.
         standardize: bring columns to mean 0 and variance 1 first, by the (weighted) rows of ``fit``. False leaves the
@@ -156,7 +162,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         n_neurons: int = 64,
         *,
         loss: str | Loss = "softmax",
-        beta: float | str | None = None,
+        beta: float | str | None = "path",
         folds: int | None = None,
         max_iter: int = 500,
         tol: float | None = None,
@@ -254,9 +260,11 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
         n_neurons: number of hidden neurons.
         loss: ``"squared"``, ``"huber"`` (linear beyond one standard deviation of the target), or a
             :class:`cronos_flax.Loss` of real targets.
-        beta: weight decay of the network on standardised features and targets; None takes a thousandth of the value
-            above which the network is zero. ``"path"`` tries seven values and chooses on a held-out fifth of the rows.
-        folds: for ``beta="path"``, choose by the mean over so many folds of the rows instead.
+        beta: weight decay of the network on standardised features and targets. ``"path"`` tries seven values and
+            chooses by the loss on held-out rows. None takes a thousandth of the value above which the network is zero,
+            and so does ``"path"`` with fewer than ten rows (equal ones count once).
+        folds: for ``beta="path"``, choose by the mean over so many folds of the rows, each held out in turn. None
+            holds out a fifth, and with fewer than 300 rows takes five folds.
         max_iter: most iterations; a ConvergenceWarning says that they did not suffice.
         tol: as for :class:`cronos_flax.Cronos`; None ends when going on would not pay.
         standardize: bring the columns of X, and of y, to mean 0 and variance 1 first, by the (weighted) rows of
@@ -288,7 +296,7 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
         n_neurons: int = 64,
         *,
         loss: str | Loss = "squared",
-        beta: float | str | None = None,
+        beta: float | str | None = "path",
         folds: int | None = None,
         max_iter: int = 500,
         tol: float | None = None,

@@ -26,6 +26,7 @@ TOL = 1e-2  # of the solves on the way, which are for comparing
 PATIENCE = 4  # of refreshed ones, in place of that: they end when so many iterations bring little
 FEWEST = 10  # rows to choose from
 _EVERY = 5  # one row in so many is held out
+_FEW = 300  # rows; a fifth of fewer says too little, so each of as many folds is held out in turn
 
 
 class Data(NamedTuple):
@@ -149,13 +150,14 @@ class Part(NamedTuple):
 
 
 def parts(data: Data, key: Array, count: int | None) -> list[Part]:
-    """One split, or one with each of so many folds held out in turn.
+    """One with each of so many folds held out in turn; None for one split, or with few rows for five folds.
 
     Raises:
         ValueError: if there are more folds than rows.
     """
-    if count is None:
+    if count is None and len(data.y) >= _FEW:
         return [Part.of(data, held_out(data.y, key))]
+    count = _EVERY if count is None else count
     if count > len(data.y):
         raise ValueError(
             f"solve: `folds` must not exceed the number of rows of positive weight, got folds={count} for "

@@ -98,7 +98,7 @@ class Cronos:
             process, or on the accelerator, whichever is least. :meth:`solve` does not look at it, and features that
             come on a mesh of devices stay in the memory of these.
         folds: for ``beta="path"``: choose by the mean over so many folds of the rows, ``≥ 2``, each held out in turn.
-            That takes some times as long. None holds out a fifth.
+            That takes some times as long. None holds out a fifth, and with fewer than 300 rows takes five folds.
 
     Raises:
         ValueError: for a setting outside its range.
@@ -202,8 +202,8 @@ class Cronos:
                 dict of Python numbers: ``iteration``, ``seconds``, ``active_neurons`` and ``objective``; for held gates
                 ``program_objective``, ``lower_bound``, ``gap`` (relative), ``cone_violation``, ``primal_residual``,
                 ``dual_residual`` in its place. What it raises ends the solve.
-            validation: for ``beta="path"`` without ``folds``, rows ``(X, y)`` to choose on; None holds out a fifth of
-                the rows, at random within each class or range of y.
+            validation: for ``beta="path"`` without ``folds``, rows ``(X, y)`` to choose on; None holds out rows of
+                those given, at random within each class or range of y.
 
         Returns:
             The :class:`cronos_flax.Solution`. The regularised loss of ``solution.params`` is never above that of the

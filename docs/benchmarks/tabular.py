@@ -46,6 +46,7 @@ SCALED = (
     "from sklearn.pipeline import make_pipeline; from sklearn.preprocessing import StandardScaler; "
     "from sklearn.{} import {}"
 )
+FIXED = "CronosClassifier, beta=None"
 OURS = "from cronos_flax.sklearn import CronosClassifier"
 MLP = SCALED.format("neural_network", "MLPClassifier")
 METHODS = {  # what is imported, and what makes the estimator
@@ -64,9 +65,9 @@ METHODS = {  # what is imported, and what makes the estimator
         SCALED.format("linear_model", "LogisticRegressionCV"),
         "make_pipeline(StandardScaler(), LogisticRegressionCV())",
     ),
-    "CronosClassifier, path": (OURS, 'CronosClassifier(beta="path", random_state=seed)'),
+    FIXED: (OURS, "CronosClassifier(beta=None, random_state=seed)"),
 }
-DEFAULTS = [name for name in METHODS if not name.endswith("path")]
+DEFAULTS = [name for name in METHODS if name != FIXED]
 Set = tuple[np.ndarray, np.ndarray]
 
 
