@@ -82,7 +82,7 @@ class Cronos:
         tol: stopping tolerance, ``≥ 0``. Held gates stop when the relative gap and the relative constraint violation
             are below it; ``"refreshed"`` stops when the loss fell by less than this fraction over the last ten
             iterations (``refreshed.window``). None takes .001, and ``"refreshed"`` then also stops when going on would
-            not pay: when ten iterations, or, if these are cheap, more of them, brought less than a hundredth of what
+            not pay: when ten iterations, or, if these are cheap, more of them, brought less than a 200th of what
             the network explains (the loss of the best constant minus the present one).
         certify_iters: iterations of ADMM that ``"refreshed"`` spends at its end on the convex program of its final
             gates. ``stats.lower_bound`` then says how good the network is among those with these gates. 0 spends none.

@@ -97,7 +97,7 @@ class Refreshed(_Settings):
     warm_up_steps: int = 8
     window: int = 10
     sampled_tol: float = 0.01
-    least_gain: float = 0.01
+    least_gain: float = 0.005
     window_products: int = 4_000_000_000
 
     def __post_init__(self) -> None:
