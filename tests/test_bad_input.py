@@ -125,6 +125,7 @@ CASES = {
         lambda: solve([X[:9], X[9:].astype(float) * 1e60]),
         "solve: `X` must be finite in float32",
     ),
+    "keys for targets": (lambda: solve(y=jax.random.split(jax.random.key(0), 40)), "`y` must be real numbers"),
     "sparse": (lambda: solve(csr_array(X)), "solve: `X` must be dense, got a sparse csr_array. Give .toarray()"),
     "sparse blocks": (lambda: solve(csr_matrix(X)), "solve: the blocks of `X` must be dense"),
     "predict: sparse": (lambda: cf.predict(NET, csr_matrix(X)), "predict: `X` must be dense"),
@@ -241,7 +242,7 @@ class Table:
         return np.array(X, dtype)
 
 
-@pytest.mark.parametrize("given", [X.tolist(), Table(), X.astype(">f4")])
+@pytest.mark.parametrize("given", [X.tolist(), Table(), X.astype(">f4"), X.astype(np.longdouble)])
 @pytest.mark.parametrize("gates", ["refreshed", "gated"])
 def test_what_a_solve_takes_predict_takes(given, gates):
     solution = cf.Cronos(max_iters=2, gates=gates).solve(X, Y, hidden=4)

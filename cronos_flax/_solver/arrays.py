@@ -47,7 +47,7 @@ def opened(value: Any, what: str) -> Array | np.ndarray:
 
 
 def native(value: Any, what: str) -> Array | np.ndarray:
-    """As :func:`opened`, in native byte order; integers in the type that JAX has for them, if they fit into it.
+    """As :func:`opened`, in native byte order and a type that JAX has; integers, if they fit into it.
 
     Raises:
         ValueError: also for integers that do not fit.
@@ -57,6 +57,8 @@ def native(value: Any, what: str) -> Array | np.ndarray:
         return array
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.char in "gG":  # long doubles, which JAX does not have
+        array = array.astype(complex if array.dtype.kind == "c" else float)
     if array.dtype.kind not in "iu":
         return array
     held = jax.dtypes.canonicalize_dtype(array.dtype)

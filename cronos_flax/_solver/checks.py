@@ -237,7 +237,7 @@ def data(
     if num_classes is not None:
         positive_integer("solve", "num_classes", num_classes)
     y = native(y, "solve: `y`")
-    if y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating):
+    if is_key(y) or (y.dtype.kind not in "biuf" and not jnp.issubdtype(y.dtype, jnp.floating)):
         raise ValueError(f"solve: `y` must be real numbers, got dtype {y.dtype}. {TO_NUMBERS}")
     y = _finite("y", y, "(n,) or (n, C)", (1, 2))
     if X.shape[0] < 2 or X.shape[1] < 1:
