@@ -226,7 +226,7 @@ def test_a_cache_is_refused_if_the_code_of_the_module_changed(tmp_path, bad):
         gather(tmp_path, data, head=cf.find_head(other, VARIABLES, X[:64]))
 
 
-@pytest.mark.parametrize("kind", ["cut", "rows", "version", "X.npy", "y.npy", "order.npy"])
+@pytest.mark.parametrize("kind", ["cut", "emptied", "rows", "version", "X.npy", "y.npy", "order.npy"])
 def test_a_damaged_cache_is_refused_or_made_anew(tmp_path, kind):
     if kind == "rows":  # as they came
         with pytest.raises(Killed):
@@ -236,12 +236,17 @@ def test_a_damaged_cache_is_refused_or_made_anew(tmp_path, kind):
         (tmp_path / "X.raw").write_bytes(content)
     else:
         gather(tmp_path)
-        name = {"cut": "X.npy", "version": "log.jsonl"}.get(kind, kind)
+        name = {"cut": "X.npy", "emptied": "order.npy", "version": "log.jsonl"}.get(kind, kind)
         content = (tmp_path / name).read_bytes()
-        changed = {"cut": content[:-100], "version": content.replace(b'"version": 2', b'"version": 9')}
+        changed = {"cut": content[:-100], "emptied": b"", "version": content.replace(b'"version": 2', b'"version": 9')}
         flipped = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]  # one bit of one number
         (tmp_path / name).write_bytes(changed.get(kind, flipped))
-    words = {"cut": "X.npy cannot be read", "rows": "rows of batch 1", "version": "version 9"}
+    words = {
+        "cut": "X.npy cannot be read",
+        "emptied": "order.npy cannot be read",
+        "rows": "rows of batch 1",
+        "version": "version 9",
+    }
     words = words.get(kind, f"{kind} is not what was written")
     with pytest.raises(ValueError, match=f"cannot be used: .*{words}"):
         gather(tmp_path)

@@ -323,7 +323,7 @@ class Cache:
         """A sorted array, mapped into memory."""
         try:
             return np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:  # cut to nothing, it is an EOFError
             raise self._stale(f"{name}.npy cannot be read ({error})") from error
 
 
