@@ -66,7 +66,7 @@ class _TwoLayer(BaseEstimator):
             )
 
     def _units(self, values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is subtracted from each column, and what it is then divided by, if that is not zero."""
+        """What is subtracted from each column, and its scale, zero for one that never varies."""
         if self.standardize:
             return _moments(values, weight)
         return np.zeros(values.shape[1]), np.ones(values.shape[1])
@@ -87,7 +87,7 @@ class _TwoLayer(BaseEstimator):
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         dtype = jax.dtypes.canonicalize_dtype(float)
         solution = solver.solve(
-            ((X - mean) / np.where(scale > 0, scale, 1)).astype(dtype),
+            _divided(X - mean, scale).astype(dtype),
             y if outputs is None else loss_of(self.loss).from_labels(y, outputs),
             hidden=self.n_neurons,
             num_classes=outputs if self.loss == "softmax" else None,
@@ -101,7 +101,7 @@ class _TwoLayer(BaseEstimator):
             warn(message, ConvergenceWarning)
         network, stats = jax.device_get((solution.params, solution.stats))
         # relu((X − mean)/scale · kernel + bias), in the units of X; a column that never varied says nothing.
-        kernel = network.kernel1.astype(float) / np.where(scale > 0, scale, np.inf)[:, None]
+        kernel = _divided(network.kernel1.astype(float).T, scale).T
         self.kernel1_, self.bias1_ = kernel, network.bias1.astype(float) - mean @ kernel
         self.kernel2_, self.bias2_ = network.kernel2.astype(float), network.bias2.astype(float)
         self.beta_, self.n_iter_, self.objective_ = float(stats.beta), int(stats.iterations), float(stats.objective)
@@ -340,7 +340,7 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
         self._is_vector = values.ndim == 1
         rows, values, weight = _merged(rows, values.reshape(len(values), -1).astype(float), weight)
         mean, scale = self._units(values, weight)
-        targets = (values - mean) / np.where(scale > 0, scale, 1)
+        targets = _divided(values - mean, scale)
         self._solve(rows, targets.astype(jax.dtypes.canonicalize_dtype(float)), weight, outputs=None)
         self.kernel2_, self.bias2_ = self.kernel2_ * scale, self.bias2_ * scale + mean
         return self
@@ -365,6 +365,11 @@ def _merged(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarra
         X, y, weight = X[first], y[first], np.bincount(which.ravel(), weight)
     twice = slice(None) if len(X) > 1 else [0, 0]  # a solve takes two rows at least
     return X[twice], y[twice], weight[twice]
+
+
+def _divided(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows over the scale of each column, zero where that is zero: there only the rounding of its mean is left."""
+    return rows / np.where(scale > 0, scale, np.inf)
 
 
 def _moments(rows: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

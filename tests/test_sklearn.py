@@ -208,6 +208,17 @@ def test_sparse_features_are_refused(iris, estimator):
         estimator.fit(csr_array(X), y)
 
 
+@pytest.mark.filterwarnings("ignore:solve. `X` must differ from row to row")
+def test_of_columns_that_never_vary_nothing_is_left(iris):
+    """The rounding of their mean was: the network fitted it, and was returned without it."""
+    X, y = iris
+    np.testing.assert_allclose(regressor().fit(np.full((20, 2), 0.3), np.arange(20.0)).predict([[0.3, 0.3]]), 9.5)
+    weight = np.random.RandomState(0).rand(len(y))
+    beside = regressor().fit(X, np.column_stack([X[:, 0] * X[:, 1], np.full(len(y), 1e30)]), weight).predict(X)
+    np.testing.assert_allclose(beside[:, 0], X[:, 0] * X[:, 1], atol=1)
+    np.testing.assert_allclose(beside[:, 1], 1e30)
+
+
 @pytest.mark.parametrize("estimator", [classifier(), regressor()])
 @pytest.mark.parametrize("name", ["X", "y", "sample_weight"])
 def test_masked_entries_are_refused(iris, estimator, name):
