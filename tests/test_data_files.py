@@ -103,6 +103,14 @@ def test_a_feature_that_never_varied_in_the_rows_to_fit_is_not_divided_by_roundi
     np.testing.assert_allclose(split.x_test, 0.1)
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("uint8", 255), ("uint16", 65535), ("int64", 200), ("float32", 200)])
+def test_the_unit_of_pixels_is_that_of_their_type_where_it_is_one_of_pixels(dtype, largest):
+    """Pixels that are stored as int64, as tables are read, were divided by 9e18."""
+    x = np.full((50, 2), 200, dtype)
+    split = Split.of(Dataset.of(x, np.arange(50) % 2, x[:2], np.arange(2)), 0, 10, "unit")
+    np.testing.assert_allclose(split.x, 200 / largest, rtol=1e-6)
+
+
 def at(array, place, value):
     array = array.copy()
     array[place] = value

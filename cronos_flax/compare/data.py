@@ -146,8 +146,9 @@ class Split(NamedTuple):
             seed: of the rows that are held back.
             validation: how many these are.
             scaling: ``"standardise"``: each feature of a table, each channel of images, to mean 0 and deviation 1 on
-                the rows to fit; ``"unit"``: by the largest number that the dtype of the inputs holds or, of floats,
-                the largest there; ``"none"``. Regression targets are standardised with any but the last.
+                the rows to fit; ``"unit"``: by the largest number that the dtype of the inputs holds or, of floats
+                and of integers of 32 bits and more, the largest there; ``"none"``. Regression targets are standardised
+                with any but the last.
             rows: how many to fit at most; None for all that are left.
             shots: how many rows of each class to fit; None for no such choice.
 
@@ -193,7 +194,8 @@ def _scale(x: np.ndarray, fit: np.ndarray, scaling: str) -> tuple[Any, Any]:
     if scaling == "none":
         return 0, 1
     if scaling == "unit":
-        return 0, float(np.iinfo(x.dtype).max if np.issubdtype(x.dtype, np.integer) else np.abs(x).max() or 1)
+        is_of_pixels = np.issubdtype(x.dtype, np.integer) and x.dtype.itemsize <= 2
+        return 0, float(np.iinfo(x.dtype).max if is_of_pixels else np.abs(x).max() or 1)
     exact, used = (np.result_type(x.dtype, dtype) for dtype in ("float64", "float32"))
     pieces = np.split(fit, range(_ROWS, len(fit), _ROWS))  # all rows in float64 may be too much
     axes, count = tuple(range(x.ndim - 1)), len(fit) * math.prod(x.shape[1:-1])
