@@ -101,6 +101,17 @@ def test_the_linear_probe_is_scikit_learns_and_cannot_do_what_is_not_linear():
     np.testing.assert_allclose(outputs[:, 0], 2 * x[:, 0] + 1, atol=1e-3)
 
 
+def test_the_linear_probe_is_scored_by_the_loss_of_the_others():
+    """With the Huber loss it had the squared one, which is nowhere smaller."""
+    task = Task.of(Settings("diabetes", model="two-layer", loss="huber", epochs=1))
+    data = task.labelled(0)
+    variables = task.model.init(0, data.x[:1])
+    x, x_test = (np.asarray(task.head.inputs(variables, part)) for part in (data.x, data.x_test))
+    size = np.abs(linear_probe(x, data.y, 1e-3, num_classes=None)(x_test)[:, 0] - data.y_test)
+    expected = np.mean(np.where(size < 1, size**2 / 2, size - 0.5))
+    assert rows_of(task, Run("linear-probe", 1e-3, 0))[0]["test_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_methods_that_solve_learn_and_say_what_they_did(task):
     for method in ("cronos-am", "cronos-am-strict", "cronos", "linear-probe", "cronos-am:sgd"):
         run = Run(method, grid(method, 3)[len(grid(method, 3)) // 2], 0)

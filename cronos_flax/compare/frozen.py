@@ -171,7 +171,7 @@ def probed(task: Task, run: Run) -> list[Row]:
     for name, x, y in parts(data):
         out = model(features(x))
         if num_classes is None:
-            row[f"{name}_loss"] = float(np.mean((out[:, 0] - y) ** 2) / 2)
+            row[f"{name}_loss"] = float(jnp.mean(loss_of(task.loss).value(jnp.asarray(out), jnp.asarray(y[:, None]))))
         else:
             row[f"{name}_loss"] = -float(np.mean(log_softmax(out, axis=1)[np.arange(len(y)), y]))
             row[f"{name}_accuracy"] = float(np.mean(out.argmax(axis=1) == y))
