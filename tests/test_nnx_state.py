@@ -1,6 +1,7 @@
 """``cf.train`` on NNX models: as on linen ones, and as in an NNX loop by hand; the model given is never changed."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -225,6 +226,20 @@ def test_a_run_goes_on_to_the_bit_where_it_stopped(tmp_path):
     evaluating.eval()
     with pytest.raises(ValueError, match="holds a run with train_mode="):
         train(alternating(evaluating, statistics="batch", train_mode=False), directory=tmp_path, **kwargs)
+
+
+def test_the_model_stays_where_a_step_of_the_users_donates_the_state():
+    """Its arrays were those of the state, and the first step deleted them."""
+    model = net()
+    before = everything(model)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return state.apply_gradients(grads=state.params)
+
+    step(alternating(model, statistics="batch"))
+    step(plain(model))
+    same(everything(model), before)
 
 
 @pytest.mark.parametrize("train_mode", [True, False])

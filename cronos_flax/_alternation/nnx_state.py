@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from cronos_flax._alternation import train_state
 from cronos_flax._alternation.backbone import check_lookahead, check_optimizer
 from cronos_flax._alternation.defaults import Alternation
-from cronos_flax._alternation.guard import Guard
+from cronos_flax._alternation.guard import Guard, copied
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.nnx import NnxModule, module_at
@@ -173,7 +173,8 @@ def _functional(where: str, model: Any, method: Any, train_mode: bool) -> tuple[
             f"{where}: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.CronosTrainState, or "
             "Flax's TrainState."
         )
-    return functional(model, method, train_mode)
+    function, variables = functional(model, method, train_mode)
+    return function, copied(variables)  # a step of the user's may donate the state, and the model must stay
 
 
 def _model_of(state: Any) -> nnx.Module:
