@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import OrderedDict
 
 import flax
 import flax.linen as nn
@@ -297,6 +298,23 @@ def test_an_optimizer_that_needs_the_loss_is_told_where_it_comes_from():
 
 PARAMS = VARIABLES["params"]
 FIRST, *_ = PARAMS
+
+
+def test_parameters_in_ordered_dicts_stay_in_them():
+    """A solve gave plain dicts, whose order is another: the next step failed in Optax."""
+
+    def ordered(tree):
+        return OrderedDict((k, ordered(v)) for k, v in reversed(tree.items())) if isinstance(tree, dict) else tree
+
+    params = ordered(dict(sorted(PARAMS.items())))
+    made = state(optax.adam(1e-2), variables={"params": params})
+    solved, _ = made.solve_head((X, LABELS))
+    assert jax.tree.structure(solved.params) == jax.tree.structure(params)
+    assert list(solved.params) == list(params)
+    expected, _ = state(optax.adam(1e-2)).solve_head((X, LABELS))
+    jax.tree.map(np.testing.assert_array_equal, dict(solved.params["layers_4"]), expected.params["layers_4"])
+
+
 WRONG_GRADIENTS = {
     "of variables": (VARIABLES, "nothing at layers_0/bias.* and what no parameter is at params/layers_0/bias"),
     "of some layers": ({k: v for k, v in PARAMS.items() if k != "layers_4"}, "nothing at layers_4/bias, layers_4/"),

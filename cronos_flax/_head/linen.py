@@ -1,5 +1,6 @@
 """Heads of linen modules: find one, and replace it by a solve."""
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -312,9 +313,15 @@ def _at(tree: Mapping, path: Path) -> Mapping:
 
 
 def _replace(tree: Mapping, path: Path, value: Mapping) -> Mapping:
-    """A copy of nested mappings, frozen where they were, with ``value`` at ``path``."""
+    """A copy of nested mappings, of the kinds that they were, with ``value`` at ``path``."""
     new = {**tree, path[0]: _replace(tree[path[0]], path[1:], value)} if path else dict(value)
-    return FrozenDict(new) if isinstance(tree, FrozenDict) else new
+    if isinstance(tree, FrozenDict):
+        return FrozenDict(new)
+    if type(tree) is dict or not isinstance(tree, dict):
+        return new
+    other = copy.copy(tree)  # an OrderedDict, whose order its pytree has
+    other.update(new)
+    return other
 
 
 def find_head(
