@@ -506,6 +506,15 @@ def test_a_layer_that_the_first_call_makes_is_there_after_it():
         fresh.apply_fn({"params": fresh.params, **fresh.model_state}, X)
 
 
+class Scaled(Plain):
+    def __init__(self):
+        super().__init__()
+        self.scales = nnx.List([nnx.Param({"a": jnp.ones(5)})])
+
+    def __call__(self, x):
+        return super().__call__(x * self.scales[0]["a"])
+
+
 def given(**kwargs):
     model = kwargs.get("model", Plain())
     defaults = {"model": model, "tx": optax.adam(1e-2), "head": cf.nnx.find_head(Plain(), X[:64])}
@@ -541,6 +550,7 @@ BAD = {
     ),
     "a field": (lambda: given(batch_stats={}), "is not a field"),
     "assigned parameters": (lambda: train(plain(Writing())), r"it assigns one of shape \(8,\)"),
+    "a dict in a Variable": (lambda: plain(Scaled()), "TrainState: no nnx.Variable .* got one at scales/0.*nnx.Dict"),
     "made variables": (lambda: train(plain(Making())), "it makes seen"),
     "made parameters": (lambda: train(plain(Lazy())), "it makes more/0/bias, more/0/kernel"),
 }

@@ -1,6 +1,6 @@
 """Train states of NNX models, for ``cf.train`` and for loops in the style of linen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import flax.training.train_state
@@ -173,8 +173,20 @@ def _functional(where: str, model: Any, method: Any, train_mode: bool) -> tuple[
             f"{where}: `model` must be an NNX module, got {type(model).__name__}. For linen: cf.CronosTrainState, or "
             "Flax's TrainState."
         )
+    dicts = [format_path(path) for path, part in nnx.iter_graph(model) if _is_dict(part)]
+    if dicts:
+        raise ValueError(
+            f"{where}: no nnx.Variable of `model` may hold a dict, got one at {', '.join(dicts)}. Give each array a "
+            "Variable of its own, in an nnx.Dict; or train by cf.nnx.CronosOptimizer, which takes it."
+        )
     function, variables = functional(model, method, train_mode)
     return function, copied(variables)  # a step of the user's may donate the state, and the model must stay
+
+
+def _is_dict(part: Any) -> bool:
+    """Whether a part of a model is a Variable that holds a dict: among collections it looks like more Variables."""
+    is_kept = isinstance(part, nnx.Variable) and not isinstance(part, nnx.Intermediate)
+    return is_kept and isinstance(part.get_value(), Mapping)
 
 
 def _model_of(state: Any) -> nnx.Module:
