@@ -67,7 +67,10 @@ class _TwoLayer(BaseEstimator):
 
     def _units(self, values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is subtracted from each column, and its scale, zero for one that never varies."""
-        if self.standardize:
+        where, standardize = type(self).__name__, self.standardize
+        if not isinstance(standardize, bool | np.bool_):
+            raise ValueError(f"{where}: `standardize` must be True or False, got {standardize!r}.")
+        if standardize:
             return _moments(values, weight)
         return np.zeros(values.shape[1]), np.ones(values.shape[1])
 

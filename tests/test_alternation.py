@@ -196,6 +196,9 @@ def test_nnx_moves_as_linen_does():
     for layer, name in ((model.a, "layers_0"), (model.b, "layers_2"), (model.c, "layers_4")):
         close(layer.kernel[...], state.params[name]["kernel"], rtol=1e-2, atol=1e-3)
     assert not np.array_equal(model.c.kernel[...], other.params.kernel2)
+    grads = nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match=r"`model` must be an NNX module, got State. Call optimizer.update\(model, gr"):
+        optimizer.update(grads, model)  # did nothing, without a word
 
 
 ENDS = {

@@ -195,6 +195,7 @@ def test_too_few_iterations_are_said(iris):
         (classifier(class_weight={0: np.nan}), {}, "`class_weight` must have finite numbers ≥ 0"),
         (classifier(class_weight=dict.fromkeys(range(3), 0.0)), {}, "`class_weight` must have finite numbers ≥ 0"),
         (regressor(loss="softmax"), {}, "For classes use CronosClassifier"),
+        (regressor(standardize="no"), {}, "`standardize` must be True or False, got 'no'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -207,7 +207,8 @@ def _check_value(value: Any) -> None:
 def _check_structure(grads: Any, params: Any) -> None:
     """Raise a ValueError unless gradients are a tree like the parameters."""
     params = _module_params(params)
-    if jax.tree.structure(grads) == jax.tree.structure(params):
+    structure: Any = jax.tree.structure(grads)
+    if structure == jax.tree.structure(params):
         return
     got, expected = ([name for name, _ in _named_leaves(tree)] for tree in (grads, params))
     differ = {

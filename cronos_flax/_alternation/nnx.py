@@ -116,6 +116,27 @@ class CronosOptimizer(nnx.Optimizer):
         made = None if asked.guard is None else GuardState.init(asked.guard, self._parts(model), drifts)
         self.guard = None if made is None else GuardVariable(made)
 
+    def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> Any:
+        """One step of the optimizer, which changes the model in place.
+
+        Args:
+            model: the model.
+            grads: gradients of the mean loss, as ``nnx.grad`` gives them.
+            **kwargs: what ``tx`` takes besides, such as ``value=``, the mean loss.
+
+        Returns:
+            The updates of the parameters.
+
+        Raises:
+            ValueError: for a ``model`` that is none, as when the two are given the other way round.
+        """
+        if not isinstance(model, nnx.Module):
+            raise ValueError(
+                f"update: `model` must be an NNX module, got {type(model).__name__}. Call optimizer.update(model, "
+                "grads), in this order."
+            )
+        return super().update(model, grads, **kwargs)
+
     @property
     def figures(self) -> dict[str, float]:
         """The guard's decisions so far, as flat Python numbers; empty without a guard."""
