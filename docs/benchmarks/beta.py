@@ -4,8 +4,9 @@
 
 Seven sets (four without ``--data-dir``), three seeds, the squared loss (on signed targets) and softmax, 64 neurons,
 ``cf.Cronos``'s defaults otherwise, features as they are; beside the ratios, ``beta="path"``, with a fifth of the rows
-held out and over five folds. Every solve is one row of the file, written as soon as it is done; rows that are there are
-not run again. Ends with a table, means and standard deviations over seeds, and draws it.
+held out (of wine, which has fewer than 300 rows, each of five folds) and over five folds. Every solve is one row of
+the file, written as soon as it is done; rows that are there are not run again. Ends with a table, means and standard
+deviations over seeds, and draws it.
 """
 
 import argparse
