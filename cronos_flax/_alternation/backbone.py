@@ -234,11 +234,8 @@ def _check_shapes(tree: Any, grads: Any, params: Any, leading: bool = False) -> 
         params: the parameters.
         leading: whether there may be more axes in front: some optimizers take the gradients of each row.
     """
-    leaves, each = (
-        jax.tree.leaves(tree),
-        zip(jax.tree.leaves(grads), _named_leaves(_module_params(params)), strict=True),
-    )
-    for leaf, (grad, (name, param)) in zip(leaves, each, strict=True):
+    trees = jax.tree.leaves(tree), jax.tree.leaves(grads), _named_leaves(_module_params(params))
+    for leaf, grad, (name, param) in zip(*trees, strict=True):
         more = max(jnp.ndim(leaf) - jnp.ndim(param), 0) if leading else 0
         if jnp.shape(leaf)[more:] != jnp.shape(param):
             raise ValueError(
