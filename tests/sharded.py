@@ -281,9 +281,10 @@ def sent(mesh, n):
         def watched(arguments):
             jitted = compiled(program, arguments)
 
-            def run(*given):
-                texts.append(jitted.lower(*given).compile().as_text())
-                return jitted(*given)
+            def run(arrays, static):
+                ready = jitted.lower(arrays, static).compile()
+                texts.append(ready.as_text())
+                return ready(arrays)
 
             return run
 
