@@ -66,7 +66,8 @@ class Stage:
 
     def compiled(self, arguments: tuple) -> Callable[..., Any]:
         """The jitted function of a tuple of arguments and a tuple of static ones, by name."""
-        return self._for(_entries(arguments) <= self._few)
+        is_off = jax.config.values["jax_disable_most_optimizations"]  # the options of a stage would win over it
+        return self._for(is_off or _entries(arguments) <= self._few)
 
     def _for(self, fast: bool | None) -> Callable[..., Any]:
         if fast not in self._jitted:
