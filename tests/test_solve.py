@@ -190,14 +190,14 @@ def test_one_row_that_counts_is_fitted(gates):
     X, y = random_problem(0)
     weight = np.zeros(40, "float32")
     weight[7] = 2.0
-    solution = cf.Cronos(gates=gates).solve(X, y, hidden=4, sample_weight=weight)
+    solution = cf.Cronos(gates=gates).solve(X, y, hidden=6, sample_weight=weight)
     np.testing.assert_allclose(cf.predict(solution.params, X[7:8]), y[7:8], atol=1e-2)
 
 
 @pytest.mark.parametrize("gates", ["refreshed", "fixed", "gated"])
 def test_equal_targets_are_fitted_by_the_output_bias(gates):
     X, _ = random_problem(0)
-    solution = cf.Cronos(gates=gates).solve(X, np.full(40, 3.0, "float32"), hidden=4)
+    solution = cf.Cronos(gates=gates).solve(X, np.full(40, 3.0, "float32"), hidden=6)
     np.testing.assert_allclose(cf.predict(solution.params, X), 3.0, rtol=1e-3)
 
 
@@ -404,9 +404,9 @@ def test_another_number_of_rows_of_the_same_size_class_compiles_nothing(loss, ca
     X, y = random_problem(4, n=100)
     y = y if loss == "squared" else (y[:, 0] > 0).astype("int32")
     weight, solver = np.linspace(1, 2, 100), cf.Cronos(loss=loss, max_iters=3)
-    solver.solve(X[:40], y[:40], hidden=5, sample_weight=weight[:40])
+    solver.solve(X[:40], y[:40], hidden=6, sample_weight=weight[:40])
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
-        solver.solve(X, y, hidden=5, sample_weight=weight)
+        solver.solve(X, y, hidden=6, sample_weight=weight)
     compiled = {record.message.split()[1] for record in caplog.records if "Compiling" in record.message}
     assert compiled <= {"jit(_revived)"}  # dead neurons may come up in the second only
 
@@ -543,7 +543,7 @@ def test_a_solve_is_differentiated_forwards():
 
 def test_a_one_dimensional_target_is_one_column():
     X, y = random_problem(7)
-    a, b = (cf.Cronos(max_iters=5).solve(X, t, hidden=4) for t in (y, y[:, 0]))
+    a, b = (cf.Cronos(max_iters=5).solve(X, t, hidden=6) for t in (y, y[:, 0]))
     np.testing.assert_array_equal(a.params.kernel2, b.params.kernel2)
     assert cf.predict(a.params, X).shape == (40, 1)
 
