@@ -219,7 +219,7 @@ def used(mesh, spec, directory):
     """A solve on β of a path, one that goes on from there, what is said of their network, and a new head in NNX."""
     X, y, _ = (np.concatenate(arrays)[:128] for arrays in zip(*batches(), strict=True))
     x, labels = by_rows((X, y), mesh)
-    first = dataclasses.replace(SOLVER, beta="path").solve(x, labels, hidden=HIDDEN, num_classes=OUTPUTS)
+    first = dataclasses.replace(SOLVER, beta="path", folds=2).solve(x, labels, hidden=HIDDEN, num_classes=OUTPUTS)
     again = dataclasses.replace(SOLVER, beta=1e-3).solve(x, labels, state=first.state, num_classes=OUTPUTS)
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs, **FLOAT), nnx.tanh, nnx.Linear(8, OUTPUTS, rngs=rngs, **FLOAT))
@@ -244,7 +244,7 @@ def across(mesh, spec, directory):
         columns = mesh.axis_names[1:]
         X = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data", *columns)))
         network, y = put(network, mesh, PartitionSpec(*(columns or (None,)), "data")), by_rows(y, mesh)
-    solution = dataclasses.replace(SOLVER, beta="path").solve(X, y, init=network)
+    solution = dataclasses.replace(SOLVER, beta="path", folds=2).solve(X, y, init=network)
     found = [np.sum(np.square(cf.predict(network, X))), SOLVER.objective(network, X, y, 1e-3), solution.stats.objective]
     return [float(each) for each in found]
 

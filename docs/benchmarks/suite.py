@@ -75,10 +75,10 @@ free = functools.partial(unchosen, largest_step=None)
 OPTIMIZERS = (
     alone("adam", (3e-4, 1e-3, 3e-3, 1e-2), (None, "cosine", "wsd"))
     | alone("adamw", (1e-3, 3e-3), ("cosine",))
-    | alone("nadamw", (1e-3, 3e-3), ("cosine", "wsd"))
+    | alone("nadamw", (3e-4, 1e-3, 3e-3, 1e-2), ("cosine", "wsd"))
     | alone("sgd", (0.01, 0.03, 0.1, 0.3), ("cosine", "wsd"))
-    | alone("muon", (3e-3, 1e-2), ("cosine",))
-    | alone("schedule_free_adamw", (2.5e-3, 1e-2), (None,))
+    | alone("muon", (3e-3, 1e-2, 3e-2), ("cosine", "wsd"))
+    | alone("schedule_free_adamw", (1e-3, 2.5e-3, 1e-2), (None,))
     | alone("prodigy", (1.0,), (None, "cosine", "wsd"))
 )
 # Optimizers with the limit of steps that CRONOS-AM has, and no solves.
