@@ -203,6 +203,17 @@ def test_a_run_that_fails_is_a_row_and_not_the_end(tmp_path):
     assert untimed(kept(tmp_path / "out" / "results.jsonl")) == untimed(rows)
 
 
+def test_a_comparison_whose_runs_all_fail_says_so_and_exits_with_one(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    np.savez(tmp_path / "huge.npz", x=x * 1e37, y=(x[:, 0] > 0).astype(int))
+    args = ["--dataset", str(tmp_path / "huge.npz"), "--model", "two-layer", "--scaling", "none", "--epochs", "1"]
+    args += ["--rates", "1", "--seeds", "1", "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["compare", *args, "--methods", "cronos"]) == 1
+    assert "All runs failed, the first one with FloatingPointError: " in capsys.readouterr().err
+    assert main(["compare", *args, "--methods", "cronos,adam"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_line_that_was_not_finished_is_passed_over_and_its_run_done_again(task, tmp_path):
     runs = [Run("adam", 1e-3, 0), Run("adam", 1e-2, 0)]
     rows = sweep(task.settings, runs, tmp_path, task=task)

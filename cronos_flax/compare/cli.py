@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 130 after an interrupt. Wrong arguments and data exit with 2, as argparse does; a file
-        or directory that cannot be read or written, or that another process holds, with 1.
+        The exit status: 0; 1 if all runs failed; or 130 after an interrupt. Wrong arguments and data exit with 2, as
+        argparse does; a file or directory that cannot be read or written, or that another process holds, with 1.
     """
     try:
         import matplotlib  # noqa: F401
@@ -129,14 +129,14 @@ def _compare(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print_notes(task.dataset)
     if not args.shots:
-        _compare_once(args, args.out, runs, task)
-        return 0
+        return _judged(_compare_once(args, args.out, runs, task))
     sweeps = {}
     for count in args.shots:
         of_count = dataclasses.replace(task, settings=dataclasses.replace(task.settings, shots=count))
         sweeps[count] = _compare_once(args, args.out / f"shots-{count}", runs, of_count)
+    judged = _judged([row for rows in sweeps.values() for row in rows])
     if args.shard:
-        return 0
+        return judged
     from cronos_flax.compare import shots
 
     with locked(args.out):
@@ -144,7 +144,7 @@ def _compare(args: argparse.Namespace) -> int:
         shots.draw(sweeps, args.out / "shots.png")
     if not args.quiet:
         print(f"{text}\n{args.out}: shots.md, shots.png")
-    return 0
+    return judged
 
 
 def _compare_once(args: argparse.Namespace, whole: Path, runs: list[Any], task: Any) -> list[Any]:
@@ -215,7 +215,15 @@ def _merge(args: argparse.Namespace) -> int:
         for each in said:
             print(_wrapped(f"warning: {each.message}", "", "  "), file=sys.stderr)
         Progress(0, quiet=False).show(rows, args.out)
-    return 0
+    return _judged(rows)
+
+
+def _judged(rows: list[Any]) -> int:
+    """The exit status after a comparison: 1, with a word, if all of its runs failed."""
+    if any("error" not in row for row in rows):
+        return 0
+    print(_wrapped(f"All runs failed, the first one with {rows[0]['error']}", "", "  "), file=sys.stderr)
+    return 1
 
 
 def _check_target(target: float | None, is_accuracy: bool) -> None:
