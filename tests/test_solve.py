@@ -437,6 +437,25 @@ def test_rows_held_out_by_their_weight_change_nothing_but_samples(n, monkeypatch
     assert float(stats.objective) == pytest.approx(float(taken.objective), rel=0.02)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts(cf.Loss):
+    """Poisson's, of the logarithm of a mean; in float32 infinite from 89 on."""
+
+    def value(self, outputs, targets):
+        return jnp.sum(jnp.exp(outputs) - targets * outputs, axis=1)
+
+
+def test_a_path_fits_whatever_the_loss_of_the_rows_that_are_held_out(monkeypatch):
+    """Where it was infinite, times a weight of zero, each fit gave back the network that it had started from."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 3)).astype("float32")
+    y = rng.poisson(np.exp(0.5 + X[:, 0])).astype("float32")
+    X[7, 0] = 200
+    monkeypatch.setattr(beta_path, "held_out", lambda y, key: np.arange(len(y)) % 5 == 2)
+    stats = cf.Cronos(loss=Counts(), beta="path").solve(X, y, hidden=16).stats
+    assert np.all(np.isinf(stats.path_losses))  # of networks that grow with the feature, as the counts do
+
+
 @pytest.mark.parametrize(("loss", "n"), [("squared", 40), ("softmax", 140)])
 def test_rows_that_pad_change_nothing_but_rounding(loss, n, monkeypatch):
     X, y = random_problem(3, n=n, dtype="float64")
