@@ -267,6 +267,21 @@ def test_rows_of_no_weight_are_as_if_absent(gates):
     assert float(with_them.stats.objective) == pytest.approx(float(without.stats.objective), rel=1e-4)
 
 
+@pytest.mark.parametrize("gates", ["refreshed", "fixed"])
+def test_rows_of_no_weight_may_have_any_features(gates):
+    """The square of 1e30, and a loss there, are infinite: times a weight of zero they were NaN."""
+    X, y = random_problem(2)
+    weight = np.repeat([1.0, 0.0], 40).astype("float32")
+    solver, init = cf.Cronos(beta=0.01, gates=gates), random_network(2)
+
+    @jax.jit  # outside of it they are left out where gates are refreshed
+    def solved(X_more):
+        rows = jnp.concatenate([X, X_more]), jnp.concatenate([y, y])
+        return solver.solve(*rows, init=init, sample_weight=weight).stats.objective
+
+    assert float(solved(np.full_like(X, 1e30))) == pytest.approx(float(solved(X)), rel=1e-4)
+
+
 @pytest.mark.parametrize("C", [2, 10])
 def test_rows_that_come_in_turns_are_solved_as_any_others(C):
     """A regular sample of rows whose classes come in turns has rows of one class only."""

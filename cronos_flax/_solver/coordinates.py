@@ -239,11 +239,17 @@ class Basis:
 
 
 def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVector) -> Scalar:
-    """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero."""
+    """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero where there is weight."""
     zero = jnp.zeros((), weight.dtype)
-    largest = fold(features, lambda largest, X: jnp.maximum(largest, jnp.max(jnp.abs(X))), zero)
+
+    def counted(X: Float[Array, "n p"], w: RowVector) -> Float[Array, "n p"]:
+        return jnp.where((w > 0)[:, None], X, 0)
+
+    largest = fold(features, lambda largest, X, w: jnp.maximum(largest, jnp.max(jnp.abs(counted(X, w)))), zero, weight)
     safe = or_one(largest)
-    total = fold(features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(X / safe)), zero, weight)
+    total = fold(
+        features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(counted(X, w) / safe)), zero, weight
+    )
     return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
 
 
