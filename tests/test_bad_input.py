@@ -130,6 +130,16 @@ CASES = {
     "sparse blocks": (lambda: solve(csr_matrix(X)), "solve: the blocks of `X` must be dense"),
     "predict: sparse": (lambda: cf.predict(NET, csr_matrix(X)), "predict: `X` must be dense"),
     "a path under jit": (lambda: jax.jit(lambda y: cf.Cronos(beta="path").solve(X, y, hidden=3))(Y), "traced"),
+    "a path of traced keys": (
+        lambda: jax.vmap(lambda key: cf.Cronos(beta="path").solve(X, Y, hidden=3, key=key))(
+            jax.random.split(jax.random.key(0))
+        ),
+        "traced arrays. Call it outside jit and vmap",
+    ),
+    "a path of a traced rho": (
+        lambda: jax.vmap(lambda rho: cf.Cronos(beta="path", rho=rho).solve(X, Y, hidden=3))(np.ones(2)),
+        "traced arrays. Call it outside jit and vmap",
+    ),
     "a path in blocks": (lambda: cf.Cronos(beta="path").solve([X], Y, hidden=3), "blocks"),
     "a path of few rows": (lambda: cf.Cronos(beta="path").solve(X[:5], Y[:5], hidden=3), "10 rows"),
     "softmax of floats": (lambda: cf.Cronos(loss="softmax").solve(X, Y, hidden=3), "probabilities"),

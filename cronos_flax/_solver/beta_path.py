@@ -48,15 +48,16 @@ class Data(NamedTuple):
         return Data(*(automatically(taken, rows, there) for rows in self))
 
 
-def choosable(data: Data, order: Array | None = None) -> Data:
+def choosable(data: Data, order: Array | None = None, others: Any = None) -> Data:
     """The rows that a path can choose from: in memory of one process, not traced, and of positive weight, in order.
 
     Raises:
-        ValueError: if they are in blocks, traced, on several processes, or fewer than ten.
+        ValueError: if they are in blocks, on several processes, or fewer than ten; or if they, or what the solve takes
+            besides (``others``, a pytree), are traced.
     """
     if isinstance(data.X, Source):
         raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
-    if not all(concrete(value) for value in data):
+    if not all(map(concrete, jax.tree.leaves((data, others)))):
         raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
     if not data.X.is_fully_addressable:
         raise ValueError(

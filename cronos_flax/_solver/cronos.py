@@ -295,7 +295,7 @@ class Cronos:
         key = default_key() if key is None else key
         if isinstance(self.beta, str):
             first: Any = getattr(start, "params", start)
-            rows = beta_path.choosable(data, order)
+            rows = beta_path.choosable(data, order, (self, start, key))
             solution = self._solve_on_path(rows, first, m, key, callback, validation)
             doubts.warn_of_units(data.X, data.weight, loss_of(self.loss), solution)
             return solution
