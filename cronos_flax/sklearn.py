@@ -81,20 +81,21 @@ class _TwoLayer(BaseEstimator):
         checks.positive_integer(where, "max_iter", self.max_iter)
         if self.folds is not None:
             checks.positive_integer(where, "folds", self.folds, least=2)
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        relative = (weight / weight.max()).astype(dtype)  # float32 does not hold all of them
         beta = self.beta
-        if isinstance(beta, str) and beta == "path" and len(X) < FEWEST:
+        if isinstance(beta, str) and beta == "path" and np.count_nonzero(relative) < FEWEST:
             beta = None
         folds = self.folds if isinstance(beta, str) else None  # a search over β may have both
         solver = Cronos(loss=self.loss, beta=beta, max_iters=self.max_iter, tol=self.tol, folds=folds)
         mean, scale = self._units(X, weight)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        dtype = jax.dtypes.canonicalize_dtype(float)
         solution = solver.solve(
             _divided(X - mean, scale).astype(dtype),
             y if outputs is None else loss_of(self.loss).from_labels(y, outputs),
             hidden=self.n_neurons,
             num_classes=outputs if self.loss == "softmax" else None,
-            sample_weight=(weight / weight.max()).astype(dtype),  # float32 does not hold all of them
+            sample_weight=relative,
             key=seeded(seed),
         )
         if solution.status is Status.nonfinite:
@@ -129,7 +130,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
             or a :class:`cronos_flax.Loss`. The first two have ``predict_proba``.
         beta: weight decay of the network on the standardised features. ``"path"`` tries seven values and chooses by the
             loss on held-out rows. None takes a thousandth of the value above which the network is zero, and so does
-            ``"path"`` with fewer than ten rows (equal ones count once).
+            ``"path"`` with fewer than ten rows (equal ones count once, those of weight zero not).
         folds: for ``beta="path"``, choose by the mean over so many folds of the rows, each held out in turn. None
             holds out a fifth, and with fewer than 300 rows takes five folds.
         max_iter: most iterations; a ConvergenceWarning says that they did not suffice.
@@ -265,7 +266,7 @@ class CronosRegressor(RegressorMixin, _TwoLayer):
             :class:`cronos_flax.Loss` of real targets.
         beta: weight decay of the network on standardised features and targets. ``"path"`` tries seven values and
             chooses by the loss on held-out rows. None takes a thousandth of the value above which the network is zero,
-            and so does ``"path"`` with fewer than ten rows (equal ones count once).
+            and so does ``"path"`` with fewer than ten rows (equal ones count once, those of weight zero not).
         folds: for ``beta="path"``, choose by the mean over so many folds of the rows, each held out in turn. None
             holds out a fifth, and with fewer than 300 rows takes five folds.
         max_iter: most iterations; a ConvergenceWarning says that they did not suffice.

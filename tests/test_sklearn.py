@@ -140,6 +140,14 @@ def test_weight_decay_chosen_on_held_out_rows(iris):
     assert fitted.score(*iris) > 0.9
 
 
+def test_fewer_than_ten_rows_of_positive_weight_are_too_few_to_choose_on(iris):
+    """Those of a class of weight zero were counted, and the fit was refused."""
+    rows = np.concatenate([np.flatnonzero(iris[1] == label)[:8] for label in (0, 1)])
+    X, y = iris[0][rows], iris[1][rows]
+    few, none = (classifier(beta=beta, class_weight={0: 0, 1: 1}).fit(X, y) for beta in ("path", None))
+    np.testing.assert_array_equal(few.predict_proba(X), none.predict_proba(X))
+
+
 def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(iris):
     X, y = iris
     fitted = classifier(loss="logistic").fit(X, np.where(y == 2, "yes", "no"))
