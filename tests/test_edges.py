@@ -348,7 +348,11 @@ def test_an_optimizer_may_take_the_gradients_of_each_row():
 
 
 @pytest.mark.parametrize("head", ["moving", "frozen"])
-@pytest.mark.parametrize("value", [jnp.ones(64), (jnp.ones(()), {"aux": jnp.ones(())})], ids=["of each row", "a pair"])
+@pytest.mark.parametrize(
+    "value",
+    [jnp.ones(64), (jnp.ones(()), {"aux": jnp.ones(())}), (jnp.ones(()), {})],
+    ids=["of each row", "a pair", "a pair without arrays"],
+)
 def test_a_loss_that_is_not_one_number_is_refused(value, head):
     """It was broadcast over parameters, or an error of JAX."""
     made = state(optax.adam(1e-2), alternation=cf.Alternation(head=head))

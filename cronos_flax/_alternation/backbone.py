@@ -196,7 +196,7 @@ def _module_params(tree: Any) -> Any:
 
 def _check_value(value: Any) -> None:
     """Raise a ValueError unless the loss is one number."""
-    if [jnp.shape(leaf) for leaf in jax.tree.leaves(value)] != [()]:
+    if isinstance(value, tuple) or [jnp.shape(leaf) for leaf in jax.tree.leaves(value)] != [()]:
         shapes = jax.tree.map(jnp.shape, value)
         raise ValueError(
             f"update: `value` must be the mean loss, one number, got {shapes}. Give the mean over the batch; of a pair "
