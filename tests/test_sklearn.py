@@ -221,30 +221,37 @@ def test_sparse_features_are_refused(iris, estimator):
 
 @dataclasses.dataclass(frozen=True)
 class Counts(cf.Loss):
-    """Poisson's, of the logarithm of a rate."""
+    """Poisson's, of the logarithm of a rate, in some unit."""
+
+    unit: float = 1.0
 
     def value(self, outputs, targets):
-        return jnp.sum(jnp.exp(outputs) - targets * outputs, axis=1)
+        return self.unit * jnp.sum(jnp.exp(outputs) - targets * outputs, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pinball(cf.Loss):
-    """Of the quantile .9."""
+    """Of the quantile .9, in some unit."""
+
+    unit: float = 1.0
 
     def value(self, outputs, targets):
         r = targets - outputs
-        return jnp.sum(jnp.maximum(0.9 * r, -0.1 * r), axis=1)
+        return self.unit * jnp.sum(jnp.maximum(0.9 * r, -0.1 * r), axis=1)
 
 
-def test_targets_are_standardised_for_losses_of_residuals_only():
+@pytest.mark.parametrize("unit", [1.0, 1e-5])
+def test_targets_are_standardised_for_losses_of_residuals_only(unit):
     """Counts became negative, so that the loss had no lower bound, and outputs went to −5,000."""
     X = np.random.RandomState(0).normal(size=(400, 3))
     counts = np.random.RandomState(1).poisson(np.exp(X[:, 0]))
-    rates = np.exp(regressor(loss=Counts(), beta=1e-2).fit(X, counts).predict(X))
+    rates = np.exp(regressor(loss=Counts(unit), beta=1e-2 * unit).fit(X, counts).predict(X))
     assert np.corrcoef(np.log(rates), X[:, 0])[0, 1] > 0.95
     assert rates.mean() == pytest.approx(counts.mean(), rel=1e-2)
     far = 1e6 + 100 * X[:, 0]
-    assert np.mean(far <= regressor(loss=Pinball(), max_iter=100).fit(X, far).predict(X)) == pytest.approx(0.9, abs=0.1)
+    assert np.mean(far <= regressor(loss=Pinball(unit), max_iter=100).fit(X, far).predict(X)) == pytest.approx(
+        0.9, abs=0.1
+    )
 
 
 @pytest.mark.filterwarnings("ignore:solve. `X` must differ from row to row")
