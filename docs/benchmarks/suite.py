@@ -143,7 +143,7 @@ CHOSEN = (  # one setting of each, from the development tasks
     "schedule_free_adamw 0.0025",
 )
 DECAYED = (OURS, EARLY, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
-TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer in ("adam", "sgd", "prodigy"))
+TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer != "adamw")
 USUAL = {"reported": CHOSEN, "tuned": (OURS, *TUNED), "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | UNCHOSEN_RATED | FREE_RATED
 
@@ -398,6 +398,8 @@ def main() -> None:
     made.add_argument("--instead", type=Path, help="rows to show in the place of those of the same runs")
     given = made.parse_args()
     methods = given.methods or USUAL.get(given.part, OPTIMIZERS | ALTERNATIONS)
+    if given.part == "tuned":  # the others are compared with it
+        methods = list(dict.fromkeys((OURS, *methods)))
     tasks = given.tasks or list(PARTS[given.part])
     if given.data_dir is None:
         rows = kept(given.out)
