@@ -282,6 +282,21 @@ def test_rows_of_no_weight_may_have_any_features(gates):
     assert float(solved(np.full_like(X, 1e30))) == pytest.approx(float(solved(X)), rel=1e-4)
 
 
+def test_the_objective_has_a_slope_in_weights_that_are_zero():
+    X, y = random_problem(2, dtype="float64")
+    weight = np.repeat([1.0, 0.0], 20)
+    with jax.enable_x64(True):
+        network = jax.tree.map(lambda part: part.astype(float), random_network(2))
+
+        @jax.jit
+        def objective(weight):
+            return cf.Cronos().objective(network, X, y, 0.1, sample_weight=weight)
+
+        step = 1e-6 * (weight == 0)
+        slope = (objective(weight + step) - objective(weight)) / 1e-6
+        assert float(jax.grad(objective)(weight) @ (weight == 0)) == pytest.approx(float(slope), rel=1e-4)
+
+
 @pytest.mark.parametrize("C", [2, 10])
 def test_rows_that_come_in_turns_are_solved_as_any_others(C):
     """A regular sample of rows whose classes come in turns has rows of one class only."""

@@ -242,14 +242,17 @@ def root_mean_square_norm(features: Float[Array, "n p"] | Blocks, weight: RowVec
     """``√(Σ w_j ‖x_j‖² / Σ w_j)``, without overflow; 1 for features that are all zero where there is weight."""
     zero = jnp.zeros((), weight.dtype)
 
-    def counted(X: Float[Array, "n p"], w: RowVector) -> Float[Array, "n p"]:
-        return jnp.where((w > 0)[:, None], X, 0)
+    def larger(largest: Scalar, X: Float[Array, "n p"], w: RowVector) -> Scalar:
+        return jnp.maximum(largest, jnp.max(jnp.where((w > 0)[:, None], jnp.abs(X), 0)))
 
-    largest = fold(features, lambda largest, X, w: jnp.maximum(largest, jnp.max(jnp.abs(counted(X, w)))), zero, weight)
+    largest = fold(features, larger, zero, weight)
     safe = or_one(largest)
-    total = fold(
-        features, lambda total, X, w: total + jnp.sum(w[:, None] * jnp.square(counted(X, w) / safe)), zero, weight
-    )
+
+    def add(total: Scalar, X: Float[Array, "n p"], w: RowVector) -> Scalar:
+        squares = jnp.square(X / safe)  # of rows of no weight perhaps infinite
+        return total + jnp.sum(w[:, None] * jnp.where((w > 0)[:, None] | jnp.isfinite(squares), squares, 0))
+
+    total = fold(features, add, zero, weight)
     return jnp.where(largest > 0, safe * jnp.sqrt(total / jnp.sum(weight)), 1)
 
 

@@ -196,8 +196,8 @@ def regularised_loss(
 
     ``Σ w_j ℓ(f_j, y_j) / Σ w_j + (beta/2)(‖kernel1‖² + ‖bias1‖²/s² + ‖kernel2‖²)``
     """
-    # Of a row of no weight the loss need not be finite.
-    losses = jnp.where(weight > 0, loss.value(predict(params, features), targets), 0)
+    losses = loss.value(predict(params, features), targets)
+    losses = jnp.where((weight > 0) | jnp.isfinite(losses), losses, 0)  # of a row of no weight it need not be finite
     penalty = jnp.sum(jnp.square(params.kernel1)) + jnp.sum(jnp.square(params.kernel2))
     if params.bias1 is not None:
         penalty = penalty + jnp.sum(jnp.square(params.bias1 / root_mean_square_norm(features, weight)))
