@@ -579,3 +579,54 @@ def test_arrays_of_a_module_on_two_devices_are_named(tmp_path):
     for line, (where, (one, two)) in zip(out.splitlines(), expected.items(), strict=True):
         said = f"all arrays must be on one device, or on one mesh of devices, got `{one}` on cpu:0, `{two}` on cpu:1."
         assert line.startswith(f"{where.split(' of ')[0].split(' in ')[0]}: {said}")
+
+
+DEVICES_OF_MESHES = """
+import flax.linen as nn, jax, numpy as np, optax, cronos_flax as cf
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+X, y = np.random.default_rng(0).normal(size=(32, 5)).astype("float32"), np.arange(32) % 2
+model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(6), nn.relu, nn.Dense(2)])
+variables = jax.jit(model.init)(jax.random.key(0), X)
+head, solver = cf.find_head(model, variables, X), cf.Cronos(loss="softmax", max_iters=2)
+def on(tree, devices, name="data", kind=AxisType.Explicit, spec=PartitionSpec()):
+    mesh = jax.sharding.Mesh(np.array(devices), (name,), axis_types=(kind,))
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+def trained(variables, rows):
+    state = cf.CronosTrainState.create(
+        apply_fn=model.apply, params=variables["params"], tx=optax.sgd(0.1), head=head, solver=solver
+    )
+    return cf.train(state, [(rows, y)], epochs=1)[0]
+def solved(variables, rows):
+    return solver.solve(rows, y, init=head.read(variables))
+one, two = jax.devices()
+features = np.asarray(head.inputs(variables, X))
+for kind in (AxisType.Auto, AxisType.Explicit):
+    there = on(variables, [one, two], kind=kind)
+    for call, rows in ((trained, X), (solved, features)):
+        for away in ([one], [two, one]):
+            try:
+                call(there, on(rows, away, kind=AxisType.Explicit))
+            except ValueError as error:
+                print(error)
+    kept = trained(there, on(X, [one, two], "rows", spec=PartitionSpec("rows"))).params
+    assert {leaf.sharding for leaf in jax.tree.leaves(kept)} == {jax.tree.leaves(there)[0].sharding}
+solver.solve(on(features, [one, two]), jax.device_put(y, two), init=head.read(there))
+"""
+
+
+def test_arrays_on_meshes_of_other_devices_are_named(tmp_path):
+    """Where axes had the same name, parameters went over to the devices of the rows; else it was an error of JAX."""
+    status, out, err = Forked(tmp_path, "-c", DEVICES_OF_MESHES, config={"jax_num_cpu_devices": 2}).wait()
+    assert status == 0, err[-2000:]
+    both = "2 devices (cpu:0, cpu:1)"
+    expected = [
+        f"{where}: all arrays must be on one device, or on one mesh of devices, got {said}. Put them on one by "
+        "jax.device_put(array, device)."
+        for where, said in (
+            ("train", f"`state` on {both}, `batch` on cpu:0"),
+            ("train", f"`state` on {both}, `batch` on 2 devices (cpu:1, cpu:0)"),
+            ("solve", f"`X` on cpu:0, `init` on {both}"),
+            ("solve", f"`X` on 2 devices (cpu:1, cpu:0), `init` on {both}"),
+        )
+    ]
+    assert out.splitlines() == 2 * expected

@@ -454,7 +454,8 @@ class Cronos:
         loss = loss_of(self.loss)
         features, y = checks.data(X, y, num_classes, outputs, loss, known_finite=known_finite)
         weight = checks.sample_weight(sample_weight, y)
-        check_together("solve", X=features, y=y, sample_weight=weight)
+        is_put_beside = mesh_of(features) is not None and mesh_of(y) is None  # by the solve, wherever it lies
+        check_together("solve", X=features, y=None if is_put_beside else y, sample_weight=weight)
         return Data(features, y, weight if self.class_weight is None else weight * checks.balanced(loss, y, weight))
 
 

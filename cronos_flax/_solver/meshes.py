@@ -6,6 +6,7 @@ finds out by itself.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,15 +29,15 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def check_together(where: str, **given: Any) -> None:
-    """Raise a ValueError for trees of arrays that the user has put on one device each, and not all on the same one."""
+    """Raise a ValueError for trees of arrays that the user has put on devices, and not all on the same in one order."""
     places = {
-        (name, next(iter(leaf.devices()))): None
+        (name, _devices(leaf)): None
         for name, tree in given.items()
         for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.committed and len(leaf.devices()) == 1
+        if isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.committed
     }
-    if len({device for _, device in places}) > 1:
-        there = ", ".join(f"`{name}` on {device}" for name, device in places)
+    if len({devices for _, devices in places}) > 1:
+        there = ", ".join(f"`{name}` on {_said(devices)}" for name, devices in places)
         raise ValueError(
             f"{where}: all arrays must be on one device, or on one mesh of devices, got {there}. Put them on one by "
             "jax.device_put(array, device)."
@@ -161,23 +162,45 @@ def _is_on_mesh(leaf: Any) -> bool:
     return _is_named(leaf) and leaf.sharding.mesh.size > 1
 
 
+def _devices(array: Array) -> tuple[jax.Device, ...]:
+    """Those that an array lies on, in their order on its mesh."""
+    return tuple(array.sharding.mesh.devices.flat if _is_named(array) else sorted(array.devices(), key=lambda d: d.id))
+
+
+@functools.lru_cache(64)  # asked for every array of a step
+def _of_same_devices(one: Mesh, other: Mesh) -> bool:
+    """In one order, whatever the axes are."""
+    return list(one.devices.flat) == list(other.devices.flat)
+
+
+def _said(devices: tuple[jax.Device, ...]) -> str:
+    """The first devices by name, and how many there are."""
+    if len(devices) == 1:
+        return str(devices[0])
+    rest = ", …" if len(devices) > 4 else ""
+    return f"{len(devices)} devices ({', '.join(map(str, devices[:4]))}{rest})"
+
+
 def _is_explicit(mesh: Mesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
 def _on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The arrays that lie on this mesh with axes of another type, on this one."""
+    """The arrays that lie on the devices of this mesh, on this one; or on automatic axes, if they have other names."""
 
     def moved(leaf: Any) -> Any:
-        if not _is_named(leaf) or leaf.sharding.mesh == mesh or leaf.sharding.mesh.axis_names != mesh.axis_names:
+        if not _is_named(leaf) or leaf.sharding.mesh == mesh or not _of_same_devices(leaf.sharding.mesh, mesh):
             return leaf
-        place = NamedSharding(mesh, leaf.sharding.spec)
+        has_names = leaf.sharding.mesh.axis_names == mesh.axis_names
+        if (on := mesh if has_names else automatic(leaf.sharding.mesh)) is None:
+            return leaf
+        place = NamedSharding(on, leaf.sharding.spec)
         if leaf.is_fully_addressable or not is_key(leaf):
             return jax.device_put(leaf, place)
         # JAX moves no keys of several processes, only what they consist of; each is made in the mesh where it lies.
         with jax.set_mesh(leaf.sharding.mesh):
             data = jax.random.key_data(leaf)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(on):
             return jax.random.wrap_key_data(jax.device_put(data, place), impl=jax.random.key_impl(leaf))
 
     return jax.tree.map(moved, tree)
