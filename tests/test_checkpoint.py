@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -109,6 +110,28 @@ def test_another_function_of_the_same_parameters_is_told_of(tmp_path, make):
     cf.train(make("tanh"), (X, y), **run)
     with pytest.warns(UserWarning, match="restore_checkpoint: the backbone of `state`"):
         cf.train(make("swish"), (X, y), **run)
+
+
+OTHER_SOLVERS = [
+    (cf.Cronos(loss="softmax", beta=0.1), r"beta=0.1 \(before: None\)"),
+    (cf.Cronos(loss="softmax", class_weight="balanced"), r"class_weight='balanced' \(before: None\)"),
+    (cf.Cronos(loss="squared", beta_ratio=0.1), r"loss='squared' \(before: 'softmax'\), beta_ratio=0.1 \(before"),
+]
+
+
+@pytest.mark.parametrize(("solver", "differs"), OTHER_SOLVERS)
+def test_a_solver_of_another_loss_or_weight_decay_is_told_of(tmp_path, solver, differs):
+    """Its β was that of the checkpoint, and its loss compared with that of another one, without a word."""
+
+    def state(solver):
+        given = bent("tanh")
+        create = functools.partial(cf.CronosTrainState.create, apply_fn=given.apply_fn, params=given.params, tx=SGD)
+        return create(head=given.head, solver=solver)
+
+    cf.save_checkpoint(tmp_path, state(BENT), 0)
+    cf.restore_checkpoint(tmp_path, state(dataclasses.replace(BENT, max_iters=7)))
+    with pytest.warns(UserWarning, match=f"the solver of `state` should be the one that was saved, got {differs}"):
+        cf.restore_checkpoint(tmp_path, state(solver))
 
 
 STEPS = optax.cosine_decay_schedule

@@ -26,10 +26,12 @@ from cronos_flax._alternation import optimizer_code
 from cronos_flax._alternation.silence import silence
 from cronos_flax._head import fingerprint
 from cronos_flax._head.files import check_path, locked_by_all, named
+from cronos_flax._head.fingerprint import said
 from cronos_flax._head.head import Head
 from cronos_flax._head.operations import others_than_saved, with_versions
 from cronos_flax._solver.arrays import is_key
 from cronos_flax._solver.checks import positive_integer
+from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.processes import by_first, everywhere
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.user_warnings import warn
@@ -41,6 +43,7 @@ _ASIDE = "damaged"
 _ITEMS = ("state", "meta")  # directories that a checkpoint consists of
 _LIST = "_CHECKPOINT_METADATA"  # Orbax's own, beside them
 _SAID, _DONE = "metadata", "commit_success.txt"  # files of the second one, the latter on some file systems
+_SOLVED_BY = ("loss", "class_weight", "beta", "beta_ratio")  # settings that the saved β and least loss go by
 _STATED = {"format", "body", "checksum"}
 _LONGEST = 200  # characters of what Orbax says
 _STATUS, _CODE = re.compile("[A-Z_]+: "), re.compile(r"os_error_code='(\d+)'")  # of errors of TensorStore
@@ -107,6 +110,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
             )
     try:
         code = {"function": _function_of(state), "optimizer": optimizer_code.made_of(state)}
+        code["solver"] = _solver_of(state)
         body = json.dumps({"leaves": _listed(leaves), "extra": extra, **code})
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
@@ -143,8 +147,8 @@ def _system_errors(directory: Path) -> Iterator[None]:
             raise
         code = _CODE.search(str(error))
         number = errno.EIO if code is None else int(code[1])
-        said = f" ({_first_of(error)})" if code is None else ""
-        raise OSError(number, os.strerror(number) + said, str(directory)) from error
+        more = f" ({_first_of(error)})" if code is None else ""
+        raise OSError(number, os.strerror(number) + more, str(directory)) from error
 
 
 def _first_of(error: BaseException) -> str:
@@ -171,13 +175,32 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
 
     Warns:
         UserWarning: if a train state has another backbone or optimizer than the one that was saved, as far as the names
-            of their operations tell, or if checkpoints are damaged.
+            of their operations tell, if its solver has another loss, class weight or weight decay, or if checkpoints
+            are damaged.
     """
-    return restored(directory, state, step=step)[0]
+    found, at, described = _restored(directory, state, step)
+    then, now = described.get("solver"), _solver_of(state)
+    if then and now and (other := [name for name in now if then.get(name) != now[name]]):
+        differs = ", ".join(f"{name}={now[name]} (before: {then.get(name)})" for name in other)
+        warn(
+            f"restore_checkpoint: the solver of `state` should be the one that was saved, got {differs}. What step {at} "
+            f"of {directory} has goes on: its weight decay, and the loss that the guard compares with. To let the next "
+            "solve set both: state.replace(beta=jnp.asarray(jnp.inf), guard=state.guard.forgetful())."
+        )
+    return found
 
 
 def restored(directory: str | Path, state: State, *, step: int | None = None) -> tuple[State, int | None, Any]:
-    """As :func:`restore_checkpoint`, with the checkpoint's step and ``extra``; None for both if there is none."""
+    """As :func:`restore_checkpoint`, with the checkpoint's step and ``extra``; None for both if there is none.
+
+    The solver is not compared.
+    """
+    found, at, described = _restored(directory, state, step)
+    return found, at, described.get("extra")
+
+
+def _restored(directory: str | Path, state: State, step: int | None) -> tuple[State, int | None, dict[str, Any]]:
+    """The state, the checkpoint's step, and what is said of it: None and nothing if there is no checkpoint."""
     check_path("restore_checkpoint", "directory", directory)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         raise ValueError(
@@ -191,7 +214,7 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
     damage = []
     for candidate in steps:
         try:
-            leaves, said = _read(directory, candidate, _named(state))
+            leaves, described = _read(directory, candidate, _named(state))
         except _DamagedError as error:
             damage.append(f"step {candidate}: {error}")
             continue
@@ -200,25 +223,25 @@ def restored(directory: str | Path, state: State, *, step: int | None = None) ->
                 f"restore_checkpoint: restored step {candidate} of {directory}; passed over what is damaged: "
                 + "; ".join(damage)
             )
-        if other := others_than_saved(said.get("function"), _function_of(state)):
+        if other := others_than_saved(described.get("function"), _function_of(state)):
             warn(
                 "restore_checkpoint: the backbone of `state` should be the one that was saved, got another function of "
                 f"the same parameters than that of step {candidate} of {directory}. Its operations: {other}. Make the "
                 "state by the same module, called in the same way by find_head; for another one use another directory."
             )
-        if other := others_than_saved(said.get("optimizer"), optimizer_code.made_of(state)):
+        if other := others_than_saved(described.get("optimizer"), optimizer_code.made_of(state)):
             warn(
                 "restore_checkpoint: the optimizer of `state` should be the one that was saved, got another one whose "
                 f"state has the same structure as that of step {candidate} of {directory}. Its operations: {other}. It "
                 "goes on from what the other one has gathered. Make the state by the same optimizer, at any rate; for "
                 "another one use another directory."
             )
-        return _filled(state, leaves), candidate, said["extra"]
+        return _filled(state, leaves), candidate, described
     if damage:
         raise ValueError(
             f"restore_checkpoint: none of the checkpoints in {directory} can be read: {'; '.join(damage)}."
         )
-    return state, None, None
+    return state, None, {}
 
 
 def _manager(directory: Path, keep: int | None = None, besides: int | None = None) -> ocp.CheckpointManager:
@@ -271,10 +294,10 @@ def _is_list_of_others(meta: Path) -> bool:
     try:
         if not (meta / _SAID).exists():
             return bool({path.name for path in meta.iterdir()} - {_DONE})
-        said = json.loads((meta / _SAID).read_text())
+        stated = json.loads((meta / _SAID).read_text())
     except (OSError, ValueError):
         return False
-    return not isinstance(said, dict) or len(_STATED & said.keys()) < 2
+    return not isinstance(stated, dict) or len(_STATED & stated.keys()) < 2
 
 
 def _free(directory: Path, name: str) -> Path:
@@ -306,6 +329,12 @@ def _function_of(state: Any) -> dict[str, Any] | None:
     """What the backbone of a state is made of; None for other trees."""
     head = getattr(state, "head", None)
     return with_versions(head.operations) if isinstance(head, Head) else None
+
+
+def _solver_of(state: Any) -> dict[str, str] | None:
+    """What a state is solved for, in words; None for other trees."""
+    solver = getattr(state, "solver", None)
+    return {name: said(getattr(solver, name)) for name in _SOLVED_BY} if isinstance(solver, Cronos) else None
 
 
 def _listed(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:

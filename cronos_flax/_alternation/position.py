@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +15,7 @@ from cronos_flax._alternation.checkpoint import restored, save_locked
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.files import locked_by_all
-from cronos_flax._head.fingerprint import Fingerprint, checksum, difference
-from cronos_flax._solver.arrays import is_array
+from cronos_flax._head.fingerprint import Fingerprint, difference, said
 from cronos_flax._solver.transfer import on_host
 from cronos_flax._solver.user_warnings import warn
 
@@ -257,12 +255,6 @@ def _alike(saved: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> 
         len(saved[name]) == len(values) and np.allclose(saved[name], values, 1e-3, 1e-6, equal_nan=True)
         for name, values in now.items()
     )
-
-
-def said(value: Any) -> str:
-    """A setting in words that are the same in every process: arrays by their checksum, objects without their place."""
-    named = jax.tree.map(lambda leaf: f"array {checksum(leaf)}" if is_array(leaf) else leaf, value)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(named))
 
 
 def all_said(name: str, settings: Any) -> dict[str, str]:

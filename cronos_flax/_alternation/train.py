@@ -22,12 +22,13 @@ from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row, without_labels
 from cronos_flax._alternation.optimizer_state import sets_its_rate
-from cronos_flax._alternation.position import Checkpoints, all_said, said, some_entries
+from cronos_flax._alternation.position import Checkpoints, all_said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import gradient_step, scoring
 from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import UserData
 from cronos_flax._head.files import check_path
+from cronos_flax._head.fingerprint import said
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer, random_key

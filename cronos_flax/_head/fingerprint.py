@@ -1,5 +1,6 @@
-"""What tells arrays from others: the parameters of a backbone, and the batches of some data."""
+"""What tells arrays and settings from others: parameters of a backbone, batches of data, a solver."""
 
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,12 @@ def checksum(tree: Any) -> int:
         elif isinstance(leaf, bool | int | float | str | None):
             value = zlib.crc32(repr(leaf).encode(), value)
     return value
+
+
+def said(value: Any) -> str:
+    """A setting in words that are the same in every process: arrays by their checksum, objects without their place."""
+    named = jax.tree.map(lambda leaf: f"array {checksum(leaf)}" if is_array(leaf) else leaf, value)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(named))
 
 
 def difference(before: Fingerprint, now: Fingerprint) -> str | None:
