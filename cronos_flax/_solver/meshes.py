@@ -164,7 +164,10 @@ def _is_on_mesh(leaf: Any) -> bool:
 
 def _devices(array: Array) -> tuple[jax.Device, ...]:
     """Those that an array lies on, in their order on its mesh."""
-    return tuple(array.sharding.mesh.devices.flat if _is_named(array) else sorted(array.devices(), key=lambda d: d.id))
+    where = array.sharding
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        return tuple(where.mesh.devices.flat)
+    return tuple(sorted(array.devices(), key=lambda device: device.id))
 
 
 @functools.lru_cache(64)  # asked for every array of a step
