@@ -183,9 +183,9 @@ def restore_checkpoint(directory: str | Path, state: State, *, step: int | None 
     if then and now and (other := [name for name in now if then.get(name) != now[name]]):
         differs = ", ".join(f"{name}={now[name]} (before: {then.get(name)})" for name in other)
         warn(
-            f"restore_checkpoint: the solver of `state` should be the one that was saved, got {differs}. What step {at} "
-            f"of {directory} has goes on: its weight decay, and the loss that the guard compares with. To let the next "
-            "solve set both: state.replace(beta=jnp.asarray(jnp.inf), guard=state.guard.forgetful())."
+            f"restore_checkpoint: the solver of `state` should be the one that was saved, got {differs}. What step "
+            f"{at} of {directory} has goes on: its weight decay, and the loss that the guard compares with. To let the "
+            "next solve set both: state.replace(beta=jnp.asarray(jnp.inf), guard=state.guard.forgetful())."
         )
     return found
 
