@@ -95,6 +95,7 @@ VARIANTS = {
     "largest_step .03": unchosen(largest_step=0.03),
     "beta_ratio .05": unchosen(solver={"beta_ratio": 0.05}),
 } | {name: unchosen(solver={"beta_ratio": ratio}) for name, ratio in RATIOS.items()}
+MUON = {f"{OURS}, Muon {rate:g}": ours(rate, "muon") for rate in (0.003, 0.01, 0.03)}
 EARLY = f"{OURS}, first_epoch 1"  # as it was at first: always a solve before that which chooses
 FREE = f"{OURS}, steps not limited"  # as all alternations were before the limit
 FREE_VARIANTS = {
@@ -145,7 +146,7 @@ CHOSEN = (  # one setting of each, from the development tasks
 DECAYED = (OURS, EARLY, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
 TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer != "adamw")
 USUAL = {"reported": CHOSEN, "tuned": (OURS, *TUNED), "rates": RATED, "weight-decay": DECAYED}
-METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | RATED | UNCHOSEN_RATED | FREE_RATED
+METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | MUON | RATED | UNCHOSEN_RATED | FREE_RATED
 
 
 @functools.cache
