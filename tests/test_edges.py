@@ -486,6 +486,9 @@ def test_a_file_in_place_of_a_directory_is_named(tmp_path):
     with pytest.raises(NotADirectoryError, match="restore_checkpoint: `directory` must be a directory, got the file"):
         cf.restore_checkpoint(file, VARIABLES)
     assert file.read_text() == "not features"
+    (link := tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match=f"{link} is a link to what does not exist"):
+        cf.save_checkpoint(link, VARIABLES, 1)  # it said that the directory above was a file
 
 
 class Block(nnx.Module):

@@ -55,9 +55,10 @@ def locked(directory: Path, name: str = "`out`") -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:  # a file has its name, or the name of a folder above
-        there = next(path for path in (directory, *directory.parents) if path.exists())
+        there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        kind = "a file" if there.exists() else "a link to what does not exist"
         raise NotADirectoryError(
-            f"{name} must be a directory, or the name of one to make, got {directory}, and {there} is a file."
+            f"{name} must be a directory, or the name of one to make, got {directory}, and {there} is {kind}."
         ) from error
     path = directory / LOCK
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
