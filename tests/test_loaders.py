@@ -424,6 +424,24 @@ def test_a_loader_that_has_ended_is_told_of():
         train(epochs=2, data=Stream(8))
 
 
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError])
+def test_a_loader_may_raise_where_it_is_asked_for_its_length(error):
+    """PyTorch's over an IterableDataset does: fits and solves ended with its TypeError."""
+
+    class Unsized:
+        def __iter__(self):
+            return (batch for batch in batches)
+
+    class Raising(Unsized):
+        def __len__(self):
+            raise error("has no len()")
+
+    batches = batched()
+    (state, history), (expected, _) = (train(alternating(max_iters=1), loader()) for loader in (Raising, Unsized))
+    assert any("objective" in row for row in history)
+    same(state.params, expected.params)
+
+
 @pytest.mark.filterwarnings("ignore:shape requires ndarray")  # of JAX, to a module that is given lists
 @pytest.mark.parametrize(
     ("apply_fn", "data", "message"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, Unpack, UserData
+from cronos_flax._head.data import Batch, Unpack, UserData, length_said
 from cronos_flax._head.fingerprint import Fingerprint, described
 from cronos_flax._head.head import Head
 from cronos_flax._solver.arrays import native
@@ -200,12 +200,7 @@ class Batches:
 
     def known_batches(self) -> int:
         """Batches of an epoch, as far as it is known before one has been read; else 0."""
-        if self.steps is not None:
-            return self.steps
-        try:
-            return len(self.data.given)
-        except TypeError:
-            return 0
+        return length_said(self.data.given) if self.steps is None else self.steps
 
     def once(self) -> Iterator[Batch]:
         """The batches of one pass; of ``steps`` batches, where an epoch has so many."""

@@ -367,6 +367,14 @@ def _is_pair_of_arrays(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(is_array(part) and np.ndim(part) for part in value)
 
 
+def length_said(given: Any) -> int:
+    """The length of arrays or of a loader; 0 if it says none, as PyTorch's over a stream, whose ``len`` raises."""
+    try:
+        return len(given)
+    except (TypeError, NotImplementedError):
+        return 0
+
+
 def _kind(value: Any) -> str:
     if not isinstance(value, tuple | list):
         return type(value).__name__

@@ -8,7 +8,7 @@ rows has its share of every class.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, UserData, flat_targets, flat_weight
+from cronos_flax._head.data import Batch, UserData, flat_targets, flat_weight, length_said
 from cronos_flax._head.fingerprint import Fingerprint
 from cronos_flax._head.norms import Moments
 from cronos_flax._head.room import release
@@ -258,7 +258,7 @@ class Progress:
     def __init__(self, data: UserData) -> None:
         self._whole, given = data.is_arrays, data.given
         sized = given[1] if self._whole else given
-        self._passed, self._all = 0, len(sized) if isinstance(sized, Sized) and not isinstance(given, Mapping) else None
+        self._passed, self._all = 0, 0 if isinstance(given, Mapping) else length_said(sized)
 
     def share(self, batch: Batch) -> float | None:
         """The part when this batch is passed too; None if the data do not say how many they are."""
