@@ -438,7 +438,7 @@ def test_a_loss_that_is_not_that_of_the_solves_is_told(unsolved):
         train(plain(kind=cf.CronosTrainState, head=HEAD), (X[:256], y), epochs=1, loss="softmax")
 
 
-def test_inside_jit_and_after_donation_it_is_said():
+def test_inside_jit_and_after_donation_it_is_said(tmp_path):
     """Each was an error of JAX, about a tracer or a buffer."""
     variables = jax.tree.map(jnp.copy, {"params": PARAMS})
     for call in (
@@ -448,11 +448,16 @@ def test_inside_jit_and_after_donation_it_is_said():
     ):
         with pytest.raises(ValueError, match="must be arrays with values, got traced ones, as inside jit"):
             jax.jit(call)(variables)
+    state = plain(variables["params"])
     jax.tree.map(lambda leaf: leaf.delete(), variables)
-    with pytest.raises(
-        ValueError, match="fit_head: variables and data must be those of now, got arrays that a step has"
-    ):
-        cf.fit_head(HEAD, variables, (X[:64], Y[:64]))
+    for where, call in {
+        "fit_head": lambda: cf.fit_head(HEAD, variables, (X[:64], Y[:64])),
+        "train": lambda: train(state),
+        "save_checkpoint": lambda: cf.save_checkpoint(tmp_path, state, 0),
+    }.items():
+        said = f"{where}: variables and data must be those of now, got arrays that a step has"
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 def test_no_rows_to_validate_on_are_said():

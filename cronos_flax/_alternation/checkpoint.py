@@ -27,7 +27,7 @@ from cronos_flax._alternation.silence import silence
 from cronos_flax._head import fingerprint
 from cronos_flax._head.files import check_path, locked_by_all, named
 from cronos_flax._head.fingerprint import said
-from cronos_flax._head.head import Head
+from cronos_flax._head.head import Head, check_there
 from cronos_flax._head.operations import others_than_saved, with_versions
 from cronos_flax._solver.arrays import is_key
 from cronos_flax._solver.checks import positive_integer
@@ -99,6 +99,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     positive_integer("save_checkpoint", "step", step, least=0)
     if keep is not None:
         positive_integer("save_checkpoint", "keep", keep)
+    check_there("save_checkpoint", state)
     leaves = _named(state)
     if not any(map(np.size, leaves.values())):
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")

@@ -29,6 +29,7 @@ from cronos_flax._alternation.train_state import CronosTrainState, module_params
 from cronos_flax._head.data import UserData
 from cronos_flax._head.files import check_path
 from cronos_flax._head.fingerprint import said
+from cronos_flax._head.head import check_there
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
 from cronos_flax._solver.checks import positive_integer, random_key
@@ -172,6 +173,7 @@ def train(
         True
     """
     loss = _loss_for(state, loss)
+    check_there("train", state)
     _check_counts(epochs=epochs, batch_size=batch_size)
     _check_counts(
         optional=True,
