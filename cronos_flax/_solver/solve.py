@@ -218,10 +218,11 @@ def _end(
         return regularised_loss(params, features, targets, weight, begun.user_beta, rows.loss)
 
     before, after = loss(begun.params) if begun.before is None else begun.before, loss(found)
-    params = jax.tree.map(lambda new, old: jnp.where(after <= before, new, old), found, begun.params)
+    is_kept = jnp.isfinite(before) & (after <= before)
+    params = jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), found, begun.params)
     lives = jnp.any(params.kernel2 != 0, axis=1) & jnp.any(params.kernel1 != 0, axis=0)
     stats = Stats(
-        objective=jnp.where(after <= before, after, before),
+        objective=jnp.where(is_kept, after, before),
         initial_objective=before,
         null_loss=begun.null / problem.total_weight,
         beta=begun.user_beta,
