@@ -144,7 +144,7 @@ CHOSEN = (  # one setting of each, from the development tasks
     "schedule_free_adamw 0.0025",
 )
 DECAYED = (OURS, EARLY, UNCHOSEN, *(f"{UNCHOSEN}, {name}" for name in RATIOS), "adam 0.003 wsd, limited")
-TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer != "adamw")
+TUNED = tuple(name for name, setting in OPTIMIZERS.items() if setting.optimizer not in ("adamw", "muon"))
 USUAL = {"reported": CHOSEN, "tuned": (OURS, *TUNED), "rates": RATED, "weight-decay": DECAYED}
 METHODS = OPTIMIZERS | LIMITED | ALTERNATIONS | MUON | RATED | UNCHOSEN_RATED | FREE_RATED
 
