@@ -110,9 +110,8 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
                 "or give it as `extra`."
             )
     try:
-        code = {"function": _function_of(state), "optimizer": optimizer_code.made_of(state)}
-        code["solver"] = _solver_of(state)
-        body = json.dumps({"leaves": _listed(leaves), "extra": extra, **code})
+        made_of = {"optimizer": optimizer_code.made_of(state), "solver": _solver_of(state)}
+        body = json.dumps({"leaves": _listed(leaves), "extra": extra, "function": _function_of(state), **made_of})
     except TypeError as error:
         raise ValueError(f"save_checkpoint: `extra` must be what JSON takes: {error}.") from None
     meta = {"format": _FORMAT, "body": body, "checksum": zlib.crc32((_FORMAT + body).encode())}
