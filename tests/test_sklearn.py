@@ -38,7 +38,7 @@ def regressor(**settings):
 
 
 @pytest.mark.slow
-@parametrize_with_checks([CronosClassifier(16, max_iter=20, folds=2), CronosRegressor(16, max_iter=20, folds=2)])
+@parametrize_with_checks([CronosClassifier(16, max_iter=20), CronosRegressor(16, max_iter=20)])
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
