@@ -271,6 +271,10 @@ def test_the_newest_are_kept_with_what_was_saved_beside_them_and_keys_stay_of_th
     restored, step, extra = _checkpoint.restored(tmp_path, state(0))
     assert_same(restored, state(10))
     assert (step, extra) == (10, {"note": [10, 0.1]})
+    with pytest.raises(ValueError, match=r"`step` must be later than all .* got 3 beside \[10, 9\]"):
+        cf.save_checkpoint(tmp_path, state(3), 3, keep=1)
+    cf.save_checkpoint(tmp_path, state(3), 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "10", "3", "9"]
 
 
 def test_sound_files_with_other_values_are_noticed(tmp_path):

@@ -75,8 +75,8 @@ def save_checkpoint(
         keep: the number of newest checkpoints to keep; None keeps all.
 
     Raises:
-        ValueError: if there is a sound checkpoint of this step already, or checkpoints that something else has made, or
-            an argument does not fit.
+        ValueError: if there is a sound checkpoint of this step already or, where ``keep`` is given, of a later one; if
+            there are checkpoints that something else has made, or an argument does not fit.
         BlockingIOError: if another process, or a run of ``cf.train``, is writing into the directory.
         OSError: if the directory cannot be written to; the checkpoints there are as before.
     """
@@ -120,20 +120,31 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
 
 
 def _write(directory: Path, step: int, content: dict[str, Any], keep: int | None, besides: int | None = None) -> None:
-    _steps(directory, "save_checkpoint")  # raises where nothing must be saved
+    later = [s for s in _steps(directory, "save_checkpoint") if s > step]  # raises where nothing must be saved
+    if keep is not None and (sound := [s for s in later if _is_sound(directory, s)]):
+        raise ValueError(
+            f"save_checkpoint: `step` must be later than all in {directory} where `keep` is given, got {step} beside "
+            f"{sound}, which it could delete. Give a later step, keep=None, or another directory."
+        )
     taken = directory / str(step)
     if taken.exists():
-        try:
-            _read(directory, step)
-        except _DamagedError:
-            by_first(lambda: taken.rename(_free(directory, f"{step}.{_ASIDE}")))
-        else:
+        if _is_sound(directory, step):
             raise ValueError(
                 f"save_checkpoint: `step` {step} is in {directory} already. Give a later step, or another directory."
             )
+        by_first(lambda: taken.rename(_free(directory, f"{step}.{_ASIDE}")))
     with _system_errors(directory), _manager(directory, keep, besides) as manager:
         manager.save(step, args=ocp.args.Composite(**content), force=True)
         manager.wait_until_finished()
+
+
+def _is_sound(directory: Path, step: int) -> bool:
+    """Whether the checkpoint of a step has what was saved."""
+    try:
+        _read(directory, step)
+    except _DamagedError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
