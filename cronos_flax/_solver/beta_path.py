@@ -20,6 +20,7 @@ from cronos_flax._solver.meshes import automatically, mesh_of
 from cronos_flax._solver.solution import Network, Solution, predict
 from cronos_flax._solver.transfer import beside, on_device, on_host, taken
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
+from cronos_flax._solver.user_warnings import warn
 
 RATIOS = tuple(float(ratio) for ratio in 10.0 ** -np.arange(1, 4.5, 0.5))  # of β_max
 TOL = 1e-2  # of the solves on the way, which are for comparing
@@ -198,6 +199,11 @@ def follow_all(
     paths = [follow(solve, loss, beta_max, part) for part in parts]
     weights = [float(np.sum(on_host(part.chosen_on.weight))) for part in parts]
     losses = np.average([path.losses for path in paths], axis=0, weights=weights)
+    if not np.isfinite(losses).any():
+        warn(
+            'solve: beta="path" should have finite losses on the rows that it chooses on, got none for any β: the '
+            "largest is taken. Look there for features or targets that are far larger than those of the rows to fit."
+        )
     return paths[0]._replace(losses=losses)
 
 
