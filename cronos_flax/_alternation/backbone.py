@@ -19,7 +19,7 @@ from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections, check_no_lists
 from cronos_flax._head.paths import Path, format_path
-from cronos_flax._solver.transfer import on_device
+from cronos_flax._solver.transfer import copied, on_device
 
 # What line searches, Hessians and the opaque mode of SAM are made from, of the loss as it is.
 _OF_THE_LOSS = {"grad", "grad_fn", "value_fn", "obj_fn"}
@@ -134,7 +134,7 @@ def _of_its_own(opt_state: optax.OptState, params: Any) -> optax.OptState:
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, Array) and id(leaf) in seen:
-            return leaf.copy()
+            return copied(leaf)
         seen.add(id(leaf))
         return leaf
 

@@ -17,7 +17,6 @@ import numbers
 from collections.abc import Callable
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -28,7 +27,7 @@ from cronos_flax._alternation.optimizer_state import gone_back
 from cronos_flax._solver.checks import in_python, positive_integer
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Stats
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import copied, on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 _LOW_RATE = 0.01  # of the optimizer's own: said to the user
@@ -253,8 +252,3 @@ class GuardState:
             "rejections": int(on_host(self.rejections)),
             "consecutive_rejections": int(on_host(self.consecutive_rejections)),
         }
-
-
-def copied(tree: Any) -> Any:
-    """A copy that shares no buffer with ``tree``."""
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, Array) else leaf, tree)

@@ -15,7 +15,7 @@ from cronos_flax._alternation.backbone import check_optimizer
 from cronos_flax._alternation.choose_beta import chosen, weaker
 from cronos_flax._alternation.defaults import Alternation, alternation_defaults, alternation_settings, growth_limit
 from cronos_flax._alternation.first_solve import first_solved
-from cronos_flax._alternation.guard import Guard, GuardState, copied, guard_settings
+from cronos_flax._alternation.guard import Guard, GuardState, guard_settings
 from cronos_flax._head.data import Unpack
 from cronos_flax._head.fit import fit_rows, most_in_memory, nonfinite_solution, solver_or_default
 from cronos_flax._head.head import Compare, Head, check_head
@@ -23,7 +23,7 @@ from cronos_flax._head.rows import GatheredRows
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.processes import agreed, on_first
 from cronos_flax._solver.solution import Solution, Stats, Status, TwoLayer
-from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
+from cronos_flax._solver.transfer import copied, default_key, folded, on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 # The user is told if more than this share of the loss of the best constant outputs is left after a first solve, which

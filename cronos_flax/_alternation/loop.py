@@ -14,7 +14,6 @@ from jax import Array
 
 from cronos_flax._alternation.batch_check import BatchCheck
 from cronos_flax._alternation.defaults import Alternation
-from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.position import Checkpoints, Position
 from cronos_flax._alternation.sources import Arrays, Batches, HeldBack
 from cronos_flax._head.data import Batch
@@ -22,7 +21,7 @@ from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Solution, Status
-from cronos_flax._solver.transfer import batch_on_device, folded, on_device, on_host
+from cronos_flax._solver.transfer import batch_on_device, copied, folded, on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 Row = dict[str, float]

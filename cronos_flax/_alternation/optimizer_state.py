@@ -14,7 +14,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from cronos_flax._head.paths import Path, at_path
 from cronos_flax._solver.meshes import in_place_of
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.transfer import copied, on_device, on_host
 
 # Fields of Optax's states that hold the direction of the next updates; the last three are MADGRAD's and COCOB's, which
 # step from where they began.
@@ -96,7 +96,7 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
     size = sum(map(np.size, jax.tree.leaves(params)))
     with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
         new = _by_names(_head_at_start(tx, params, paths))
-        others = jax.tree_util.tree_map_with_path(lambda at, p: 2 * p + 1 if _is_inside(at, paths) else p, params)
+        others = jax.tree_util.tree_map_with_path(lambda at, p: _another(p) if _is_inside(at, paths) else p, params)
         with_others = _by_names(_head_at_start(tx, others, paths))
     nodes = jax.tree_util.tree_leaves_with_path(present, is_leaf=lambda node: type(node) in _THEIR_DIRECTIONS)
     theirs = {path: _THEIR_DIRECTIONS[type(node)] for path, node in nodes if type(node) in _THEIR_DIRECTIONS}
@@ -111,7 +111,7 @@ def begun_anew(present: Any, tx: optax.GradientTransformation, params: Any, path
         if not is_direction and np.array_equal(*(of[heads] for of in on_host((new[names], with_others[names])))):
             return now
         # A copy, as the parameters themselves are in the state of the training, and a user's step may donate both.
-        return in_place_of(_mixed(on_device(heads), new[names], now) if is_flat else new[names].copy(), now)
+        return in_place_of(_mixed(on_device(heads), new[names], now) if is_flat else copied(new[names]), now)
 
     return jax.tree_util.tree_map_with_path(chosen, present)
 
@@ -127,6 +127,7 @@ def _is_flat(path: tuple, leaf: Any, size: int) -> bool:
     return np.shape(leaf) == (size,) and not (path and hasattr(path[-1], "key"))
 
 
+_another = jax.jit(lambda param: 2 * param + 1)
 _mixed = jax.jit(jnp.where)
 
 
@@ -153,6 +154,7 @@ def _traced_init(tx: optax.GradientTransformation, treedef: Any, shapes: tuple, 
     inside = [_is_inside(path, paths) or _is_flat(path, leaf, size) for path, leaf in leaves]
     jaxpr, used = dce_jaxpr(closed.jaxpr, inside)
 
+    @jax.jit  # one program
     def init(leaves: list[Any]) -> list[Any]:
         return jax.core.eval_jaxpr(jaxpr, closed.consts, *itertools.compress(leaves, used))
 

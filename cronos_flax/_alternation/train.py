@@ -19,7 +19,6 @@ from cronos_flax._alternation.apply_fn import with_method
 from cronos_flax._alternation.backbone import RatedState
 from cronos_flax._alternation.batch_check import BatchCheck, balanced_weights
 from cronos_flax._alternation.defaults import DECAYS, choosing_share
-from cronos_flax._alternation.guard import copied
 from cronos_flax._alternation.loop import Clock, Loop, Row, without_labels
 from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, some_entries
@@ -36,7 +35,7 @@ from cronos_flax._solver.checks import positive_integer, random_key
 from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.processes import on_first
-from cronos_flax._solver.transfer import default_key, folded, on_device, on_host
+from cronos_flax._solver.transfer import copied, default_key, folded, on_device, on_host
 from cronos_flax._solver.user_warnings import warn
 
 State = TypeVar("State", bound=TrainState)

@@ -21,7 +21,7 @@ from cronos_flax._alternation.defaults import (
     warn_of_running_statistics,
 )
 from cronos_flax._alternation.first_solve import undecided_beta
-from cronos_flax._alternation.guard import Guard, GuardState, copied
+from cronos_flax._alternation.guard import Guard, GuardState
 from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
 from cronos_flax._alternation.half_precision import warn_of_float16
 from cronos_flax._alternation.optimizer_state import begun_anew, with_head
@@ -31,7 +31,7 @@ from cronos_flax._head.linen import Collections
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.solution import Solution, TwoLayer
-from cronos_flax._solver.transfer import on_host
+from cronos_flax._solver.transfer import copied, on_host
 
 
 def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:

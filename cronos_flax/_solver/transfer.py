@@ -36,6 +36,22 @@ def batch_on_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
 
 
+def copied(tree: Any) -> Any:
+    """A pytree with its arrays in buffers of their own, where they are.
+
+    ``Array.copy`` is a program for each shape, and its result may have another sharding.
+    """
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, jax.core.Tracer):
+            return leaf.copy()
+        if isinstance(leaf, Array):
+            return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
 def on_host(value: Any) -> Any:
     """A pytree with its arrays in host memory, as NumPy's.
 

@@ -33,6 +33,7 @@ from rows import keep, kept, parser
 import cronos_flax as cf
 from cronos_flax._alternation import guard as _guard
 from cronos_flax._solver import descent
+from cronos_flax._solver.transfer import copied
 from cronos_flax.compare.data import load_tfds
 from cronos_flax.compare.models import MLP
 from cronos_flax.compare.tables import markdown
@@ -89,7 +90,7 @@ def _stay(self: Any, parts: Any, stats: Any, rounding: float) -> Any:
     guard, _ = judge(self, parts, stats, rounding)
     rate = guard.figures["backbone_rate"]
     parts = {**parts, "opt_state": optax.tree.set(parts["opt_state"], backbone_rate=np.float32(rate))}
-    return guard.replace(kept=parts), _guard.copied(parts)
+    return guard.replace(kept=parts), copied(parts)
 
 
 judge = cf.GuardState.judge
