@@ -390,8 +390,10 @@ def _network(name: str, network: Network, features: tuple[int, int], y: Array) -
         if value is None or jnp.shape(value) != shape:
             got = "None" if value is None else jnp.shape(value)
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
-        with jax.ensure_compile_time_eval():
-            is_bad = concrete(value) and not all_finite(on_device(value))
-        if is_bad:
-            raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {field}.")
+    with jax.ensure_compile_time_eval():
+        given = {field: getattr(network, field) for field in expected}
+        known = {field: on_device(v) for field, v in given.items() if v is not None and concrete(v)}
+    if not all_finite(known):  # one program for all
+        bad = " and ".join(field for field, value in known.items() if not all_finite(value))
+        raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {bad}.")
     return jax.tree.map(lambda v: on_device(v, y.dtype), network)
