@@ -242,6 +242,12 @@ class MappedByJax(nn.Module):
         return self.lie(jax.vmap(self.encoder)(x))
 
 
+class BridgedBackbone(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Lie()(nn.tanh(nnx.bridge.ToLinen(nnx.Linear, (6, 6))(x)))
+
+
 class Bridged(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -280,6 +286,7 @@ LINEN = {
     "tokens": Member(Lie(), (TOKENS,), {}, (("Dense_1",), ("Dense_0",))),
     "dict input": Member(DictInput(), ({"wide": X, "deep": X[:, :2]},), {}, IN_LIE),
     "text with mask": Member(Text(), (IDS,), {"mask": MASK}, IN_LIE),
+    "bridged backbone": Member(BridgedBackbone(), (X,), {}, IN_LIE),
     "residual network": Member(ResNet(True), (IMAGES,), {"train": False}, IN_LIE),
     "vision transformer": Member(ViT(), (IMAGES,), {}, IN_LIE),
     "MNIST network": Member(CNN(), (IMAGES,), {}, IN_LIE),
@@ -444,6 +451,17 @@ def bridged_to_nnx():
     return nnx.bridge.ToNNX(Lie(), rngs=rngs()).lazy_init(X)
 
 
+class NnxBridged(nnx.Module):
+    """A backbone of linen, and a head of NNX."""
+
+    def __init__(self):
+        backbone = nn.Sequential([nn.Dense(6), nn.tanh])
+        self.backbone, self.head = nnx.bridge.ToNNX(backbone, rngs=rngs()).lazy_init(X), NnxMLP()
+
+    def __call__(self, x):
+        return self.head(self.backbone(x))
+
+
 def over_rows(method):
     """``nnx.vmap`` of a method over the rows of its input, with one and the same module."""
     call = nnx.vmap(lambda module, x: method.__func__(module, x), in_axes=(None, 0))
@@ -465,6 +483,7 @@ NNX = {
     "backbone in nnx.vmap": Member(
         lambda: NnxMapped(over_rows, False), (X,), {}, (("lie", "fc1"), ("lie", "fc2"))
     ),
+    "bridged backbone": Member(NnxBridged, (X,), {}, (("head", "fc1"), ("head", "fc2"))),
     "dict input, chosen output": Member(
         NnxConv, ({"image": IMAGES},), {"output": "logits"}, (("head", "fc1"), ("head", "fc2"))
     ),

@@ -290,8 +290,8 @@ def find_head(
         if not bridged:
             raise
         raise ValueError(
-            f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; use "
-            "cf.find_head on the linen module."
+            f"{error} A linen module is bridged in at {', '.join(bridged)}: its layers cannot be seen from NNX; if "
+            "the head is among them, use cf.find_head on the linen module."
         ) from error
 
 

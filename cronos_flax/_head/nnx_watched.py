@@ -179,9 +179,10 @@ def captured(model: nnx.Module, kind: type[nnx.Variable], method: Any, args: tup
 
     def call(model: nnx.Module) -> Any:
         # Flax gives all modules an attribute to sow into. A list has numbers for keys, and `nnx.scan` and `nnx.vmap`
-        # cannot sort its state with a name among them; a dict has one entry more. Neither sows anything.
+        # cannot sort its state with a name among them; a dict has one entry more; a bridged linen module takes all
+        # attributes for its variables. None of them sows anything.
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.List | nnx.Dict) and hasattr(module, "__captures__"):
+            if isinstance(module, nnx.List | nnx.Dict | nnx.bridge.ToNNX) and "__captures__" in vars(module):
                 delattr(module, "__captures__")
         return called(model, method, args, kwargs)
 
