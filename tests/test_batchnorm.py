@@ -209,6 +209,26 @@ def test_a_norm_that_is_used_twice_keeps_the_mean_of_both(kind):
     np.testing.assert_allclose(var, (first.var(axis=0) + second.var(axis=0)) / 2, rtol=1e-3)
 
 
+class WithStatistics(cf.CronosTrainState):
+    """A train state as in Flax's guides, with a field for the running statistics, which no solve looks at."""
+
+    batch_stats: Any = None
+
+
+def test_running_statistics_that_a_solve_does_not_find_are_told_of():
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), X)
+    made = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.sgd(0.1), "solver": SOLVER}
+    head = cf.find_head(model, variables, X, statistics="batch")
+    state = WithStatistics.create(**made, head=head, batch_stats=variables["batch_stats"])
+    with pytest.warns(UserWarning, match='batch norms such as BatchNorm_0 had no.*model_state={"batch_stats"'):
+        state.solve_head((X, Y))
+    with pytest.warns(UserWarning, match="had no running statistics to set.*with the variables to fit_head"):
+        cf.fit_head(head, {"params": variables["params"]}, (X, Y), solver=SOLVER)
+    unkept = cf.find_head(model, variables, X, statistics="batch", recalibrate=False)
+    cf.fit_head(unkept, {"params": variables["params"]}, (X, Y), solver=SOLVER)
+
+
 @KINDS
 def test_an_alternation_on_running_statistics_warns(kind):
     """Gradients see other features than solves, and nobody is told."""

@@ -296,7 +296,8 @@ class CronosTrainState(TrainState):
         Warns:
             UserWarning: at the first solve, if ``apply_fn`` is another function than the module of the head. If the
                 guard goes back twice in a row, or lowers the rate below a hundredth of the optimizer's own. If the
-                network explains next to nothing after a solve. And where :meth:`cronos_flax.Cronos.solve` warns.
+                network explains next to nothing after a solve. If running statistics that it sets are not in
+                ``model_state``. And where :meth:`cronos_flax.Cronos.solve` warns.
         """
         self._check_parts()
 

@@ -167,10 +167,12 @@ class Collections:
     store = write
 
     def recalibrated(self, given: Mapping, moments: Mapping[Path, tuple[Any, Any]]) -> Mapping:
+        missing: list[str] = []
         for path, (mean, var) in moments.items():
             try:
                 old = dict(at_path(given[_STATS], path))
-            except KeyError:  # statistics that the user does not keep
+            except KeyError:
+                missing.append(format_path(path))
                 continue
             unboxed = nn.meta.unbox(old)
             new = unboxed | {
@@ -178,6 +180,13 @@ class Collections:
                 "var": in_place_of(var, unboxed["var"]),
             }
             given = _replace(given, (_STATS, *path), nn.meta.replace_boxed(old, new))
+        if missing:
+            warn(
+                f"After a solve with statistics of the batch, batch norms such as {missing[0]} had no running "
+                "statistics to set. Give them: with the variables to fit_head; or to CronosTrainState.create as "
+                f'model_state={{"{_STATS}": …}}, since a field of another name is not looked at. If you keep none, '
+                "find the head with recalibrate=False."
+            )
         return given
 
     def count(self, variables: Mapping) -> int:
@@ -438,8 +447,8 @@ def fit_head(
         FloatingPointError: if the loss of the present head is not finite, and ``throw``.
 
     Warns:
-        UserWarning: if a head with an output bias ends above the loss of the best constant outputs, and where
-            :meth:`cronos_flax.Cronos.solve` warns.
+        UserWarning: if a head with an output bias ends above the loss of the best constant outputs; if running
+            statistics that it sets are not among the variables; and where :meth:`cronos_flax.Cronos.solve` warns.
     """
     check_head("fit_head", head, Collections)
     solver = solver_or_default("fit_head", solver)
