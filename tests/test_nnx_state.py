@@ -549,6 +549,10 @@ BAD = {
         "TrainState: with optax.lookahead .* for an NNX model take another",
     ),
     "a field": (lambda: given(batch_stats={}), "is not a field"),
+    "streams in a call": (
+        lambda: train(alternating(Plain()), train_kwargs={"rngs": nnx.Rngs(0)}),
+        "`train_kwargs` must hold no random streams, got `rngs`",
+    ),
     "assigned parameters": (lambda: train(plain(Writing())), r"it assigns one of shape \(8,\)"),
     "a dict in a Variable": (lambda: plain(Scaled()), "TrainState: no nnx.Variable .* got one at scales/0.*nnx.Dict"),
     "made variables": (lambda: train(plain(Making())), "it makes seen"),

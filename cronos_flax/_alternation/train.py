@@ -199,7 +199,7 @@ def train(
     if key is not None:
         random_key("train", key)
     key = default_key() if key is None else key
-    streams = _streams_of(state, rngs, key)
+    streams = _streams_of(state, rngs, key, train_kwargs)
     source = source_of(UserData(data, unpack, "train"), batch_size, steps_per_epoch, key)
     to_solve = source
     if solve_data is not None:
@@ -356,9 +356,16 @@ def _check_counts(optional: bool = False, **counts: Any) -> None:
             positive_integer("train", name, value)
 
 
-def _streams_of(state: Any, rngs: Any, key: Array) -> dict[str, Array]:
+def _streams_of(state: Any, rngs: Any, key: Array, train_kwargs: Mapping[str, Any]) -> dict[str, Array]:
     """The key of each rng stream that a gradient step gives to the module."""
     if isinstance(state.apply_fn, NnxFunction):
+        for name, given in train_kwargs.items():
+            if isinstance(given, nnx.Rngs | nnx.RngStream):
+                raise ValueError(
+                    f"train: `train_kwargs` must hold no random streams, got `{name}`, which would give the same "
+                    "numbers in each step. Give the streams to the layers as the model is made: nnx.Dropout(0.1, "
+                    "rngs=rngs)."
+                )
         if rngs != _RNGS:
             raise ValueError(
                 "train: `rngs` must not be given for an NNX model, which has random streams of its own, got "
