@@ -583,6 +583,10 @@ BAD = {
         lambda: train(plain().replace(apply_fn=lambda variables, x: MODEL.apply(variables, x)), loss="softmax"),
         r"`apply_fn` must take `rngs` .*got .*<lambda>\. Give module\.apply.*give rngs=\(\)",
     ),
+    "keys of streams among the arguments": (
+        lambda: train(noisy(), loss="softmax", train_kwargs={"train": True, "rngs": {"noise": jax.random.key(0)}}),
+        "`train_kwargs` must leave out `rngs`",
+    ),
     "a stream that is not named": (
         lambda: train(noisy(), loss="softmax", train_kwargs={"train": True}),
         r"train: the module needs a random stream, .* named by `rngs`, got \['dropout'\]\. .*\"noise\"",

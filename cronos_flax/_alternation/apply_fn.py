@@ -55,6 +55,11 @@ def not_taken(apply_fn: Callable, extra: Sequence[str], error: Exception) -> str
     missing = [name for name in extra if isinstance(error, TypeError) and f"keyword argument '{name}'" in str(error)]
     if not missing:
         return ""
+    if "multiple values" in str(error):
+        return (
+            f"`train_kwargs` must leave out {' and '.join(f'`{name}`' for name in missing)}: a gradient step gives the "
+            "collections of `model_state` as mutable by itself, and the keys of `rngs`."
+        )
     without = " If it needs no random numbers, give rngs=()." if missing == ["rngs"] else ""
     return (
         f"`apply_fn` must take {' and '.join(f'`{name}`' for name in extra)} as the apply of a Flax module does, got "
