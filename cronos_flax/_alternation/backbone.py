@@ -71,7 +71,7 @@ def rated(
         grads = updates
         updates, optimizer_state = inner.update(grads, state.optimizer_state, params, **extra)
         if params is not None:
-            _check_shapes(_module_params(updates), grads, params)
+            _check_shapes(module_params(updates), grads, params)
         if largest_step is not None:
             kernels = _given(params, "steps are limited by the size of kernels")
             updates = limited(updates, kernels, largest_step, together=learns_from_steps(optimizer_state))
@@ -186,12 +186,12 @@ def _decay_of(params: Any, beta: Array, paths: tuple[Path, ...]) -> Float[Array,
 def _decaying(params: Any, paths: tuple[Path, ...]) -> tuple[Any, tuple[Path, ...]]:
     """The parameters that gradients are of, and the paths of these layers' kernels."""
     params = _given(params, "the head has weight decay in gradient steps")
-    return _module_params(params), tuple((*path, "kernel") for path in paths)
+    return module_params(params), tuple((*path, "kernel") for path in paths)
 
 
-def _module_params(tree: Any) -> Any:
-    """The part of a tree like the parameters that gradients are of."""
-    return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+def module_params(params: Any) -> Any:
+    """The parameters that the module is applied with, and gradients are of: the fast ones of ``LookaheadParams``."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def _check_value(value: Any) -> None:
@@ -206,7 +206,7 @@ def _check_value(value: Any) -> None:
 
 def _check_structure(grads: Any, params: Any) -> None:
     """Raise a ValueError unless gradients are a tree like the parameters."""
-    params = _module_params(params)
+    params = module_params(params)
     structure: Any = jax.tree.structure(grads)
     if structure == jax.tree.structure(params):
         return
@@ -234,7 +234,7 @@ def _check_shapes(tree: Any, grads: Any, params: Any, leading: bool = False) -> 
         params: the parameters.
         leading: whether there may be more axes in front: some optimizers take the gradients of each row.
     """
-    trees = jax.tree.leaves(tree), jax.tree.leaves(grads), _named_leaves(_module_params(params))
+    trees = jax.tree.leaves(tree), jax.tree.leaves(grads), _named_leaves(module_params(params))
     for leaf, grad, (name, param) in zip(*trees, strict=True):
         more = max(jnp.ndim(leaf) - jnp.ndim(param), 0) if leading else 0
         if jnp.shape(leaf)[more:] != jnp.shape(param):

@@ -12,7 +12,8 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.apply_fn import called, not_taken
-from cronos_flax._alternation.train_state import CronosTrainState, module_params
+from cronos_flax._alternation.backbone import module_params
+from cronos_flax._alternation.train_state import CronosTrainState
 from cronos_flax._head.data import Batch, shapes_said
 from cronos_flax._head.functional import WrongOutputError
 from cronos_flax._head.nnx_collections import NnxFunction

@@ -10,10 +10,9 @@ from flax import nnx, struct
 from flax.traverse_util import flatten_dict
 
 from cronos_flax._alternation import train_state
-from cronos_flax._alternation.backbone import check_lookahead, check_optimizer
+from cronos_flax._alternation.backbone import check_lookahead, check_optimizer, module_params
 from cronos_flax._alternation.defaults import Alternation
 from cronos_flax._alternation.guard import Guard
-from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.nnx import NnxModule, module_at
 from cronos_flax._head.nnx_collections import NnxFunction, functional, on_collections

@@ -9,8 +9,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from cronos_flax._alternation.backbone import traced_update
-from cronos_flax._alternation.train_state import module_params
+from cronos_flax._alternation.backbone import module_params, traced_update
 from cronos_flax._head.operations import integers, operations, with_versions
 from cronos_flax._solver.arrays import is_array
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax.training.train_state import TrainState
 
+from cronos_flax._alternation.backbone import module_params
 from cronos_flax._alternation.checkpoint import restored, save_locked
 from cronos_flax._alternation.defaults import Alternation
-from cronos_flax._alternation.train_state import module_params
 from cronos_flax._head.files import locked_by_all
 from cronos_flax._head.fingerprint import Fingerprint, difference, said
 from cronos_flax._solver.transfer import on_host

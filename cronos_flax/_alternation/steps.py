@@ -14,8 +14,9 @@ from jax import Array
 from jax.tree_util import PyTreeDef
 
 from cronos_flax._alternation.apply_fn import called, with_method
+from cronos_flax._alternation.backbone import module_params
 from cronos_flax._alternation.batch_check import BatchCheck, collections_of, output_of
-from cronos_flax._alternation.train_state import CronosTrainState, module_params, with_value
+from cronos_flax._alternation.train_state import CronosTrainState, with_value
 from cronos_flax._head.data import Batch, UserData
 from cronos_flax._head.jitted import Static, made_once
 from cronos_flax._solver.loss import Loss

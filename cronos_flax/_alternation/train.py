@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 
 from cronos_flax._alternation.apply_fn import with_method
-from cronos_flax._alternation.backbone import RatedState
+from cronos_flax._alternation.backbone import RatedState, module_params
 from cronos_flax._alternation.batch_check import BatchCheck, balanced_weights
 from cronos_flax._alternation.defaults import DECAYS, choosing_share
 from cronos_flax._alternation.loop import Clock, Loop, Row, without_labels
@@ -24,7 +24,7 @@ from cronos_flax._alternation.optimizer_state import sets_its_rate
 from cronos_flax._alternation.position import Checkpoints, all_said, some_entries
 from cronos_flax._alternation.sources import Arrays, Batches, source_of
 from cronos_flax._alternation.steps import gradient_step, scoring
-from cronos_flax._alternation.train_state import CronosTrainState, module_params
+from cronos_flax._alternation.train_state import CronosTrainState
 from cronos_flax._head.data import UserData
 from cronos_flax._head.files import check_path
 from cronos_flax._head.fingerprint import said

@@ -15,7 +15,14 @@ from jax import Array
 from jaxtyping import Float
 
 from cronos_flax._alternation.apply_fn import warn_if_another
-from cronos_flax._alternation.backbone import RatedState, alternating, check_lookahead, check_params, with_arguments
+from cronos_flax._alternation.backbone import (
+    RatedState,
+    alternating,
+    check_lookahead,
+    check_params,
+    module_params,
+    with_arguments,
+)
 from cronos_flax._alternation.defaults import (
     Alternation,
     warn_of_running_statistics,
@@ -44,11 +51,6 @@ def with_value(state: TrainState, value: Array, **given: Any) -> TrainState:
         return state.apply_gradients(**given)
     told = optax.GradientTransformationExtraArgs(tx.init, functools.partial(with_arguments(tx).update, value=value))
     return state.replace(tx=told).apply_gradients(**given).replace(tx=tx)
-
-
-def module_params(params: Any) -> Any:
-    """The parameters that the module is applied with: of ``optax.LookaheadParams`` the fast ones."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 @jax.jit
