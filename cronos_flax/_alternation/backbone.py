@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._alternation.optimizer_state import learns_from_steps
+from cronos_flax._alternation.optimizer_state import has_node, learns_from_steps
 from cronos_flax._alternation.step_limit import limited
 from cronos_flax._head.head import Head, check_head
 from cronos_flax._head.linen import Collections, check_no_lists
@@ -347,12 +347,8 @@ def check_params(where: str, params: Any, head: Head) -> None:
 
 def check_lookahead(where: str, params: Any, opt_state: Any) -> None:
     """Raise a ValueError for ``optax.lookahead`` on parameters that are not of its kind: its first step would fail."""
-
-    def is_ahead(node: Any) -> bool:
-        return isinstance(node, optax.LookaheadState)
-
-    found = any(map(is_ahead, jax.tree.leaves(opt_state, is_leaf=is_ahead)))
-    if isinstance(params, optax.LookaheadParams) or not found:
+    is_ahead = has_node(opt_state, lambda node: isinstance(node, optax.LookaheadState))
+    if isinstance(params, optax.LookaheadParams) or not is_ahead:
         return
     raise ValueError(
         f"{where}: with optax.lookahead the parameters must be optax.LookaheadParams.init_synced(params), got a "

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def with_head(optimizer_state: Any, paths: tuple[Path, Path], params: Mapping[st
     def filled(node: Any, keys: Path) -> Any:  # keys of dicts since the last field of a state
         if isinstance(node, optax.MaskedNode):
             return at_path(params, keys) if any(keys[: len(path)] == path for path in paths) else node
-        if not any(map(_is_masked, jax.tree.leaves(node, is_leaf=_is_masked))):
+        if not has_node(node, lambda inside: isinstance(inside, optax.MaskedNode)):
             return node
         children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
         found = [filled(child, (*keys, key.key) if hasattr(key, "key") else ()) for (key,), child in children]
@@ -172,16 +172,17 @@ def sets_its_rate(optimizer_state: Any) -> bool:
     def is_one(node: Any) -> bool:
         return isinstance(node, kinds) or bool(getattr(node, "hyperparams_states", ()))
 
-    return any(map(is_one, jax.tree.leaves(optimizer_state, is_leaf=is_one)))
+    return has_node(optimizer_state, is_one)
 
 
 def learns_from_steps(optimizer_state: Any) -> bool:
     """Whether an optimizer takes the curvature of the loss from the steps that were made, as L-BFGS does."""
-    return any(map(_has_secants, jax.tree.leaves(optimizer_state, is_leaf=_has_secants)))
+    return has_node(optimizer_state, lambda node: isinstance(node, optax.ScaleByLBFGSState))
 
 
-def _has_secants(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByLBFGSState)
+def has_node(tree: Any, is_one: Callable[[Any], bool]) -> bool:
+    """Whether a tree has such a node: a leaf, or the state of an optimizer within that of another."""
+    return any(map(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
 
 
 def _is_inside(path: tuple, paths: tuple[Path, Path]) -> bool:
@@ -204,10 +205,6 @@ def _by_names(tree: Any) -> dict[Path, Any]:
 
 def _names(path: tuple) -> Path:
     return tuple(getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _children(node: Any) -> tuple[list[tuple[str | None, Any]], Any]:

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from cronos_flax._alternation.backbone import begins_with, traced_update
+from cronos_flax._alternation.optimizer_state import has_node
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._solver.user_warnings import warn
 
@@ -31,8 +32,8 @@ def warn_of_gradients_passed_on(
     try:
         with jax.transfer_guard("allow"):  # Optax makes its constants on the host
             opt_state = jax.eval_shape(tx.init, params)
-            nodes = jax.tree.leaves(opt_state, is_leaf=_is_masked)
-            passed = _passed_on(tx, grads, opt_state, params) if any(map(_is_masked, nodes)) else []
+            has_mask = has_node(opt_state, lambda node: isinstance(node, optax.MaskedState))
+            passed = _passed_on(tx, grads, opt_state, params) if has_mask else []
     except Exception:  # an optimizer that needs more than is given here is refused at its first step
         return
     paths = [path for path in passed if not begins_with(path, left_out)]
@@ -52,10 +53,6 @@ def _within(tx: Any) -> Any:
     """The optimizer that ``optax.MultiSteps`` gives the mean of gradients to, in the place of a gradient."""
     owner = getattr(tx.update, "__self__", None)  # also of its gradient_transformation()
     return owner.inner_opt if isinstance(owner, optax.MultiSteps) else tx
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedState)
 
 
 def _passed_on(tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> list[tuple]:
