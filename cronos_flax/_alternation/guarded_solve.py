@@ -32,14 +32,6 @@ _MOST_LEFT = {True: 1.01, False: 0.999}
 _ROUNDING = float(jnp.finfo(jnp.float32).eps)
 
 
-class Solving(NamedTuple):
-    """How the head is solved, between which steps, and under which guard; None for none."""
-
-    solver: Cronos
-    alternation: Alternation
-    guard: Guard | None
-
-
 def asked_for(
     where: str,
     tx: optax.GradientTransformation,
@@ -48,8 +40,11 @@ def asked_for(
     solver: Cronos | None,
     guard: Guard | bool | None,
     alternation: Alternation | None,
-) -> Solving:
+) -> tuple[Cronos, Alternation, Guard | None]:
     """What a user asked for, with the defaults filled in; ``kind`` is that of the modules that the head may be of.
+
+    Returns:
+        How the head is solved, between which steps, and the settings of the guard, None for none.
 
     Raises:
         ValueError: for an argument of the wrong kind.
@@ -58,7 +53,7 @@ def asked_for(
     check_head(where, head, kind)
     solver = solver_or_default(where, solver)
     alternation = alternation_settings(where, alternation, solver, head)
-    return Solving(alternation_defaults(solver, head, alternation), alternation, guard_settings(where, guard))
+    return alternation_defaults(solver, head, alternation), alternation, guard_settings(where, guard)
 
 
 class GuardedSolve(NamedTuple):

@@ -11,10 +11,7 @@ from flax import nnx
 from jax import Array
 
 from cronos_flax._alternation.backbone import rated
-from cronos_flax._alternation.defaults import (
-    Alternation,
-    warn_of_running_statistics,
-)
+from cronos_flax._alternation.defaults import Alternation, warn_of_running_statistics
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState
 from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
@@ -96,8 +93,7 @@ class CronosOptimizer(nnx.Optimizer):
         alternation: Alternation | None = None,
         wrt: Any = nnx.Param,
     ) -> None:
-        asked = asked_for("CronosOptimizer", tx, head, NnxModule, solver, guard, alternation)
-        solver, alternation = asked.solver, asked.alternation
+        solver, alternation, settings = asked_for("CronosOptimizer", tx, head, NnxModule, solver, guard, alternation)
         largest_step = alternation.largest_step
         with jax.transfer_guard("allow"):  # Optax makes its zeros on the host
             if alternation.moves(head):
@@ -113,7 +109,7 @@ class CronosOptimizer(nnx.Optimizer):
         statistics = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         drifts = bool(jax.tree.leaves(statistics)) and not head.in_training
         warn_of_running_statistics("CronosOptimizer", head, nnx.filter_state(statistics, nnx.BatchStat))
-        made = None if asked.guard is None else GuardState.init(asked.guard, self._parts(model), drifts)
+        made = None if settings is None else GuardState.init(settings, self._parts(model), drifts)
         self.guard = None if made is None else GuardVariable(made)
 
     def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> Any:

@@ -23,10 +23,7 @@ from cronos_flax._alternation.backbone import (
     module_params,
     with_arguments,
 )
-from cronos_flax._alternation.defaults import (
-    Alternation,
-    warn_of_running_statistics,
-)
+from cronos_flax._alternation.defaults import Alternation, warn_of_running_statistics
 from cronos_flax._alternation.first_solve import undecided_beta
 from cronos_flax._alternation.guard import Guard, GuardState
 from cronos_flax._alternation.guarded_solve import asked_for, solve_guarded
@@ -138,8 +135,7 @@ class CronosTrainState(TrainState):
                 f"CronosTrainState: `{name}` is not a field of {cls.__name__}. Give collections other than parameters "
                 f"as model_state={example}; for fields of your own make a subclass."
             )
-        asked = asked_for("CronosTrainState", tx, head, Collections, solver, guard, alternation)
-        solver, alternation = asked.solver, asked.alternation
+        solver, alternation, settings = asked_for("CronosTrainState", tx, head, Collections, solver, guard, alternation)
         check_params("CronosTrainState", params, head)
         moving = alternation.moves(head)
         left_out = () if moving else head.paths
@@ -151,11 +147,11 @@ class CronosTrainState(TrainState):
             state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         check_lookahead("CronosTrainState", state.params, state.opt_state)
         warn_of_running_statistics("CronosTrainState", head, state._statistics_in_training)
-        if asked.guard is None:
+        if settings is None:
             return state
         parts = state._parts_with(None)
         drifts = bool(jax.tree.leaves(parts["model_state"])) and not head.in_training
-        return state.replace(guard=GuardState.init(asked.guard, parts, drifts))
+        return state.replace(guard=GuardState.init(settings, parts, drifts))
 
     @property
     def variables(self) -> dict[str, Any]:
