@@ -139,13 +139,7 @@ def solve_guarded(
     else:
         new, solution = None, nonfinite_solution(network)
     if throw and solution.status == Status.nonfinite and (guard is None or int(on_host(guard.solves)) == 0):
-        finite = {"data": rows.finite, "validation": unseen is None or unseen.finite}
-        of = " and ".join(f"`{name}`" for name, is_finite in finite.items() if not is_finite)
-        why = (
-            f"the features of {of} must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
-            "and remove or impute the rows that are not finite."
-        )
-        raise FloatingPointError(f"{where}: {why if of else solution.status.message}")
+        raise _nonfinite(where, rows, unseen, solution)
     changed = parts(new, moments)
     if np.isfinite(on_host(beta)):  # gradient steps of the head have the same weight decay
         head_decay = copied(on_device(beta, jnp.float32))
@@ -162,6 +156,17 @@ def solve_guarded(
     if callback is not None:
         callback(guard.figures)
     return GuardedSolve(guard, beta, changed, solution)
+
+
+def _nonfinite(where: str, rows: GatheredRows, unseen: GatheredRows | None, solution: Solution) -> FloatingPointError:
+    """What to raise for a loss that is not finite: it names the data whose features are not, if there are any."""
+    finite = {"data": rows.finite, "validation": unseen is None or unseen.finite}
+    of = " and ".join(f"`{name}`" for name, is_finite in finite.items() if not is_finite)
+    why = (
+        f"the features of {of} must be finite, got NaN or infinite entries. Check the parameters of the backbone, "
+        "and remove or impute the rows that are not finite."
+    )
+    return FloatingPointError(f"{where}: {why if of else solution.status.message}")
 
 
 def _warn_if_constant(network: TwoLayer | None, stats: Stats, rounding: float, is_first: bool) -> None:
