@@ -1,4 +1,8 @@
-"""The rows of a feature pass, batch by batch and all together, and where they are kept."""
+"""The rows of a feature pass, batch by batch and all together, and where they are kept.
+
+All together they are sorted by target (by the first value of several), and rows of one target along a fixed random
+direction.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
@@ -60,7 +64,7 @@ class Gathered(NamedTuple):
     """All rows of some data.
 
     Args:
-        rows: sorted, as the module's docstring says.
+        rows: sorted, or with the ``order`` in which they are.
         order: ``(n,)``; row i is number ``order[i]`` of the rows of positive weight as they came.
         moments: mean and variance of the batch norms by path, over all rows.
     """
@@ -137,7 +141,7 @@ class InMemory(Collected):
         del count
         y = np.concatenate([piece.y for piece in self._pieces])
         weighted, finite = self._pieces[0].weight is not None, all(piece.finite for piece in self._pieces)
-        order, X = ordered([piece.y for piece in self._pieces], self._along), self._room.all()
+        order, X = ordered(y, np.concatenate(self._along)), self._room.all()
         weight = np.concatenate([piece.weight for piece in self._pieces]).astype(X.dtype) if weighted else None
         moments = self._population.moments if finite else {}
         if self._room.in_file:
@@ -151,18 +155,14 @@ class InMemory(Collected):
 
 
 def sorted_by_target(pieces: Iterable[GatheredRows]) -> np.ndarray:
-    """The order of all rows that the module's docstring speaks of; the pieces are read once, one at a time."""
-    y, places = [], []
-    for piece in pieces:
-        y.append(piece.y)
-        places.append(along(piece.X))
-    return ordered(y, places)
+    """The order of all rows; the pieces are read once, one at a time."""
+    y, places = zip(*((piece.y, along(piece.X)) for piece in pieces), strict=True)
+    return ordered(np.concatenate(y), np.concatenate(places))
 
 
-def ordered(y: list[np.ndarray], places: list[np.ndarray]) -> np.ndarray:
-    """The same, of the targets of all pieces and of where their rows are along the direction."""
-    first = [piece if piece.ndim == 1 else piece[:, 0] for piece in y]
-    return np.lexsort((np.concatenate(places), np.concatenate(first)))
+def ordered(y: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The order of rows with these targets, and these places along the direction."""
+    return np.lexsort((places, y if y.ndim == 1 else y[:, 0]))
 
 
 def along(X: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cronos_flax._head.rows import Collected, Gathered, GatheredRows, direction
+from cronos_flax._head.rows import Collected, Gathered, GatheredRows, direction, ordered
 from cronos_flax._solver.meshes import automatic, automatically
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -115,7 +115,7 @@ class OverDevices(Collected):
         weighted = pieces[0].weight is not None
         weight = np.concatenate([piece.weight for piece in pieces]) if weighted else np.ones(len(y), dtype)
         finite = all(piece.finite for piece in pieces)
-        order = np.lexsort((along, y if y.ndim == 1 else y[:, 0]))
+        order = ordered(y, along)
         rows = GatheredRows(X, spread(y, y[0]), spread(weight, 0), finite, stands[order].astype(np.int32), self._mesh)
         return Gathered(rows, order, self._population.moments if finite else {})
 
