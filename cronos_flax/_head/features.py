@@ -28,8 +28,8 @@ from cronos_flax._solver.meshes import mesh_of
 from cronos_flax._solver.processes import on_first
 from cronos_flax._solver.transfer import on_host
 
-# From a batch to the head's input (..., p) and the statistics of batch norms.
-Pass = Callable[[Batch], tuple[Array, tuple[Moments, ...]]]
+Seen = tuple[Array, tuple[Moments, ...]]  # the head's input (..., p) for a batch, and the statistics of batch norms
+Pass = Callable[[Batch], Seen]
 _BLOCK = 65_536  # rows of a block, where features are read in blocks
 _READ = 2**24  # bytes of a file that are mapped at a time
 
@@ -166,9 +166,6 @@ def gather(
     if callback is not None and not callable(callback):
         raise ValueError(f"{data.where}: `callback` must be a function of one dict, got {callback!r}.")
     return _Gathering(tap, outputs, data, on_first(callback), store, most_bytes).run(shuffled)
-
-
-Seen = tuple[Array, tuple[Moments, ...]]  # what a pass gives for a batch
 
 
 class _Gathering:
