@@ -59,8 +59,7 @@ class NnxModule:
     def variables(self, given: Any, where: str) -> Any:
         if not isinstance(given, nnx.Module):
             raise ValueError(f"{where}: `model` must be an NNX module, got {type(given).__name__}.")
-        graphdef, state = _functional(given, self.eval_mode)
-        structure = graphdef if self.eval_mode else _functional(given, eval_mode=True)[0]
+        _, state, structure = _functional(given, self.eval_mode)
         try:
             is_same = bool(self.structure == structure)
         except Exception:  # NumPy arrays in attributes, as of a configuration, compare to no bool
@@ -211,12 +210,14 @@ def without_sown(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any]:
-    """Structure and state of a copy of the model."""
+def _functional(model: nnx.Module, eval_mode: bool) -> tuple[Any, Any, Any]:
+    """Structure and state of a copy of the model, and the structure in evaluation mode."""
     copy = without_sown(model)
     if eval_mode:
         copy.eval()
-    return nnx.split(copy)
+    graphdef, state = nnx.split(copy)
+    copy.eval()
+    return graphdef, state, nnx.graphdef(copy)
 
 
 def find_head(
@@ -279,8 +280,7 @@ def find_head(
         )
     bridged = [format_path(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
     check_statistics("find_head", statistics)
-    graphdef, state = _functional(model, eval_mode)
-    structure = graphdef if eval_mode else _functional(model, eval_mode=True)[0]
+    graphdef, state, structure = _functional(model, eval_mode)
     module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics, structure)
     try:
         head = find(module, state, args, kwargs, paths, recalibrate)
