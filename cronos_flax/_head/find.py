@@ -72,10 +72,7 @@ class _Pass(NamedTuple):
     @classmethod
     def of(cls, network: TwoLayer, pair: tuple[Path, Path], seen: Watched) -> Self:
         """The pass that was watched."""
-        inputs = {call.layer.path: call.input for call in seen.calls}
-        features, hidden = (inputs[path] for path in pair)
-        assert features is not None
-        assert hidden is not None
+        features, hidden = map(seen.input_of, pair)
         return cls(network, features, hidden, seen.out, seen.every)
 
 
@@ -124,10 +121,7 @@ def find(
         return _Pass.of(there, pair, run(written, args, kwargs))
 
     def features_of(path: Path, variables: Any, kwargs: Mapping, args: tuple = args) -> Array:
-        inputs = {call.layer.path: call.input for call in run(variables, args, kwargs).calls}
-        features = inputs[path]
-        assert features is not None
-        return features
+        return run(variables, args, kwargs).input_of(path)
 
     def is_random(path: Path, tol: float) -> bool:
         """Whether the head's input changes with the random keys; also with other variables, as zeros hide a branch."""

@@ -63,6 +63,12 @@ class Watched(NamedTuple):
     every: dict[str, Array]
     pointwise: Paths
 
+    def input_of(self, path: Path) -> Array:
+        """The recorded input of the layer at this path."""
+        features = {call.layer.path: call.input for call in self.calls}[path]
+        assert features is not None
+        return features
+
 
 class Tap(NamedTuple):
     """What a feature pass yields.
