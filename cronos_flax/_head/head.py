@@ -27,6 +27,7 @@ from cronos_flax._head.own_rows import NO_OWN_ROWS, OwnRows
 from cronos_flax._head.paths import Path, format_path
 from cronos_flax._head.redraw import DEVIATIONS, random_like
 from cronos_flax._head.rows import Gathered, GatheredRows, Store
+from cronos_flax._solver.arrays import is_concrete
 from cronos_flax._solver.meshes import automatically, check_together
 from cronos_flax._solver.solution import TwoLayer, predict
 from cronos_flax._solver.transfer import on_device, on_host
@@ -451,7 +452,7 @@ def check_there(where: str, tree: Any) -> None:
             "nnx.eval_shape. Draw or restore the values first."
         )
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)]
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not all(map(is_concrete, arrays)):
         raise ValueError(
             f"{where}: variables and data must be arrays with values, got traced ones, as inside jit, vmap and grad. "
             "Call it outside, between compiled steps."

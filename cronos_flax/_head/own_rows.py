@@ -12,7 +12,7 @@ from jax import Array
 
 from cronos_flax._head.data import as_arrays
 from cronos_flax._head.fingerprint import checksum
-from cronos_flax._solver.arrays import is_array, is_key
+from cronos_flax._solver.arrays import is_array, is_concrete, is_key
 from cronos_flax._solver.checks import all_finite
 from cronos_flax._solver.meshes import automatically, in_place_of
 from cronos_flax._solver.transfer import on_device, on_host, taken
@@ -262,7 +262,7 @@ def _arrays(tree: Any) -> list[Any]:
 def _checksums(args: tuple, kwargs: Mapping) -> tuple[int, ...]:
     """Those of the arrays of a call as JAX holds them, by position or by name; none of traced ones."""
     arrays = _arrays((args, {name: value for name, value in kwargs.items() if name not in _OF_FLAX}))
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not all(map(is_concrete, arrays)):
         return ()
     hosts = (np.asarray(on_host(array)) for array in arrays)
     return tuple(sorted(checksum(host.astype(jax.dtypes.canonicalize_dtype(host.dtype))) for host in hosts))

@@ -22,6 +22,11 @@ def is_key(value: Any) -> bool:
     return isinstance(value, Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
+def is_concrete(value: Any) -> bool:
+    """Whether a value can be looked at: one that is being traced cannot."""
+    return not isinstance(value, jax.core.Tracer)
+
+
 def opened(value: Any, what: str) -> Array | np.ndarray:
     """An array of JAX as it is, and anything else as an array of NumPy, in the byte order and type that it came in.
 

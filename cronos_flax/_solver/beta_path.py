@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from cronos_flax._solver.arrays import is_concrete
 from cronos_flax._solver.blocks import Source
-from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically, mesh_of
 from cronos_flax._solver.solution import Network, Solution, predict
@@ -58,7 +58,7 @@ def choosable(data: Data, order: Array | None = None, others: Any = None) -> Dat
     """
     if isinstance(data.X, Source):
         raise ValueError('solve: `X` in blocks cannot be split for beta="path". Give a number or None.')
-    if not all(map(concrete, jax.tree.leaves((data, others)))):
+    if not all(map(is_concrete, jax.tree.leaves((data, others)))):
         raise ValueError('solve: beta="path" chooses by values, got traced arrays. Call it outside jit and vmap.')
     if not data.X.is_fully_addressable:
         raise ValueError(

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import TO_NUMBERS, is_array, is_key, native
+from cronos_flax._solver.arrays import TO_NUMBERS, is_array, is_concrete, is_key, native
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
@@ -57,7 +57,7 @@ def folds_of_path(where: str, folds: int | None, beta: Any) -> None:
 def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool], where: str = "Cronos") -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
     bad_type = isinstance(value, (str, bytes, bool, list, tuple, dict, set)) or np.iscomplexobj(value)
-    if isinstance(value, (np.ndarray, Array)) and concrete(value):
+    if isinstance(value, (np.ndarray, Array)) and is_concrete(value):
         bad_type = bad_type or value.ndim > 1  # a vector is a batch of solvers, for vmap
         numbers_there = on_host(value)
         ok = bool(np.all(np.isfinite(numbers_there)) and np.all(fits(numbers_there)))
@@ -117,11 +117,6 @@ def _in_python(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def concrete(value: Any) -> bool:
-    """Whether a value can be looked at, or is being traced."""
-    return not isinstance(value, jax.core.Tracer)
-
-
 def on_the_host(what: str, values: Any) -> None:
     """Raise a ValueError inside ``jit`` and ``vmap``, for what a solve calls on the host.
 
@@ -130,7 +125,7 @@ def on_the_host(what: str, values: Any) -> None:
         values: all that the solve takes, a pytree.
     """
     here = on_device(0)  # inside jit it is traced, whatever else is
-    if not all(map(concrete, jax.tree.leaves((here, values)))):
+    if not all(map(is_concrete, jax.tree.leaves((here, values)))):
         raise ValueError(
             f"solve: {what} needs the host, which cannot be called inside jit or vmap, got traced values. Call solve "
             "outside of them."
@@ -176,7 +171,7 @@ def _finite(
             with np.errstate(over="ignore"):  # which is told of here
                 value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
         # What is on the host is looked at there, for on the device every shape would be a program.
-        if not known_finite and concrete(value) and not all_finite(value):
+        if not known_finite and is_concrete(value) and not all_finite(value):
             raise ValueError(
                 f"solve: `{name}` must be finite in {value.dtype}, got NaN or infinite entries. Remove or impute those "
                 "rows."
@@ -276,8 +271,8 @@ def balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     A row of probabilities is counted for each class with its probability, and has the mean of the classes' weights by
     these. Rows of weight zero are not counted.
     """
-    known = is_labelled(loss, targets) if concrete(targets) else loss.is_labelled(targets)
-    if (isinstance(known, bool) or concrete(known)) and not on_host(known):
+    known = is_labelled(loss, targets) if is_concrete(targets) else loss.is_labelled(targets)
+    if (isinstance(known, bool) or is_concrete(known)) and not on_host(known):
         raise ValueError(
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
@@ -329,7 +324,7 @@ def sample_weight(value: ArrayLike | None, y: Array) -> Array:
         raise ValueError(
             f"solve: `sample_weight` must have one entry for each of the {y.shape[0]} rows of X, got {weight.shape}."
         )
-    if not concrete(weight):  # a negative one makes the loss NaN, which the status says
+    if not is_concrete(weight):  # a negative one makes the loss NaN, which the status says
         return jnp.where(weight >= 0, weight, jnp.asarray(jnp.nan, weight.dtype)).astype(y.dtype)
     there = on_host(weight)
     if not (np.all(there >= 0) and np.any(there > 0)):
@@ -392,7 +387,7 @@ def _network(name: str, network: Network, features: tuple[int, int], y: Array) -
             raise ValueError(f"solve: `{name}` must have a {field} of shape {shape} for these data, got {got}.")
     with jax.ensure_compile_time_eval():
         given = {field: getattr(network, field) for field in expected}
-        known = {field: on_device(v) for field, v in given.items() if v is not None and concrete(v)}
+        known = {field: on_device(v) for field, v in given.items() if v is not None and is_concrete(v)}
     if not all_finite(known):  # one program for all
         bad = " and ".join(field for field, value in known.items() if not all_finite(value))
         raise ValueError(f"solve: `{name}` must be finite, got NaN or infinite entries in {bad}.")

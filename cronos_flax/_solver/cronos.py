@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver import beta_path, checks, doubts, host
+from cronos_flax._solver.arrays import is_concrete
 from cronos_flax._solver.beta_max import user_beta_max
 from cronos_flax._solver.beta_path import Data
 from cronos_flax._solver.blocks import Blocks, Source
@@ -299,7 +300,7 @@ class Cronos:
             solution = self._solve_on_path(rows, first, m, key, callback, validation)
             doubts.warn_of_units(data.X, data.weight, loss_of(self.loss), solution)
             return solution
-        is_weighted = is_weighted and checks.concrete(data.weight)
+        is_weighted = is_weighted and is_concrete(data.weight)
         if self.gates == "refreshed" and is_weighted and isinstance(data.X, Array) and order is None:
             counts = on_host(data.weight) > 0  # a row of no weight must not take a sample's place
             if not counts.all() and mesh_of(data.X) is None:

@@ -8,8 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from cronos_flax._solver.arrays import opened
-from cronos_flax._solver.checks import concrete
+from cronos_flax._solver.arrays import is_concrete, opened
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.losses import Huber
 from cronos_flax._solver.meshes import automatically
@@ -52,7 +51,7 @@ def warn_of_rounding(y: Any, dtype: Any, loss: Loss) -> None:
         dtype: of the solve.
         loss: what they are for.
     """
-    if not loss.takes_values or (isinstance(y, Array) and not (concrete(y) and y.is_fully_addressable)):
+    if not loss.takes_values or (isinstance(y, Array) and not (is_concrete(y) and y.is_fully_addressable)):
         return
     values = on_host(opened(y, "solve: `y`"))  # before it is cut: inside jit that would be traced
     values = np.asarray(values[:: 1 + len(values) // _LOOKED_AT], float)
@@ -83,7 +82,7 @@ def warn_of_units(X: Any, weight: Array, loss: Loss, solution: Solution) -> None
     Features may be so far from zero that float32 hardly tells rows apart, or next to nothing beside a few rows.
     Residuals may be so large that Huber's loss has next to no curvature. And rows that are all the same tell nothing.
     """
-    if not isinstance(X, Array) or not concrete(X) or not _is_known(solution):
+    if not isinstance(X, Array) or not is_concrete(X) or not _is_known(solution):
         return
     reached, null = map(float, on_host(_losses(solution)))
     if reached > _NOTHING * null > 0 and on_host(automatically(_all_alike, X)):
@@ -131,7 +130,7 @@ def _ended_above(share: float, solution: Solution) -> bool:
 
 def _is_known(solution: Solution) -> bool:
     """Whether its figures are numbers; where it is differentiated the integers among them are, and the losses not."""
-    return all(map(concrete, (solution.status_code, *_losses(solution))))
+    return all(map(is_concrete, (solution.status_code, *_losses(solution))))
 
 
 def _losses(solution: Solution) -> tuple[Scalar, Scalar]:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from cronos_flax._solver.arrays import native
+from cronos_flax._solver.arrays import is_concrete, native
 from cronos_flax._solver.numerics import least
 from cronos_flax._solver.transfer import on_device, on_host
 from cronos_flax._solver.types import Outputs, RowVector, Scalar
@@ -283,7 +283,7 @@ def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"signed_targets: `labels` must be integers, got dtype {labels.dtype}.")
     labels = on_device(labels)
-    if isinstance(labels, jax.core.Tracer):
+    if not is_concrete(labels):
         labels = wide(labels)
         within = (labels >= 0) & (labels < num_classes)
         return where_taken(within[..., None], _signed(labels, num_classes))

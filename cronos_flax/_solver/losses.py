@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from cronos_flax._solver.arrays import native
+from cronos_flax._solver.arrays import is_concrete, native
 from cronos_flax._solver.checks import in_python
 from cronos_flax._solver.loss import Loss, where_taken, wide
 from cronos_flax._solver.numerics import or_one
@@ -97,7 +97,7 @@ class Softmax(Loss):
                 )
 
     def targets(self, y: Array, num_classes: int | None) -> Array:
-        known = not isinstance(y, jax.core.Tracer)
+        known = is_concrete(y)
         if known:
             self.check_targets(y, num_classes)
         if y.ndim == 2 and jnp.issubdtype(y.dtype, jnp.floating):
@@ -314,7 +314,7 @@ def loss_of(loss: str | Loss) -> Loss:
 
 def _one_each(loss: Loss, y: Array, num_classes: int | None, is_taken: Callable[[Array], Array]) -> Array:
     """Targets ``(n, C)``, a float for each output; traced ones that the loss does not take are NaN."""
-    known = not isinstance(y, jax.core.Tracer)
+    known = is_concrete(y)
     if known:
         loss.check_targets(y, num_classes)
     y = y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(float)
@@ -346,8 +346,8 @@ def _warn_of_gaps(y: Array | np.ndarray) -> None:
 
 def _one_hot(labels: Array, num_classes: int) -> Array:
     """``jax.nn.one_hot``; on the host where it is little, for on the device every number of rows is a program."""
-    is_traced = isinstance(labels, jax.core.Tracer)
-    if is_traced or labels.size * num_classes > _FEW or not isinstance(labels.sharding, SingleDeviceSharding):
+    is_few = is_concrete(labels) and labels.size * num_classes <= _FEW
+    if not is_few or not isinstance(labels.sharding, SingleDeviceSharding):
         return _one_hot_on_device(labels, num_classes)
     ones = on_host(labels)[:, None] == np.arange(num_classes)[None, :]
     return beside(labels, ones.astype(jax.dtypes.canonicalize_dtype(float)))

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import is_key
+from cronos_flax._solver.arrays import is_concrete, is_key
 from cronos_flax._solver.transfer import on_device, on_host
 
 
@@ -34,7 +33,7 @@ def check_together(where: str, **given: Any) -> None:
         (name, _devices(leaf)): None
         for name, tree in given.items()
         for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.committed
+        if isinstance(leaf, Array) and is_concrete(leaf) and leaf.committed
     }
     if len({devices for _, devices in places}) > 1:
         there = ", ".join(f"`{name}` on {_said(devices)}" for name, devices in places)
@@ -56,8 +55,7 @@ def automatically(function: Callable[..., Any], *arguments: Any) -> Any:
 
     Where an argument is traced, the axes are those of the caller's program.
     """
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
-    mesh = None if traced else mesh_of(arguments)
+    mesh = mesh_of(arguments) if all(map(is_concrete, jax.tree.leaves(arguments))) else None
     return function(*arguments) if automatic(mesh) is None else on_automatic_axes_of(mesh, function, *arguments)
 
 
@@ -95,7 +93,7 @@ def in_place_of(new: ArrayLike, old: Array) -> Array:
     One of another shape, which that sharding does not divide, is replicated on the same devices.
     """
     new = on_device(new, old.dtype)
-    if isinstance(new, Tracer) or isinstance(old, Tracer) or not getattr(old, "committed", False):
+    if not is_concrete(new) or not is_concrete(old) or not getattr(old, "committed", False):
         return new
     place = old.sharding
     try:
@@ -153,7 +151,7 @@ def devices_of(place: NamedSharding) -> int:
 
 
 def _is_named(leaf: Any) -> bool:
-    if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
+    if not isinstance(leaf, Array) or not is_concrete(leaf):
         return False
     return isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh)
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from cronos_flax._solver import host
+from cronos_flax._solver.arrays import is_concrete
 from cronos_flax._solver.blocks import Blocks
-from cronos_flax._solver.checks import concrete
 from cronos_flax._solver.meshes import automatically
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -201,5 +201,5 @@ Control: TypeAlias = type[OnHost] | type[Traced]
 def control_of(*trees: Any) -> Control:
     """The control flow for these arguments."""
     # Inside jit even a constant is traced.
-    is_concrete = all(map(concrete, (*jax.tree.leaves(trees), jax.device_put(np.zeros(())))))
-    return OnHost if is_concrete else Traced
+    is_known = all(map(is_concrete, (*jax.tree.leaves(trees), jax.device_put(np.zeros(())))))
+    return OnHost if is_known else Traced
