@@ -23,6 +23,7 @@ from cronos_flax._solver.arrays import TO_NUMBERS, is_array, is_concrete, is_key
 from cronos_flax._solver.blocks import Source
 from cronos_flax._solver.loss import Loss
 from cronos_flax._solver.meshes import automatically
+from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.solution import GatedTwoLayer, HeldState, Network, RefreshedState, check_arrays
 from cronos_flax._solver.transfer import on_device, on_host
 
@@ -272,7 +273,7 @@ def balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     these. Rows of weight zero are not counted.
     """
     known = is_labelled(loss, targets) if is_concrete(targets) else loss.is_labelled(targets)
-    if (isinstance(known, bool) or is_concrete(known)) and not on_host(known):
+    if is_concrete(known) and not on_host(known):
         raise ValueError(
             "solve: `class_weight` needs targets that are one label a row, got others. For the losses that take values "
             "make them by cf.signed_targets(labels, num_classes)."
@@ -296,7 +297,7 @@ def class_sizes(loss: Loss, targets: Array, weight: Array) -> Array:
 def _balanced(loss: Loss, targets: Array, weight: Array) -> Array:
     sizes = class_sizes(loss, targets, weight)
     n, classes = (jnp.count_nonzero(some).astype(targets.dtype) for some in (weight > 0, sizes))
-    of_class = n / (classes * jnp.where(sizes > 0, sizes, 1))
+    of_class = n / (classes * or_one(sizes))
     return jnp.sum(loss.shares(targets) * of_class[None], axis=1)
 
 
