@@ -12,6 +12,8 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from cronos_flax._solver.arrays import is_concrete
+
 
 def has_x64() -> bool:
     """Whether 64 bits are enabled here, by the configuration or by ``jax.enable_x64``, which holds in one thread."""
@@ -43,11 +45,11 @@ def copied(tree: Any) -> Any:
     """
 
     def own(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Array):
+            return leaf
+        if not is_concrete(leaf):
             return leaf.copy()
-        if isinstance(leaf, Array):
-            return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
-        return leaf
+        return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
 
     return jax.tree.map(own, tree)
 
