@@ -11,7 +11,23 @@ import optax
 import pytest
 from conftest import drawn
 from flax import nnx
-from zoo import HIDDEN, IMAGES, KEY, LINEN, LINEN_REFUSED, NNX, NNX_REFUSED, OUTPUTS, NnxMLP, ResNet, X, rngs
+from zoo import (
+    HIDDEN,
+    IMAGES,
+    KEY,
+    LINEN,
+    LINEN_REFUSED,
+    NNX,
+    NNX_REFUSED,
+    OUTPUTS,
+    NnxConv,
+    NnxMLP,
+    ResNet,
+    Skip,
+    Two,
+    X,
+    rngs,
+)
 
 import cronos_flax as cf
 
@@ -238,6 +254,14 @@ def test_grafts_say_what_is_wrong():
     grafted = cf.graft(model, "layers_2", hidden=3)
     with pytest.raises(ValueError, match="`pretrained` must be the variables"):
         cf.graft_variables(grafted, nn.Dense(3).init(KEY, X), KEY, X)
+    inside = cf.graft(Skip(), "Lie_0", hidden=3, features=5)
+    with pytest.raises(ValueError, match=r"cannot be called .*`at` may need outputs of its width"):
+        cf.graft_variables(inside, Skip().init(KEY, X), KEY, X)
+    several = cf.graft(Two(), hidden=3, features=2)
+    with pytest.raises(ValueError, match=r"input of the head must be one array .*'gelu': \(32, 4\).*out\[key\]"):
+        cf.graft_variables(several, Two().init(KEY, X), KEY, X)
+    with pytest.raises(ValueError, match=r"input of the head must be one array .*'logits': \(32, 4\)"):
+        cf.nnx.graft(NnxConv(), hidden=3, features=2, in_features=3, rngs=rngs())({"image": IMAGES})
     with pytest.raises(ValueError, match=r"there are layers/0, layers/2"):
         cf.nnx.graft(NNX["sequential"].model(), "fc", hidden=3, rngs=rngs())
 

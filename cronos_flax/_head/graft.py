@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cronos_flax._head.paths import Path, as_path, format_path
-from cronos_flax._head.pointwise import check_replaceable
+from cronos_flax._head.pointwise import check_features, check_replaceable
 from cronos_flax._solver.checks import positive_integer
 from cronos_flax._solver.meshes import automatically
 
@@ -18,6 +18,7 @@ Pool = Callable[..., Any]
 
 def _two_layers(x: jax.Array, hidden: int, features: int, parent: nn.Module, **like: Any) -> jax.Array:
     """``Dense → relu → Dense`` as children of a module."""
+    check_features(x)
     x = nn.relu(nn.Dense(hidden, parent=parent, name="hidden", **like)(x))
     return nn.Dense(features, parent=parent, name="output", **like)(x)
 
@@ -152,7 +153,7 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
         New variables; ``pretrained`` is not changed.
 
     Raises:
-        ValueError: if ``pretrained`` is not of the module that was grafted.
+        ValueError: if ``pretrained`` is not of the module that was grafted, and if this cannot be called.
     """
     if not isinstance(grafted, Grafted):
         raise ValueError(f"graft_variables: `grafted` must come from cf.graft, got {type(grafted).__name__}.")
@@ -167,7 +168,13 @@ def graft_variables(grafted: nn.Module, pretrained: Mapping, rngs: Any, *args: A
 
     given = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(pretrained)))
     with jax.transfer_guard("allow"):  # Flax counts its random streams on the host
-        fresh = automatically(shapes, pretrained, rngs, args, kwargs)
+        try:
+            fresh = automatically(shapes, pretrained, rngs, args, kwargs)
+        except TypeError as error:
+            needs = "" if grafted.at is None else " What follows the layer at `at` may need outputs of its width."
+            raise ValueError(
+                f"graft_variables: the grafted module cannot be called with these arguments: {error}.{needs}"
+            ) from error
     replaced = grafted.at
 
     def is_replaced(path: Path) -> bool:

@@ -12,7 +12,7 @@ from jax import Array
 from cronos_flax._head.nnx import module_at
 from cronos_flax._head.nnx_watched import LAYERS
 from cronos_flax._head.paths import Path, as_path, format_path
-from cronos_flax._head.pointwise import check_replaceable
+from cronos_flax._head.pointwise import check_features, check_replaceable
 from cronos_flax._solver.checks import positive_integer
 
 _calls = threading.local()  # .stack: arguments and trace of the grafted models that are being called
@@ -82,6 +82,7 @@ class TwoLayerHead(nnx.Module):
         if self.pool is not None:
             args, kwargs = _told() if self.inside else (args, kwargs)
             x = self.pool(x, *args, **kwargs)
+        check_features(x)
         return self.output(nnx.relu(self.hidden(x)))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 _CONVOLUTIONS = nn.Conv, nn.ConvTranspose, nn.ConvLocal, nnx.Conv, nnx.ConvTranspose
@@ -41,6 +42,16 @@ def check_replaceable(layer: Any, at: str, dense: str, is_pooled: bool, axes: in
         f"graft: `at` must be the path of a layer that is a function of the last axis, as {dense} is, got {at}, "
         f"{_article(type(layer).__name__)} {more}. {advice}."
     )
+
+
+def check_features(x: Any) -> None:
+    """Raise a ValueError for what a grafted head cannot take: several outputs of a model, or numbers."""
+    if not hasattr(x, "ndim") or x.ndim < 1:
+        shapes = jax.tree.map(jnp.shape, x)
+        raise ValueError(
+            f"graft: the input of the head must be one array (..., p), got {shapes}. Make it with pool=: of a model "
+            "with several outputs, pool=lambda out, *args, **kwargs: out[key]."
+        )
 
 
 def _article(name: str) -> str:
