@@ -22,7 +22,7 @@ from cronos_flax._head.candidates import called_again, candidates, given
 from cronos_flax._head.data import shapes_said
 from cronos_flax._head.functional import Call, Functional, Watched, WrongOutputError
 from cronos_flax._head.head import Head, check_there, predicted, relative_difference
-from cronos_flax._head.jitted import jitted
+from cronos_flax._head.jitted import Jitted, jitted
 from cronos_flax._head.others import moved, rescaled, warning
 from cronos_flax._head.own_rows import own_rows
 from cronos_flax._head.paths import Path, format_path
@@ -138,16 +138,7 @@ def find(
         return False
 
     with jax.default_matmul_precision("highest"):
-        try:
-            watched = run(variables, args, kwargs)
-        except WrongOutputError as raised:
-            raise ValueError(f"find_head: {raised}") from raised
-        except Exception as raised:
-            check_together("find_head", variables=variables, args=(args, dict(kwargs)))
-            shapes = shapes_said(args or dict(kwargs))
-            raise ValueError(
-                f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"
-            ) from raised
+        watched = _first_call(run, variables, args, kwargs)
         out, calls = watched.out, watched.calls
         check_output(out)
         pairs: Iterable[tuple[Path, Path]] = candidates(module, variables, calls, out)
@@ -181,6 +172,20 @@ def find(
     remarks = flat(module, variables, calls, out) + extended(module, variables, calls)
     remarks += convolved(module, variables, watched)
     raise ValueError(refusal(module, calls, nearest, again) + remarks)
+
+
+def _first_call(run: Jitted, variables: Any, args: tuple, kwargs: Mapping) -> Watched:
+    """A call of the module as the user gave it, whose errors say what does not fit."""
+    try:
+        return run(variables, args, kwargs)
+    except WrongOutputError as raised:
+        raise ValueError(f"find_head: {raised}") from raised
+    except Exception as raised:
+        check_together("find_head", variables=variables, args=(args, dict(kwargs)))
+        shapes = shapes_said(args or dict(kwargs))
+        raise ValueError(
+            f"find_head: the module cannot be applied to these variables and a batch of shapes {shapes}: {raised}"
+        ) from raised
 
 
 def _head(
