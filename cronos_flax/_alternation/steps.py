@@ -83,14 +83,7 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
         changed = {"model_state": _as_before(collections, updates)} if collections else {}
         state = with_value(state, value, grads=grads, **changed)
         structures[1:] = [jax.tree.structure(state)]
-        before, after = (_counts(jax.tree.unflatten(each, range(each.num_leaves))) for each in structures)
-        said = {name: f"{count} in `{name}`, {before[name]} before" for name, count in after.items()}
-        if other := [said[name] for name in after if after[name] != before[name]]:
-            raise ValueError(
-                f"train: `apply_gradients` of {type(state).__name__} must leave as many arrays in the state as it "
-                f"found, got {' and '.join(other)}. Let a field that is None at first begin with its arrays. An "
-                "optimizer whose state grows, such as optax.monitor, is for a loop of your own."
-            )
+        _check_as_many(type(state).__name__, *structures)
         return jax.tree.leaves(at_places(state, places)), value
 
     def step(state: Any, batch: Batch, run_decay: Array | None, **others: Any) -> tuple[Any, Array]:
@@ -108,6 +101,18 @@ def _gradient_step(structure: PyTreeDef, loss: Loss, static: Static) -> Step:
             raise
 
     return step
+
+
+def _check_as_many(kind: str, *structures: PyTreeDef) -> None:
+    """Raise a ValueError unless states of this kind, before and after a step, have as many arrays in each field."""
+    before, after = (_counts(jax.tree.unflatten(each, range(each.num_leaves))) for each in structures)
+    said = {name: f"{count} in `{name}`, {before[name]} before" for name, count in after.items()}
+    if other := [said[name] for name in after if after[name] != before[name]]:
+        raise ValueError(
+            f"train: `apply_gradients` of {kind} must leave as many arrays in the state as it found, got "
+            f"{' and '.join(other)}. Let a field that is None at first begin with its arrays. An optimizer whose state "
+            "grows, such as optax.monitor, is for a loop of your own."
+        )
 
 
 def _counts(state: Any) -> dict[str, int]:
