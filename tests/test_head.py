@@ -9,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import drawn, random_network
 from flax.core import freeze
+from zoo import Siamese
 
 import cronos_flax as cf
 
@@ -163,6 +165,18 @@ def test_bad_data_are_refused(data, kwargs, reason):
     variables = init(Lie())
     with pytest.raises(ValueError, match=f"fit_head: .*{reason}"):
         cf.fit_head(cf.find_head(Lie(), variables, X), variables, data, **kwargs)
+
+
+def test_several_arguments_that_came_as_one_are_told_of():
+    model, data = Siamese(), ((X, X[::-1]), X[:, :4])
+    variables = model.init(KEY, *data[0])
+    head = cf.find_head(model, variables, *data[0])
+    with pytest.raises(ValueError, match=r"fit_head: .*takes several arguments, .*returns \(\(a, b\), y\)"):
+        cf.fit_head(head, variables, data)
+    state = cf.CronosTrainState.create(apply_fn=model.apply, params=variables["params"], tx=optax.sgd(0.1), head=head)
+    with pytest.raises(ValueError, match=r"train: .*takes several arguments, .*returns \(\(a, b\), y\)"):
+        cf.train(state, [data], epochs=1)
+    cf.fit_head(head, variables, [data], unpack=lambda batch: batch, solver=cf.Cronos(max_iters=1))
 
 
 def test_weights_and_variables_of_another_module_are_refused():

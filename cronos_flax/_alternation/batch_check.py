@@ -14,7 +14,7 @@ from jax import Array
 from cronos_flax._alternation.apply_fn import called, not_taken
 from cronos_flax._alternation.backbone import module_params
 from cronos_flax._alternation.train_state import CronosTrainState
-from cronos_flax._head.data import Batch, shapes_said
+from cronos_flax._head.data import Batch, several_said, shapes_said
 from cronos_flax._head.functional import WrongOutputError
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.checks import class_sizes, is_labelled
@@ -105,6 +105,7 @@ class BatchCheck:
                 shapes = shapes_said(given[0] or given[1])
                 raise ValueError(
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
+                    f"{several_said(given[0])}"
                 ) from error
             self._known[key] = _shape_of(out, where)
             self._warn_of_sown(given)

@@ -174,6 +174,13 @@ def shapes_said(args: Any) -> Any:
     return jax.tree.map(said, args, is_leaf=is_listed)
 
 
+def several_said(args: tuple) -> str:
+    """A remark on arguments that came as one, a tuple; empty for others."""
+    if not (len(args) == 1 and isinstance(args[0], tuple)):
+        return ""
+    return " If the model takes several arguments, give each by itself; in data by unpack=, which returns ((a, b), y)."
+
+
 def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: str = "fit_head") -> np.ndarray:
     """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cronos_flax._head.data import Batch, UserData, shapes_said
+from cronos_flax._head.data import Batch, UserData, several_said, shapes_said
 from cronos_flax._head.features import Features, gather
 from cronos_flax._head.fingerprint import Fingerprint, checksum, described, difference
 from cronos_flax._head.functional import Functional, Kind, Tap, WrongOutputError
@@ -347,7 +347,7 @@ class Head:
                 ) from error
             raise ValueError(
                 f"{where}: the batch must be one that the model takes with these variables, got arguments of shapes "
-                f"{shapes}: {error}"
+                f"{shapes}: {error}{several_said(args)}"
             ) from error
 
     @functools.cached_property
