@@ -393,6 +393,14 @@ def test_train_takes_a_norm_that_averages_over_devices():
     assert history[-1]["validation_loss"] < 0.7
 
 
+def test_a_module_that_trains_where_it_is_scored_is_told_of():
+    train = {"train": True, "rngs": {"dropout": KEY}}
+    with pytest.raises(
+        ValueError, match=r"`validation`: the module must change no collection .*train=False\. If train"
+    ):
+        cf.train(linen_state(0.1), (X, Y), epochs=1, train_kwargs={"train": True}, validation=(X, Y), eval_kwargs=train)
+
+
 def test_gradient_steps_that_see_no_statistics_of_the_batch_are_told_of():
     """Without train=True they saw the running ones, and solves those of the batch, without a word."""
     with pytest.warns(UserWarning, match="train: `train_kwargs` must call the module as in training"):

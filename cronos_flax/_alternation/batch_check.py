@@ -102,6 +102,13 @@ class BatchCheck:
             except (flax.errors.FlaxError, AttributeError, TypeError, ValueError) as error:
                 if refused := not_taken(self._apply_fn, self._extra, error):
                     raise ValueError(f"{where}: {refused} {error}") from error
+                if self._streams is None and isinstance(error, flax.errors.ModifyScopeVariableError):
+                    raise ValueError(
+                        f"{where}: the module must change no collection where it is scored: give eval_kwargs under "
+                        "which it does not, such as train=False. If training is an attribute of the module, give an "
+                        "`apply_fn` that takes it: lambda variables, x, train=False, **kwargs: "
+                        f"Net(train).apply(variables, x, **kwargs). {error}"
+                    ) from error
                 shapes = shapes_said(given[0] or given[1])
                 raise ValueError(
                     f"{where}: the batch must be one that the model takes, got arguments of shapes {shapes}: {error}"
