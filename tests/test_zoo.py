@@ -135,6 +135,14 @@ def test_other_nnx_models_are_refused_with_the_reason(name):
     assert same(host(nnx.state(model)), kept)
 
 
+def test_a_method_of_the_model_itself_is_called_on_a_copy():
+    """It was called with the model twice."""
+    model = NnxMLP()
+    head = cf.nnx.find_head(model, X, method=model.logits, scale=0.5)
+    inputs = head.inputs(model, X)
+    np.testing.assert_array_equal(inputs, cf.nnx.find_head(model, X, method="logits", scale=0.5).inputs(model, X))
+
+
 def test_an_nnx_head_is_of_the_model_that_it_was_found_in():
     class Other(NnxMLP):
         pass

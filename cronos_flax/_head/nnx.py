@@ -239,7 +239,8 @@ def find_head(
     Args:
         model: any NNX model.
         *args: its positional arguments for one batch of at least two rows.
-        method: the name of the method to call, or a function of the model and the arguments; None calls the model.
+        method: the name of the method to call, the method itself, or a function of the model and the arguments; None
+            calls the model.
         output: which output ends in the head, if there are several: a key, an index, or a function of the outputs. A
             UserWarning names others that use the head's hidden layer, since a solve changes these too.
         paths: the paths of the hidden and the output layer, such as ``("fc1", "layers/2")``; they are verified too.
@@ -280,6 +281,8 @@ def find_head(
         )
     bridged = [format_path(path) for path, module in nnx.iter_modules(model) if isinstance(module, nnx.bridge.ToNNX)]
     check_statistics("find_head", statistics)
+    if getattr(method, "__self__", None) is model:
+        method = method.__func__  # a copy is called
     graphdef, state, structure = _functional(model, eval_mode)
     module = NnxModule(type(model).__name__, graphdef, method, output, eval_mode, statistics, structure)
     try:
