@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from cronos_flax._solver.blocks import adjoint, fold
 from cronos_flax._solver.coordinates import Rows
 from cronos_flax._solver.numerics import conjugate_gradient, or_one, sketch, test_matrix
-from cronos_flax._solver.program import norms, through_gates
+from cronos_flax._solver.program import group_prox, norms, through_gates
 from cronos_flax._solver.sample import Sample
 from cronos_flax._solver.settings import Refreshed
 from cronos_flax._solver.types import Activations, Bias, Directions, Gates, Neurons, Outputs, Scalar
@@ -239,10 +239,8 @@ def gradient(rows: Rows, here: Here, beta: Scalar, U: Neurons) -> Step:
         W = rows.summed(lambda Z, T: adjoint(jax.nn.relu(Z), T), here.Z, T)
         W = tangent(here.scale[:, None] * W, A)
     g = adjoint(rows.X, through_gates(here.Z > 0, T, A))
-    size, slope = norms(U), norms(g)
-    shrunk = g * (jnp.maximum(slope - beta, 0) / or_one(slope))[None, :]
-    lives = (size > 0)[None, :]
-    U = jnp.where(lives, g + beta * U / jnp.where(lives, size[None, :], 1), shrunk)
+    size = norms(U)
+    U = jnp.where((size > 0)[None, :], g + beta * U / or_one(size)[None, :], group_prox(g, beta))
     return Step(U, W, rows.root @ R if rows.output_bias else None)
 
 
