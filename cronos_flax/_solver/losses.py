@@ -158,8 +158,25 @@ class Softmax(Loss):
         return logits - jnp.mean(logits)
 
 
+class _Separable(Loss):
+    """A sum over outputs: its curvature is a number for each of them."""
+
+    def _weight(self, outputs: Outputs, targets: Outputs) -> Outputs:
+        """The second derivative for each output, or a number ≥ 0 that stands for it."""
+        raise NotImplementedError
+
+    def curvature(self, outputs: Outputs, targets: Outputs, direction: Outputs) -> Outputs:
+        return self._weight(outputs, targets) * direction
+
+    def mean_curvature(self, outputs: Outputs, targets: Outputs) -> RowVector:
+        return jnp.mean(self._weight(outputs, targets), axis=1)
+
+    def divide(self, outputs: Outputs, targets: Outputs, shift: Scalar, direction: Outputs) -> Outputs:
+        return direction / (self._weight(outputs, targets) + shift)
+
+
 @dataclasses.dataclass(frozen=True)
-class Logistic(Loss):
+class Logistic(_Separable):
     """``Σ_c log(1 + exp f_c) − y_c f_c``: cross-entropy of independent yes-or-no outputs, y in [0, 1]."""
 
     takes_values: ClassVar[bool] = False
@@ -190,14 +207,8 @@ class Logistic(Loss):
     def gradient(self, outputs: Outputs, targets: Outputs) -> Outputs:
         return jax.nn.sigmoid(outputs) - targets
 
-    def curvature(self, outputs: Outputs, targets: Outputs, direction: Outputs) -> Outputs:
-        return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) * direction
-
-    def mean_curvature(self, outputs: Outputs, targets: Outputs) -> RowVector:
-        return jnp.mean(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs), axis=1)
-
-    def divide(self, outputs: Outputs, targets: Outputs, shift: Scalar, direction: Outputs) -> Outputs:
-        return direction / (jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs) + shift)
+    def _weight(self, outputs: Outputs, targets: Outputs) -> Outputs:
+        return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)
 
     def conjugate(self, dual: Outputs, targets: Outputs) -> RowVector:
         p = dual + targets
@@ -210,7 +221,7 @@ class Logistic(Loss):
 
 
 @dataclasses.dataclass(frozen=True)
-class Huber(Loss):
+class Huber(_Separable):
     """``Σ_c ½r²`` for ``|r| ≤ delta`` and ``delta (|r| − delta/2)`` beyond, ``r = f − y``: outliers count less.
 
     Args:
@@ -243,12 +254,6 @@ class Huber(Loss):
         # Of the parabola that touches the loss here and is nowhere below it.
         return self.delta / jnp.maximum(jnp.abs(outputs - targets), self.delta)
 
-    def curvature(self, outputs: Outputs, targets: Outputs, direction: Outputs) -> Outputs:
-        return self._weight(outputs, targets) * direction
-
-    def mean_curvature(self, outputs: Outputs, targets: Outputs) -> RowVector:
-        return jnp.mean(self._weight(outputs, targets), axis=1)
-
     def prox(self, point: Outputs, targets: Outputs, step: Scalar) -> Outputs:
         r = point - targets
         return point - step * jnp.clip(r / (1 + step), -self.delta, self.delta)
@@ -258,7 +263,7 @@ class Huber(Loss):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hinge(Loss):
+class Hinge(_Separable):
     """``Σ_c max(0, 1 − y_c f_c)``, y = ±1."""
 
     takes_values: ClassVar[bool] = False
@@ -281,12 +286,6 @@ class Hinge(Loss):
     def _weight(self, outputs: Outputs, targets: Outputs) -> Outputs:
         # Of the parabola that touches the loss here and is nowhere below it, but not narrower than the floor makes it.
         return 0.5 / jnp.maximum(jnp.abs(1 - targets * outputs), _HINGE_FLOOR)
-
-    def curvature(self, outputs: Outputs, targets: Outputs, direction: Outputs) -> Outputs:
-        return self._weight(outputs, targets) * direction
-
-    def mean_curvature(self, outputs: Outputs, targets: Outputs) -> RowVector:
-        return jnp.mean(self._weight(outputs, targets), axis=1)
 
     def prox(self, point: Outputs, targets: Outputs, step: Scalar) -> Outputs:
         return point + targets * jnp.clip(1 - targets * point, 0, step)
