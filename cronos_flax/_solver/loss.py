@@ -246,12 +246,8 @@ def _check_floating(y: Array | np.ndarray) -> None:
         )
 
 
-def _tiny(like: Array) -> Array:
-    return jnp.asarray(jnp.finfo(like.dtype).tiny, like.dtype)
-
-
 def _positive(value: Array) -> Array:
-    return jnp.maximum(value, _tiny(value))
+    return jnp.maximum(value, jnp.asarray(jnp.finfo(value.dtype).tiny, value.dtype))
 
 
 def signed_targets(labels: ArrayLike, num_classes: int) -> Float[Array, "n C"]:
