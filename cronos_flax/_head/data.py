@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 
         Args:
             leading: the leading axes of the module's output.
-            outputs: their number C.
+            outputs: the number of outputs C.
             loss: what the targets are for.
             where: the caller's name, for messages.
 

@@ -178,7 +178,7 @@ def solver_or_default(where: str, solver: Cronos | None) -> Cronos:
 
 
 def nonfinite_solution(network: TwoLayer) -> Solution:
-    """The solution of a solve that was not tried, because the features are not finite: ``network``, unchanged."""
+    """The solution of a solve that was not tried, as features or head are not finite: ``network``, unchanged."""
     nan, zero = on_device(np.nan, float), on_device(0, jnp.int32)
     stats = Stats(
         objective=nan,

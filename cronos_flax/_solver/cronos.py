@@ -202,7 +202,7 @@ class Cronos:
             callback: called at every check (each step of the refreshed path, each tenth iteration of ADMM) with a flat
                 dict of Python numbers: ``iteration``, ``seconds``, ``active_neurons`` and ``objective``; for held gates
                 ``program_objective``, ``lower_bound``, ``gap`` (relative), ``cone_violation``, ``primal_residual``,
-                ``dual_residual`` in its place. What it raises ends the solve.
+                ``dual_residual`` and ``rho`` in its place. What it raises ends the solve.
             validation: for ``beta="path"`` without ``folds``, rows ``(X, y)`` to choose on; None holds out rows of
                 those given, at random within each class or range of y.
 

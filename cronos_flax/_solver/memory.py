@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-_SHARE = 6  # a solve in memory holds its features two to three times (benchmarks/memory.md), and more may start
+_SHARE = 6  # a solve in memory holds its features two to three times (docs/benchmarks/memory.md), and more may start
 _UNKNOWN = 2**32  # bytes of features, where no system says what is free
 _NONE = 2**62  # bytes: for no limit, version 1 of control groups says a number above this
 

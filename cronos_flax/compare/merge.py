@@ -62,7 +62,7 @@ class Merged:
     """All runs of a sweep.
 
     Args:
-        shared: what all rows repeat: the settings and the checksum of the data.
+        shared: what all rows repeat, as in a :class:`Plan`.
         parts: from which the runs are.
         planned: all runs, in the order of one machine.
     """

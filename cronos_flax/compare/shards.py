@@ -84,7 +84,7 @@ class Plan:
 
     Args:
         shard: the part that the directory holds.
-        shared: what all rows of the sweep repeat: the settings, and ``"data"``, the checksum of the data.
+        shared: what all rows of the sweep repeat: the settings, and checksums as :attr:`Task.made_of` has them.
         runs: all runs of the whole sweep, in the order of one machine.
     """
 
