@@ -85,8 +85,7 @@ def _figures(row: Row) -> str:
 def _table(methods: list[Summary]) -> Table:
     table = Table("method", "best rate", "validation", "test", "at end", "runs", "failed")
     for method in methods:
-        runs = [checks for cell in method.cells for checks in cell.values()]
-        best = list(method.best.values())
+        runs, best = method.runs(), list(method.best.values())
         means = [
             sum(score(which(checks), split) for checks in best) / len(best)
             for which, split in ((peak, "validation"), (peak, "test"), (last, "test"))

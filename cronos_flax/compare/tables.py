@@ -6,6 +6,7 @@ import numpy as np
 
 from cronos_flax.compare.budget import budget, is_timed
 from cronos_flax.compare.methods import FROZEN, PROBE
+from cronos_flax.compare.results import run_of
 from cronos_flax.compare.summaries import (
     NO_SCORE,
     Summary,
@@ -18,7 +19,7 @@ from cronos_flax.compare.summaries import (
     summaries,
     time_to,
 )
-from cronos_flax.compare.task import Row, Run
+from cronos_flax.compare.task import Row
 
 _SCORES = "method", "best rate", "test at peak", "test at end", "validation peak", "grid, at end: best / median / worst"
 _COSTS = "method", "to the target, s", "run, s", "compile, s", "epochs"
@@ -65,7 +66,7 @@ def table(rows: list[Row], target: float | None = None) -> str:
         "",
         *markdown([*_COSTS, *(["solves (rejected)"] if solving else [])], costs),
         "",
-        *(f"* failed: {Run(r['method'], r['rate'], r['seed']).name}: {r['error']}" for r in failed),
+        *(f"* failed: {run_of(r).name}: {r['error']}" for r in failed),
     ]
     if any(len(method.cells) > 1 for method in methods):
         text += [*([""] if failed else []), budget_table(rows)]

@@ -178,21 +178,17 @@ class Task:
         return Augmented(data.x, data.y, min(batch_size, len(data.y)), seed, self.augment)
 
     @functools.cached_property
-    def checksum(self) -> str:
-        """Of the data."""
-        return self.dataset.checksum
-
-    @functools.cached_property
     def made_of(self) -> Row:
         """What all runs share besides settings: checksums of the data and, of a model of the user's, of its variables.
 
         Of the variables it is that of their names, shapes and dtypes: all seeds share these.
         """
+        data = {"data": self.dataset.checksum}
         if ":" not in self.settings.model:
-            return {"data": self.checksum}
+            return data
         variables = jax.tree_util.tree_leaves_with_path(self.model.init(0, self.split(0).x[:_SAMPLE]))
         said = [f"{jax.tree_util.keystr(path)} {jnp.shape(leaf)} {jnp.result_type(leaf)}" for path, leaf in variables]
-        return {"data": self.checksum, "variables": f"{zlib.crc32(chr(10).join(said).encode()):08x}"}
+        return {**data, "variables": f"{zlib.crc32(chr(10).join(said).encode()):08x}"}
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a task lives as long as its process
     def split(self, seed: int) -> Split:
