@@ -9,7 +9,7 @@ import cronos_flax as cf
 from cronos_flax.compare import path, plots
 from cronos_flax.compare.budget import budget, expected_best
 from cronos_flax.compare.methods import BASELINES, check_method
-from cronos_flax.compare.style import spread
+from cronos_flax.compare.style import spaced
 from cronos_flax.compare.summaries import summaries
 from cronos_flax.compare.tables import budget_table
 
@@ -145,7 +145,7 @@ def test_a_path_of_weight_decays_is_drawn_and_the_chosen_one_marked(tmp_path):
 
 
 def test_labels_keep_their_distance_and_stay_near():
-    places = spread([0.9, 0.9, 0.1, 0.95], 0.1)
+    places = spaced([0.9, 0.9, 0.1, 0.95], 0.1)
     assert np.diff(np.sort(places)).min() >= 0.1 - 1e-12
     assert list(np.argsort(places)) == [2, 0, 1, 3]
     assert places[2] == 0.1

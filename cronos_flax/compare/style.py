@@ -110,7 +110,7 @@ def label_ends(ax: Axes, labels: Sequence[Label], size: float = 9) -> None:
     gap, beside = 1.2 * size * points / box.height, 1 + 1.5 * size * points / box.width
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = np.clip([to_axes.transform((label.x, label.y))[1] for label in labels], 0, 1)
-    for label, place in zip(labels, spread(ends, gap), strict=True):
+    for label, place in zip(labels, spaced(ends, gap), strict=True):
         ax.annotate(
             label.text,
             (label.x, label.y),
@@ -125,11 +125,11 @@ def label_ends(ax: Axes, labels: Sequence[Label], size: float = 9) -> None:
         )
 
 
-def spread(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
+def spaced(places: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
     """The places in [0, 1] nearest to those given (least squares) that are a gap apart, in the same order.
 
     Example:
-        >>> spread([0.5, 0.5, 0.1], 0.2)
+        >>> spaced([0.5, 0.5, 0.1], 0.2)
         array([0.4, 0.6, 0.1])
     """
     order = np.argsort(places, kind="stable")
