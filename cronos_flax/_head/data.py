@@ -181,7 +181,7 @@ def several_said(args: tuple) -> str:
     return " If the model takes several arguments, give each by itself; in data by unpack=, which returns ((a, b), y)."
 
 
-def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: str = "fit_head") -> np.ndarray:
+def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: str) -> np.ndarray:
     """Labels ``(rows,)`` or targets ``(rows, C)``, from an array with the leading axes of the features or flat.
 
     Args:
@@ -207,7 +207,7 @@ def flat_targets(y: np.ndarray, leading: tuple[int, ...], outputs: int, where: s
     )
 
 
-def flat_weight(weight: np.ndarray, leading: tuple[int, ...], where: str = "fit_head") -> np.ndarray:
+def flat_weight(weight: np.ndarray, leading: tuple[int, ...], where: str) -> np.ndarray:
     """Weights ``(rows,)``, from one for each row or one for each example.
 
     Args:
