@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jax.typing import ArrayLike
+from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state, compute_sample_weight
@@ -250,9 +251,7 @@ class CronosClassifier(ClassifierMixin, _TwoLayer):
         """Logarithms of the probabilities, shape ``(n, len(classes_))``."""
         scores = self.decision_function(X)
         logits = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
-        logits = logits[:, : len(self.classes_)]
-        logits = logits - logits.max(axis=1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return log_softmax(logits[:, : len(self.classes_)], axis=1)
 
 
 class CronosRegressor(RegressorMixin, _TwoLayer):
