@@ -100,13 +100,13 @@ class Alternation:
     choose_beta: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("head", self.head, HEADS, where="Alternation")
+        one_of("Alternation", "head", self.head, HEADS)
         for name, least in (("first_epoch", 0), ("dense_epochs", 1), ("then_every", 1)):
             value = getattr(self, name)
             if value is not None:
                 positive_integer("Alternation", name, value, least=least)
         if self.decay is not None:
-            one_of("decay", self.decay, filter(None, DECAYS), "None", where="Alternation")
+            one_of("Alternation", "decay", self.decay, filter(None, DECAYS), "None")
         for name in ("largest_step", "largest_growth", "choose_beta"):
             limit: Any = getattr(self, name)
             is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)

@@ -30,8 +30,8 @@ from cronos_flax._solver.transfer import on_device, on_host
 _WEIGHTS = 1e-30, 1e30  # the smallest and the largest of a row
 
 
-def one_of(name: str, value: Any, choices: Iterable[str], other: str = "", where: str = "Cronos") -> None:
-    """A setting of :class:`cronos_flax.Cronos`, or of another class, that is one of a few words."""
+def one_of(where: str, name: str, value: Any, choices: Iterable[str], other: str = "") -> None:
+    """A setting that is one of a few words."""
     if not (isinstance(value, str) and value in choices):
         expected = " or ".join([repr(c) for c in choices] + [other] * bool(other))
         raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
@@ -55,7 +55,7 @@ def folds_of_path(where: str, folds: int | None, beta: Any) -> None:
         )
 
 
-def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool], where: str = "Cronos") -> None:
+def number(where: str, name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
     """A leaf of :class:`cronos_flax.Cronos`; traced values and the placeholders that JAX puts into pytrees pass."""
     bad_type = isinstance(value, (str, bytes, bool, list, tuple, dict, set)) or np.iscomplexobj(value)
     if isinstance(value, (np.ndarray, Array)) and is_concrete(value):
@@ -68,7 +68,7 @@ def number(name: str, value: Any, expected: str, fits: Callable[[Any], bool], wh
         raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
 
 
-def single(name: str, value: Any, where: str = "solve") -> None:
+def single(where: str, name: str, value: Any) -> None:
     """Raise a ValueError for a batch of numbers where a solve takes one: that is what ``vmap`` is for."""
     if not isinstance(value, str) and np.ndim(value) > 0:
         raise ValueError(

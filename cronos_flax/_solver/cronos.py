@@ -135,12 +135,12 @@ class Cronos:
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
-            checks.one_of("loss", self.loss, LOSSES, "a cf.Loss")
+            checks.one_of("Cronos", "loss", self.loss, LOSSES, "a cf.Loss")
         else:
             check_told_apart("Cronos", self.loss)
         if self.class_weight is not None:
-            checks.one_of("class_weight", self.class_weight, ("balanced",), "None")
-        checks.one_of("gates", self.gates, GATES)
+            checks.one_of("Cronos", "class_weight", self.class_weight, ("balanced",), "None")
+        checks.one_of("Cronos", "gates", self.gates, GATES)
         if not isinstance(self.linear_solver, (Structured, NystromPCG)):
             raise ValueError(
                 f"Cronos: `linear_solver` must be a cf.Structured or a cf.NystromPCG, got {self.linear_solver!r}."
@@ -155,11 +155,12 @@ class Cronos:
         checks.positive_integer("Cronos", "certify_iters", self.certify_iters, least=0)
         if self.folds is not None:
             checks.positive_integer("Cronos", "folds", self.folds, least=2)
+        number = functools.partial(checks.number, "Cronos")
         if not (isinstance(self.beta, str) and self.beta == "path"):
-            checks.number("beta", self.beta, 'a number ≥ 0, None for the default, or "path"', lambda v: v >= 0)
-        checks.number("beta_ratio", self.beta_ratio, "a number ≥ 0, or None for the default", lambda v: v >= 0)
-        checks.number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
-        checks.number("tol", self.tol, "a number ≥ 0, or None for the default", lambda v: v >= 0)
+            number("beta", self.beta, 'a number ≥ 0, None for the default, or "path"', lambda v: v >= 0)
+        number("beta_ratio", self.beta_ratio, "a number ≥ 0, or None for the default", lambda v: v >= 0)
+        number("rho", self.rho, "a number > 0, or None for the default", lambda v: v > 0)
+        number("tol", self.tol, "a number ≥ 0, or None for the default", lambda v: v >= 0)
         checks.in_python(self, "max_iters", "max_bytes", "certify_iters", "folds")
 
     def solve(
@@ -286,7 +287,7 @@ class Cronos:
         if key is not None:
             checks.random_key("solve", key)
         for name in ("beta", "beta_ratio", "rho", "tol"):
-            checks.single(name, getattr(self, name))
+            checks.single("solve", name, getattr(self, name))
         if validation is not None and not isinstance(self.beta, str):
             raise ValueError(f'solve: `validation` is for beta="path" only, got beta={self.beta!r}.')
         if validation is not None and self.folds is not None:
@@ -429,8 +430,8 @@ class Cronos:
         if beta is None:
             raise ValueError("objective: `beta` must be a number ≥ 0, got None. A solve's is solution.stats.beta.")
         expected = "a number ≥ 0, as a solve's solution.stats.beta"
-        checks.number("beta", beta, expected, lambda v: v >= 0, where="objective")
-        checks.single("beta", beta, where="objective")
+        checks.number("objective", "beta", beta, expected, lambda v: v >= 0)
+        checks.single("objective", "beta", beta)
         features, y, weight = self._data(X, y, None, _outputs_of(params, None), sample_weight)
         check_together("objective", params=params, X=features)
         rest, run = (y, weight, on_device(beta, y.dtype)), functools.partial(compiled_loss, loss=loss_of(self.loss))
