@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from cronos_flax._head.head import Head
-from cronos_flax._solver.checks import in_python, one_of, positive_integer
+from cronos_flax._solver.checks import in_python, one_of, positive_integer, real_number
 from cronos_flax._solver.cronos import Cronos
 from cronos_flax._solver.user_warnings import warn
 
@@ -108,10 +107,9 @@ class Alternation:
         if self.decay is not None:
             one_of("Alternation", "decay", self.decay, filter(None, DECAYS), "None")
         for name in ("largest_step", "largest_growth", "choose_beta"):
-            limit: Any = getattr(self, name)
-            is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
-            if limit is not None and (not is_number or not float(limit) > 0):
-                raise ValueError(f"Alternation: `{name}` must be a number > 0 or None, got {limit!r}.")
+            limit = getattr(self, name)
+            if limit is not None:
+                real_number("Alternation", name, limit, "a number > 0 or None", lambda v: v > 0)
         in_python(self, *(field.name for field in dataclasses.fields(self)))
 
     def moves(self, head: Head) -> bool:

@@ -12,9 +12,8 @@ usual.
 """
 
 import dataclasses
+import functools
 import math
-import numbers
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from cronos_flax._alternation.optimizer_state import gone_back
-from cronos_flax._solver.checks import in_python, positive_integer
+from cronos_flax._solver.checks import in_python, positive_integer, real_number
 from cronos_flax._solver.processes import agreed
 from cronos_flax._solver.solution import Stats
 from cronos_flax._solver.transfer import copied, on_device, on_host
@@ -80,18 +79,14 @@ class Guard:
     drift_tries: int = 2
 
     def __post_init__(self) -> None:
-        _check("tolerance", self.tolerance, "≥ 0", lambda v: v >= 0)
-        _check("decrease_factor", self.decrease_factor, "in (0, 1]", lambda v: 0 < v <= 1)
-        _check("increase_factor", self.increase_factor, "≥ 1 and finite", lambda v: 1 <= v < math.inf)
-        _check("highest_rate", self.highest_rate, "> 0 and finite", lambda v: 0 < v < math.inf)
-        _check("drift_factor", self.drift_factor, "≥ 1 and finite", lambda v: 1 <= v < math.inf)
+        check = functools.partial(real_number, "Guard")
+        check("tolerance", self.tolerance, "a number ≥ 0", lambda v: v >= 0)
+        check("decrease_factor", self.decrease_factor, "a number in (0, 1]", lambda v: 0 < v <= 1)
+        check("increase_factor", self.increase_factor, "a number ≥ 1 and finite", lambda v: 1 <= v < math.inf)
+        check("highest_rate", self.highest_rate, "a number > 0 and finite", lambda v: 0 < v < math.inf)
+        check("drift_factor", self.drift_factor, "a number ≥ 1 and finite", lambda v: 1 <= v < math.inf)
         positive_integer("Guard", "drift_tries", self.drift_tries, least=0)
         in_python(self, *(field.name for field in dataclasses.fields(self)))
-
-
-def _check(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
-        raise ValueError(f"Guard: `{name}` must be a number {expected}, got {value!r}.")
 
 
 def guard_settings(where: str, guard: Guard | bool | None) -> Guard | None:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import numbers
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from cronos_flax._head.fingerprint import said
 from cronos_flax._head.head import check_there
 from cronos_flax._head.nnx_collections import NnxFunction
 from cronos_flax._solver.arrays import is_array
-from cronos_flax._solver.checks import positive_integer, random_key
+from cronos_flax._solver.checks import positive_integer, random_key, real_number
 from cronos_flax._solver.loss import Loss, check_told_apart
 from cronos_flax._solver.losses import LOSSES, loss_of
 from cronos_flax._solver.processes import on_first
@@ -191,9 +190,8 @@ def train(
     train_kwargs = with_method(state.apply_fn, head, train_kwargs or {})
     alternation = state.alternation if isinstance(state, CronosTrainState) else None
     schedule = None if alternation is None else alternation if solve_every is None else int(solve_every)
-    is_number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
-    if seconds is not None and not (is_number and seconds > 0):
-        raise ValueError(f"train: `seconds` must be a positive number, got {seconds!r}.")
+    if seconds is not None:
+        real_number("train", "seconds", seconds, "a positive number", lambda v: v > 0)
     if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks := tuple(callbacks))):
         raise ValueError(f"train: `callbacks` must be a list of functions, got {callbacks!r}.")
     if key is not None:

@@ -68,6 +68,12 @@ def number(where: str, name: str, value: Any, expected: str, fits: Callable[[Any
         raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
 
 
+def real_number(where: str, name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """A number of Python's or NumPy's that is no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
+        raise ValueError(f"{where}: `{name}` must be {expected}, got {value!r}.")
+
+
 def single(where: str, name: str, value: Any) -> None:
     """Raise a ValueError for a batch of numbers where a solve takes one: that is what ``vmap`` is for."""
     if not isinstance(value, str) and np.ndim(value) > 0:

@@ -1,7 +1,7 @@
 """The five losses that have a name: squared, softmax, logistic, Huber and hinge."""
 
 import dataclasses
-import numbers
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from cronos_flax._solver.arrays import is_concrete, native
-from cronos_flax._solver.checks import in_python
+from cronos_flax._solver.checks import in_python, real_number
 from cronos_flax._solver.loss import Loss, where_taken, wide
 from cronos_flax._solver.numerics import or_one
 from cronos_flax._solver.transfer import beside, on_device, on_host
@@ -234,12 +234,7 @@ class Huber(_Separable):
     delta: float = 1.0
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.delta, bool)
-            or not isinstance(self.delta, numbers.Real)
-            or not 0 < self.delta < float("inf")
-        ):
-            raise ValueError(f"Huber: `delta` must be a finite number > 0, got {self.delta!r}.")
+        real_number("Huber", "delta", self.delta, "a finite number > 0", lambda v: 0 < v < math.inf)
         in_python(self, "delta")
 
     def value(self, outputs: Outputs, targets: Outputs) -> RowVector:

@@ -5,7 +5,7 @@ import math
 import numbers
 from typing import Any
 
-from cronos_flax._solver.checks import in_python, positive_integer
+from cronos_flax._solver.checks import in_python, positive_integer, real_number
 
 
 class _Settings:
@@ -15,18 +15,12 @@ class _Settings:
         where = type(self).__name__
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                fits, expected = (
-                    isinstance(value, tuple) and value and all(map(_is_number, value)),
-                    "a tuple of numbers",
-                )
-            elif isinstance(field.default, float):
-                fits, expected = _is_number(value) and value > 0, "a finite number > 0"
-            else:
+            if isinstance(field.default, int):
                 positive_integer(where, field.name, value)
-                continue
-            if not fits:
-                raise ValueError(f"{where}: `{field.name}` must be {expected}, got {value!r}.")
+            elif isinstance(field.default, float):
+                real_number(where, field.name, value, "a finite number > 0", lambda v: 0 < v < math.inf)
+            elif not (isinstance(value, tuple) and value and all(map(_is_number, value))):
+                raise ValueError(f"{where}: `{field.name}` must be a tuple of numbers, got {value!r}.")
         in_python(self, *(field.name for field in dataclasses.fields(self)))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
