@@ -100,7 +100,7 @@ def _content(state: Any, step: int, extra: Any, keep: int | None) -> dict[str, A
     if keep is not None:
         positive_integer("save_checkpoint", "keep", keep)
     check_there("save_checkpoint", state)
-    leaves = _named(state)
+    leaves = _by_path(state)
     if not any(map(np.size, leaves.values())):
         raise ValueError(f"save_checkpoint: `state` must have arrays, got {type(state).__name__} without any.")
     for name, leaf in leaves.items():
@@ -225,7 +225,7 @@ def _restored(directory: str | Path, state: State, step: int | None) -> tuple[St
     damage = []
     for candidate in steps:
         try:
-            leaves, described = _read(directory, candidate, _named(state))
+            leaves, described = _read(directory, candidate, _by_path(state))
         except _DamagedError as error:
             damage.append(f"step {candidate}: {error}")
             continue
@@ -320,7 +320,7 @@ def _free(directory: Path, name: str) -> Path:
     return taken
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _by_path(tree: Any) -> dict[str, Any]:
     """All leaves by their path, as arrays; a key as its data."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
