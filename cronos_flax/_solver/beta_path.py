@@ -79,15 +79,15 @@ def _mean_loss(network: Network, rows: Data, loss: Loss) -> Scalar:
     return rows.weight @ losses / jnp.sum(rows.weight)
 
 
-def pair(name: str, value: Any) -> tuple[Any, Any]:
-    """Features and targets.
+def pair(validation: Any) -> tuple[Any, Any]:
+    """Features and targets of the validation rows.
 
     Raises:
-        ValueError: if ``value`` is not a pair.
+        ValueError: if they are not a pair.
     """
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError(f"solve: `{name}` must be (X, y), got {type(value).__name__}.")
-    return value[0], value[1]
+    if not isinstance(validation, tuple | list) or len(validation) != 2:
+        raise ValueError(f"solve: `validation` must be (X, y), got {type(validation).__name__}.")
+    return validation[0], validation[1]
 
 
 def same_columns(validation: Data, fit: Data) -> Data:

@@ -365,7 +365,7 @@ class Cronos:
     ) -> Solution:
         """Choose β on held-out rows, of one split or of all folds, then fit all rows from a network found with it."""
         if validation is not None:
-            pair = beta_path.pair("validation", validation)
+            pair = beta_path.pair(validation)
             try:
                 given = self._data(*pair, data.y.shape[1], None, None)
             except ValueError as error:

@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def _compare(kinds: Any, task: Parser) -> Parser:
         "  table.md       each method at its best rate, chosen by validation, and its grid\n"
         "  curves.png     validation scores during training, a panel for each method\n"
         "  budget.png     the test score to expect for a compute budget, tuning included",
-        epilog="methods:\n" + "\n".join(_method_lines(METHODS)),
+        epilog="methods:\n" + "\n".join(_method_lines()),
     )  # fmt: skip
     runs = compare.add_argument_group("runs")
     runs.add_argument("--methods", default="cronos-am,adam,sgd", metavar="LIST", help="separated by commas; see below")
@@ -194,7 +193,7 @@ def _add_quiet(group: Any) -> None:
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _method_lines(names: Sequence[str]) -> list[str]:
+def _method_lines() -> list[str]:
     said = {
         ALTERNATION: "CRONOS-AM with its defaults, and Adam at 3e-3",
         SOLVED_FIRST: "the same after the head was solved on the backbone as it is",
@@ -203,7 +202,7 @@ def _method_lines(names: Sequence[str]) -> list[str]:
         PROBE: "a linear model on the features of the backbone as it is",
         PROBED_FIRST: "the best linear probe in the head, then Adam on all, over its grid",
     }
-    optimizers = ", ".join(name for name in names if name not in said)
+    optimizers = ", ".join(name for name in METHODS if name not in said)
     own = [f"  {name:<23}{text}" for name, text in said.items()]
     lines = textwrap.wrap(f"{optimizers}: over their grids", 77, initial_indent="  ", subsequent_indent="  ")
     kinds = ", ".join((ALTERNATION, SOLVED_FIRST, STRICT, PROBED_FIRST))
