@@ -214,6 +214,6 @@ def warn_of_running_statistics(where: str, head: Head, statistics: Any) -> None:
     warn(
         f"{where}: `head` was found with the running statistics of batch norms, but training steps use those of the "
         "batch, so solves fit other features than gradients see; this can cost accuracy. Call find_head with "
-        'statistics="batch"; or, if batch norms use running statistics in training steps too, with '
-        'statistics="running".'
+        'statistics="batch"; or with statistics="running", if batch norms use these in training steps too, or if there '
+        "are none: spectral norms keep such numbers too."
     )
