@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cronos_flax as cf
@@ -35,6 +36,17 @@ def keep_programs():
         compiler._cache_write = written
 
 
+def assert_keys_are_copied(place):
+    """A train state has a model's random keys, where they lie on devices of several processes too."""
+    model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    keys = nnx.state(model, nnx.RngKey)
+    nnx.update(model, jax.jit(lambda keys: keys, out_shardings=place)(keys))
+    made = nnx.state(cf.nnx.TrainState.create(model=model, tx=optax.sgd(0.1)).model, nnx.RngKey)
+    for got, expected in zip(*map(jax.tree.leaves, (made, keys)), strict=True):
+        assert got.sharding == place
+        np.testing.assert_array_equal(jax.random.key_data(got.addressable_data(0)), jax.random.key_data(expected))
+
+
 def main(directory, dies):
     mesh = jax.make_mesh((2,), ("data",))
 
@@ -54,6 +66,8 @@ def main(directory, dies):
     arguments = {"unpack": lambda batch: ((batch[0],), *batch[1:])}
 
     head = cf.find_head(model, {"params": params}, batches[0][0])
+    if not dies:
+        assert_keys_are_copied(NamedSharding(mesh, PartitionSpec()))
     told = []
     if not dies:
         new, solution = cf.fit_head(head, {"params": params}, batches, solver=solver, callback=told.append, **arguments)

@@ -16,8 +16,8 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import is_concrete, is_key
-from cronos_flax._solver.transfer import on_device, on_host
+from cronos_flax._solver.arrays import is_concrete
+from cronos_flax._solver.transfer import on_device, on_host, put
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -195,13 +195,6 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
         has_names = leaf.sharding.mesh.axis_names == mesh.axis_names
         if (on := mesh if has_names else automatic(leaf.sharding.mesh)) is None:
             return leaf
-        place = NamedSharding(on, leaf.sharding.spec)
-        if leaf.is_fully_addressable or not is_key(leaf):
-            return jax.device_put(leaf, place)
-        # JAX moves no keys of several processes, only what they consist of; each is made in the mesh where it lies.
-        with jax.set_mesh(leaf.sharding.mesh):
-            data = jax.random.key_data(leaf)
-        with jax.set_mesh(on):
-            return jax.random.wrap_key_data(jax.device_put(data, place), impl=jax.random.key_impl(leaf))
+        return put(leaf, NamedSharding(on, leaf.sharding.spec))
 
     return jax.tree.map(moved, tree)

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from cronos_flax._solver.arrays import is_concrete
+from cronos_flax._solver.arrays import is_concrete, is_key
 
 
 def has_x64() -> bool:
@@ -49,9 +49,20 @@ def copied(tree: Any) -> Any:
             return leaf
         if not is_concrete(leaf):
             return leaf.copy()
-        return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
+        return put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
 
     return jax.tree.map(own, tree)
+
+
+def put(leaf: Any, place: Any, **options: Any) -> Array:
+    """``jax.device_put`` to the devices that an array is on; of random keys on several processes too."""
+    if leaf.is_fully_addressable or not is_key(leaf):
+        return jax.device_put(leaf, place, **options)
+    # JAX moves none of these keys, only what they consist of; each is made in the mesh where it lies.
+    with jax.set_mesh(leaf.sharding.mesh):
+        data = jax.random.key_data(leaf)
+    with jax.set_mesh(place.mesh):
+        return jax.random.wrap_key_data(jax.device_put(data, place, **options), impl=jax.random.key_impl(leaf))
 
 
 def on_host(value: Any) -> Any:
